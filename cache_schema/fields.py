@@ -1,0 +1,65 @@
+"""Every array the format knows: name, axis, trailing shape, dtype, unit and symmetry."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+Axis = Literal["system", "atom", "edge"]
+Symmetry = Literal["invariant", "vector", "none"]
+
+
+@dataclass(frozen=True)
+class FieldSpec:
+    """One array: a row of `shape` and `dtype` per system or per atom."""
+
+    name: str
+    axis: Axis
+    shape: tuple[int, ...]  # trailing shape of one row, () for a number
+    dtype: str  # numpy dtype in memory
+    unit: str  # "eV", "A", "eV/A" or "1"
+    symmetry: Symmetry = "invariant"
+
+
+# What a store of structures and labels holds; a missing label is NaN.
+SYSTEM_FIELDS = {
+    f.name: f
+    for f in (
+        FieldSpec("energy", "system", (), "float64", "eV"),
+        FieldSpec("cell", "system", (3, 3), "float32", "A", "vector"),
+        FieldSpec("pbc", "system", (3,), "bool", "1"),
+    )
+}
+ATOM_FIELDS = {
+    f.name: f
+    for f in (
+        FieldSpec("atomic_numbers", "atom", (), "uint8", "1"),
+        FieldSpec("positions", "atom", (3,), "float32", "A", "vector"),
+        FieldSpec("forces", "atom", (3,), "float32", "eV/A", "vector"),
+        FieldSpec("tags", "atom", (), "uint8", "1"),
+        FieldSpec("fixed", "atom", (), "bool", "1"),
+    )
+}
+
+
+def energy_spec() -> FieldSpec:
+    """Teacher's total energy."""
+    return FieldSpec("energy", "system", (), "float64", "eV")
+
+
+def forces_spec() -> FieldSpec:
+    """Teacher's forces."""
+    return FieldSpec("forces", "atom", (3,), "float32", "eV/A", "vector")
+
+
+def atomic_energies_spec() -> FieldSpec:
+    """Teacher's own decomposition of its energy; the sum over a system's atoms is its energy."""
+    return FieldSpec("atomic_energies", "atom", (), "float64", "eV")
+
+
+def node_spec(n_channels: int, name: str = "node") -> FieldSpec:
+    """Scalar features per atom (Eq. 4, n2n), shape (C,)."""
+    return FieldSpec(name, "atom", (n_channels,), "float32", "1")
+
+
+def v2v_spec(n_channels: int) -> FieldSpec:
+    """Vector features per atom (Eq. 6, v2v), shape (3, C)."""
+    return FieldSpec("v2v", "atom", (3, n_channels), "float32", "1", "vector")

@@ -1,0 +1,45 @@
+"""Who a system is: a content hash that survives files, formats and row numbers (docs/cache-format.md, Identity)."""
+
+import hashlib
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+ID_BYTES = 16
+_PREFIX = b"molkd-system-1\0"
+
+
+def system_id(atomic_numbers: ArrayLike, positions: ArrayLike, cell: ArrayLike, pbc: ArrayLike) -> bytes:
+    """Return the 16-byte id of a system from what makes it physically that system.
+
+    The first 16 bytes of sha256 over: the prefix ``molkd-system-1\\0``, the number of atoms (uint32),
+    atomic numbers (uint8), positions in Angstrom (float32), cell rows in Angstrom (float32; all zero if no
+    axis is periodic) and pbc (3 x uint8), everything little-endian and in C order. Negative zero counts as zero.
+
+    Parameters
+    ----------
+    atomic_numbers : (N,)
+    positions : (N, 3), Angstrom
+    cell : (3, 3), Angstrom, rows are lattice vectors
+    pbc : (3,)
+    """
+    numbers = np.ascontiguousarray(atomic_numbers, dtype=np.uint8)
+    periodic = np.ascontiguousarray(pbc, dtype=np.uint8)
+    box = np.asarray(cell, dtype="<f4").reshape(3, 3) if periodic.any() else np.zeros((3, 3), "<f4")
+    digest = hashlib.sha256(_PREFIX)
+    digest.update(np.uint32(len(numbers)).astype("<u4").tobytes())
+    digest.update(numbers.tobytes())
+    digest.update(_canonical(positions))
+    digest.update(_canonical(box))
+    digest.update(periodic.tobytes())
+    return digest.digest()[:ID_BYTES]
+
+
+def dataset_fingerprint(ids: NDArray[np.uint8]) -> str:
+    """Return the hex sha256 of the sorted system ids (S, 16): equal for equal sets in any order."""
+    rows = np.ascontiguousarray(ids, dtype=np.uint8).reshape(-1, ID_BYTES)
+    return hashlib.sha256(b"".join(sorted(row.tobytes() for row in rows))).hexdigest()
+
+
+def _canonical(values: ArrayLike) -> bytes:
+    return (np.asarray(values, dtype="<f4") + np.float32(0.0)).tobytes()  # -0.0 + 0.0 = +0.0

@@ -1,0 +1,1 @@
+"""Structures, graphs, teacher, cache, student, evaluation, report: data flows this way and never back."""

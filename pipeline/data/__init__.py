@@ -1,0 +1,1 @@
+"""Structures and labels from the field's files, as one `System` record with a content id."""

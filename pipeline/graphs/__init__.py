@@ -1,0 +1,1 @@
+"""The neighbour rule and the one batch type."""

@@ -1,0 +1,108 @@
+"""The one batch type: systems concatenated over atoms, with their edges.
+
+Conventions, written here once. `edge_index[0]` is the neighbor j (sender), `edge_index[1]` the center i
+(receiver); edges are sorted by receiver, then sender, then shift. The vector of an edge points from the
+center to the neighbor's periodic image: ``positions[j] + shift @ cell - positions[i]``, in Angstrom.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from numpy.typing import NDArray
+from torch import Tensor
+
+from molkd.pipeline.data.system import System
+from molkd.pipeline.graphs.neighbors import NeighborRule, neighbor_list
+
+
+class Batch(NamedTuple):
+    """S systems with N atoms and E edges in all."""
+
+    atomic_numbers: Int[Tensor, " N"]
+    positions: Float[Tensor, "N 3"]  # A
+    cell: Float[Tensor, "S 3 3"]  # A, rows are lattice vectors, zeros if not periodic
+    pbc: Bool[Tensor, "S 3"]
+    tags: Int[Tensor, " N"]
+    fixed: Bool[Tensor, " N"]
+    system_idx: Int[Tensor, " N"]  # [0, 0, 0, 1, 1]: which system an atom belongs to
+    atoms_ptr: Int[Tensor, " S1"]  # [0, 3, 5]: where each system's atoms begin, length S+1
+    edge_index: Int[Tensor, "2 E"]
+    edge_shift: Float[Tensor, "E 3"]  # whole numbers of lattice vectors
+
+    @property
+    def n_systems(self) -> int:
+        """Number of systems S."""
+        return len(self.atoms_ptr) - 1
+
+    @property
+    def n_atoms(self) -> int:
+        """Number of atoms N."""
+        return len(self.atomic_numbers)
+
+
+def make_batch(
+    *,
+    atomic_numbers: NDArray[np.uint8],
+    positions: NDArray[np.floating],
+    n_atoms: NDArray[np.integer],
+    cell: NDArray[np.floating],
+    pbc: NDArray[np.bool_],
+    tags: NDArray[np.integer],
+    fixed: NDArray[np.bool_],
+    rule: NeighborRule,
+    dtype: torch.dtype = torch.float32,
+) -> Batch:
+    """Build a batch from concatenated arrays: (N,), (N, 3) A, (S,), (S, 3, 3) A, (S, 3), (N,), (N,)."""
+    atoms_ptr = np.concatenate([[0], np.cumsum(n_atoms)]).astype(np.int64)
+    indices, shifts = [], []
+    for s, (begin, end) in enumerate(zip(atoms_ptr[:-1], atoms_ptr[1:], strict=True)):
+        edge_index, edge_shift = neighbor_list(positions[begin:end], cell[s], pbc[s], rule)
+        indices.append(edge_index + begin)
+        shifts.append(edge_shift)
+    return Batch(
+        atomic_numbers=torch.from_numpy(atomic_numbers.astype(np.int64)),
+        positions=torch.as_tensor(positions).to(dtype),
+        cell=torch.as_tensor(cell).to(dtype),
+        pbc=torch.as_tensor(pbc),
+        tags=torch.from_numpy(tags.astype(np.int64)),
+        fixed=torch.as_tensor(fixed),
+        system_idx=torch.from_numpy(np.repeat(np.arange(len(n_atoms)), n_atoms)),
+        atoms_ptr=torch.from_numpy(atoms_ptr),
+        edge_index=torch.from_numpy(np.concatenate(indices, axis=1)),
+        edge_shift=torch.from_numpy(np.concatenate(shifts)).to(dtype),
+    )
+
+
+def batch_from_systems(systems: Sequence[System], rule: NeighborRule, dtype: torch.dtype = torch.float32) -> Batch:
+    """Build a batch from System records."""
+    return make_batch(
+        atomic_numbers=np.concatenate([s.atomic_numbers for s in systems]),
+        positions=np.concatenate([s.positions for s in systems]),
+        n_atoms=np.array([s.n_atoms for s in systems]),
+        cell=np.stack([s.cell for s in systems]),
+        pbc=np.stack([s.pbc for s in systems]),
+        tags=np.concatenate([s.tags for s in systems]),
+        fixed=np.concatenate([s.fixed for s in systems]),
+        rule=rule,
+        dtype=dtype,
+    )
+
+
+def to_device(batch: Batch, device: torch.device, dtype: torch.dtype | None = None) -> Batch:
+    """Move a batch; floating tensors also change to `dtype` if one is given."""
+
+    def move(t: Tensor) -> Tensor:
+        return t.to(device=device, dtype=dtype if t.is_floating_point() else None, non_blocking=True)
+
+    return Batch(*(move(t) for t in batch))
+
+
+def edge_vectors(batch: Batch, positions: Float[Tensor, "N 3"]) -> Float[Tensor, "E 3"]:
+    """Vectors from center to neighbor image in Angstrom, differentiable in `positions`."""
+    sender, receiver = batch.edge_index
+    cell = batch.cell[batch.system_idx[receiver]]  # (E, 3, 3)
+    offset = torch.einsum("ek,ekx->ex", batch.edge_shift, cell)
+    return positions[sender] + offset - positions[receiver]

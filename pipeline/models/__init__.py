@@ -1,0 +1,1 @@
+"""SchNet and PaiNN, weight-compatible with OCP, behind one interface."""

@@ -1,0 +1,1 @@
+"""Teachers: built-in models and adapters to foreign potentials, behind one interface."""
