@@ -1,0 +1,1 @@
+"""Real molecules and a trained teacher, bundled for `kd demo`."""
