@@ -1,0 +1,232 @@
+"""Typed settings of both stages. Defaults live here; later wins: defaults < preset < YAML < --set < flags."""
+
+import difflib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, Self, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from molkd.pipeline.errors import ConfigError
+
+
+class Settings(BaseModel):
+    """Frozen; an unknown key is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class IngestConfig(Settings):
+    """`kd ingest`: structures and labels into a store."""
+
+    data: tuple[Path, ...]
+    store: Path
+    drop_labels: tuple[Path, ...] = ()  # more structures, whose labels are not kept: only a teacher labels them
+    energy_key: str | None = None  # name of the energy in the files; None tries the usual ones
+    forces_key: str | None = None
+    require_labels: bool = False  # refuse systems without an energy
+    on_conflict: Literal["error", "first"] = "error"  # same structure, different labels
+    seed: int = 0  # of the order on disk
+    shard_atoms: int | None = Field(None, ge=1024)  # atom rows a shard; None picks 65,536 or less
+    licence: str = ""  # of the data, kept in the store
+    citation: str = ""
+
+
+class CacheConfig(Settings):
+    """`kd cache-teacher`: one pass of the teacher over a store."""
+
+    store: Path
+    teacher: str
+    signals: tuple[str, ...] = ("energy", "forces", "atomic_energies", "node")
+    name: str | None = None  # of the teacher's group in the store; None takes the teacher's own
+    encoding: Literal["fp32", "fp16"] = "fp16"  # of features; energies and forces are never narrowed
+    batch_atoms: int = Field(0, ge=0)  # 0: chosen by device
+    batch_edges: int = Field(0, ge=0)
+    device: str = "auto"
+    precision: Literal["float32", "float64"] = "float32"
+    skip_bad: bool = False  # quarantine systems with non-finite output instead of stopping
+
+
+class KDTerm(Settings):
+    """One distillation loss: weight x loss(head(student), teacher)."""
+
+    name: Literal["n2n", "v2v", "vanilla1", "vanilla2"]
+    weight: float | Literal["auto"] = "auto"
+    head: Literal["identity", "linear", "mlp"] = "linear"  # on the student's features, n2n and v2v only
+    loss: Literal["mse", "mae"] = "mse"  # n2n and v2v only
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.name == "v2v" and self.head == "mlp":
+            raise ValueError("v2v takes head identity or linear: an MLP on vector components is not equivariant")
+        if self.weight != "auto" and self.weight <= 0:
+            raise ValueError("the weight must be positive")
+        return self
+
+
+class ScheduleConfig(Settings):
+    """Learning rate over steps: linear warm-up, then exponential decay or milestones."""
+
+    kind: Literal["warmup_exponential", "warmup_milestones", "constant"] = "warmup_exponential"
+    warmup_steps: int = Field(0, ge=0)
+    warmup_factor: float = Field(0.2, gt=0, le=1)  # where the warm-up starts
+    decay_rate: float = Field(0.01, gt=0, le=1)  # reached after decay_steps
+    decay_steps: int | None = None  # None: the length of the run
+    milestones: tuple[int, ...] = ()
+    gamma: float = Field(0.1, gt=0, le=1)
+
+
+class TrainingConfig(Settings):
+    """How the weights move; presets fill it with the paper's Tables 5 and 6."""
+
+    batch_size: int = Field(32, ge=1)
+    lr: float = Field(1e-3, gt=0)
+    weight_decay: float = Field(0.0, ge=0)
+    amsgrad: bool = True
+    adam_eps: float = 1e-8
+    schedule: ScheduleConfig = ScheduleConfig()
+    ema_decay: float | None = 0.999
+    clip_grad_norm: float | None = 10.0
+    energy_weight: float = 1.0  # a_E of Eq. 1
+    forces_weight: float = 100.0  # a_F of Eq. 1
+    normalization: Literal["energy", "forces", "none"] = "energy"
+    references: Literal["fit", "none"] | dict[int, float] = "fit"  # energy per element in eV
+    max_epochs: int = Field(100, ge=1)
+    max_steps: int | None = Field(None, ge=1)  # the smaller of both ends the run
+
+
+class TrainConfig(Settings):
+    """`kd train-student`: one run."""
+
+    store: Path
+    out: Path
+    student: str
+    model: dict[str, Any] = Field(default_factory=dict)  # the architecture's own settings
+    training: TrainingConfig = TrainingConfig()
+    kd: tuple[KDTerm, ...] = ()  # empty: no distillation
+    teacher: str | None = None  # which one, if the store has several
+    pseudo_labels: bool = False  # where a label is missing the base loss takes the teacher's
+    val: Path | None = None  # file or store; None: val_fraction of the store, by id
+    val_fraction: float = Field(0.1, ge=0, lt=1)
+    test: dict[str, Path] = Field(default_factory=dict)  # evaluated once at the end
+    val_every: int | None = Field(None, ge=1)  # steps; None: once an epoch, but at most 50 times a run
+    checkpoint_every: int = Field(1000, ge=1)  # steps
+    log_every: int = Field(50, ge=1)
+    seed: int = 0
+    device: str = "auto"
+    amp: Literal["off", "bf16"] = "off"
+    tensorboard: bool = False
+    label: str = ""  # name of the run in reports
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        names = [term.name for term in self.kd]
+        if len(set(names)) != len(names):
+            raise ValueError("each KD loss can be given once")
+        return self
+
+
+S = TypeVar("S", bound=Settings)
+
+
+def make_config(kind: type[S], *layers: Mapping[str, Any]) -> S:
+    """Merge layers (later wins, nested mappings merge key by key) and validate.
+
+    Raises
+    ------
+    ConfigError
+        With every problem and, for an unknown key, the nearest valid one.
+    """
+    merged: dict[str, Any] = {}
+    for layer in layers:
+        merged = _merge(merged, layer)
+    try:
+        return kind.model_validate(merged)
+    except ValidationError as error:
+        problems = [_explain(kind, problem) for problem in error.errors()]
+        raise ConfigError("; ".join(problems)) from None
+
+
+def parse_assignments(assignments: Sequence[str]) -> dict[str, Any]:
+    """Turn ``a.b=c`` strings into nested mappings; values are read as YAML."""
+    result: dict[str, Any] = {}
+    for text in assignments:
+        key, separator, value = text.partition("=")
+        if not separator or not key:
+            raise ConfigError(f"--set {text}: write it as key=value, for example training.lr=1e-3")
+        parsed = yaml.safe_load(value)
+        if isinstance(parsed, str):
+            parsed = _number(parsed)
+        for part in reversed(key.split(".")):
+            parsed = {part: parsed}
+        result = _merge(result, parsed)
+    return result
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Read a mapping from a YAML file."""
+    try:
+        content = yaml.safe_load(path.read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path}: cannot be read as YAML ({error})") from None
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path}: expected a mapping of settings, found {type(content).__name__}")
+    return content
+
+
+def dump_yaml(config: Settings) -> str:
+    """Return the resolved settings as YAML that `read_yaml` and `make_config` turn back into the same object."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def parse_kd(texts: Sequence[str], head: str = "linear", loss: str = "mse") -> list[dict[str, Any]]:
+    """Read ``--kd`` values: ``none``, ``n2n=auto``, ``v2v=1.0``; a name alone means auto."""
+    if "none" in texts and len(texts) > 1:
+        raise ConfigError("--kd none cannot be combined with other losses")
+    terms: list[dict[str, Any]] = []
+    for text in texts:
+        if text == "none":
+            continue
+        name, _, weight = text.partition("=")
+        term: dict[str, Any] = {"name": name, "weight": _number(weight) if weight else "auto", "loss": loss}
+        term["head"] = "linear" if name == "v2v" and head == "mlp" else head
+        terms.append(term)
+    return terms
+
+
+def _merge(base: Mapping[str, Any], extra: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in extra.items():
+        old = merged.get(key)
+        merged[key] = _merge(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
+    return merged
+
+
+def _number(text: str) -> float | str:
+    try:
+        return float(text)  # YAML reads 1e-3 as a string
+    except ValueError:
+        return text
+
+
+def _explain(kind: type[BaseModel], problem: Mapping[str, Any]) -> str:
+    location = [str(part) for part in problem["loc"]]
+    where = ".".join(location)
+    if problem["type"] != "extra_forbidden":
+        return f"{where}: {problem['msg']} (found {problem['input']!r})" if where else str(problem["msg"])
+    valid = _valid_keys(kind, location[:-1])
+    nearest = difflib.get_close_matches(location[-1], valid, n=1, cutoff=0.0)
+    prefix = ".".join(location[:-1] + nearest)
+    return f"unknown setting {where}; did you mean {prefix}? valid here: {', '.join(valid)}"
+
+
+def _valid_keys(kind: type[BaseModel], path: Sequence[str]) -> list[str]:
+    for part in path:
+        field = kind.model_fields.get(part)
+        inner = field.annotation if field else None
+        if isinstance(inner, type) and issubclass(inner, BaseModel):
+            kind = inner
+        elif not part.isdigit() and part == "kd":
+            kind = KDTerm
+    return sorted(kind.model_fields)

@@ -1,0 +1,117 @@
+"""A model with the units it was trained in: weights, label scale and provenance in one safetensors file."""
+
+import hashlib
+import json
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as safetensors_bytes
+from torch import Tensor, nn
+
+from molkd.pipeline.data.references import LabelScale
+from molkd.pipeline.errors import ModelError
+from molkd.pipeline.files import write_atomic
+from molkd.pipeline.graphs.batch import Batch
+from molkd.pipeline.graphs.neighbors import NeighborRule
+from molkd.pipeline.models.registry import build_model
+
+FORMAT = 1
+N_ELEMENTS = 119  # atomic numbers 0 to 118
+_METADATA_KEY = "molkd"
+
+
+@dataclass(eq=False)
+class Potential:
+    """Energy in eV and forces in eV/A from a model that was trained on normalised labels."""
+
+    model: nn.Module
+    scale: LabelScale
+    metadata: dict[str, Any] = field(default_factory=dict)  # model (config), scale, provenance
+    weights_sha256: str = ""
+
+    @property
+    def neighbor_rule(self) -> NeighborRule:
+        """The rule that batches for this potential must be built with."""
+        return self.model.neighbor_rule  # type: ignore[return-value]
+
+    @property
+    def elements(self) -> frozenset[int]:
+        """Atomic numbers seen in training, or all that the embedding has a row for."""
+        seen = self.metadata.get("provenance", {}).get("elements")
+        return frozenset(seen or range(1, int(self.model.max_atomic_number) + 1))
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.model.parameters()).device
+
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> "Potential":
+        """Move the model; the label scale stays in float64 on the host."""
+        self.model.to(device=device, dtype=dtype)
+        return self
+
+    def predict(self, batch: Batch, taps: Collection[str] = ()) -> dict[str, Tensor]:
+        """Return energy (S,) eV float64, forces (N, 3) eV/A, atomic_energies (N,) eV float64 and the features."""
+        out = dict(self.model(batch, taps))
+        table = reference_table(self.scale, batch.positions.device)
+        references = table[batch.atomic_numbers]  # (N,)
+        n_atoms = batch.atoms_ptr.diff()
+        offset = references.new_zeros(batch.n_systems).index_add(0, batch.system_idx, references)
+        out["energy"] = out["energy"].double() * self.scale.energy_std + self.scale.energy_mean + offset
+        # The mean is per system; each atom carries an equal part, so that atomic energies sum to the energy.
+        share = (self.scale.energy_mean / n_atoms)[batch.system_idx]
+        out["atomic_energies"] = out["atomic_energies"].double() * self.scale.energy_std + references + share
+        out["forces"] = out["forces"] * self.scale.forces_std
+        return out
+
+    def save(self, path: Path) -> None:
+        """Write weights and metadata to `path` (.safetensors), whole or not at all."""
+        # Aliased entries (SchNet's filters) are stored twice: safetensors has no aliases.
+        tensors = {k: v.detach().cpu().contiguous().clone() for k, v in self.model.state_dict().items()}
+        content = {"format": FORMAT, **self.metadata, "scale": self.scale.to_dict()}
+        write_atomic(path, safetensors_bytes(tensors, {_METADATA_KEY: json.dumps(content, sort_keys=True)}))
+
+    @classmethod
+    def load(cls, path: Path | str, device: torch.device | str = "cpu") -> "Potential":
+        """Read a model file, or the `best.safetensors` of a run folder; nothing in it is executed.
+
+        Raises
+        ------
+        ModelError
+            If the file is missing, damaged, of a newer format, or does not fit its own configuration.
+        """
+        path = Path(path)
+        path = path / "best.safetensors" if path.is_dir() else path
+        try:
+            with safe_open(path, framework="pt") as file:
+                text = (file.metadata() or {}).get(_METADATA_KEY)
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except FileNotFoundError:
+            raise ModelError(f"{path}: no such model file; give a .safetensors file or a run folder") from None
+        except (SafetensorError, OSError) as error:
+            raise ModelError(f"{path}: not a readable safetensors file ({error}); copy it again") from None
+        if text is None:
+            raise ModelError(f"{path}: no molkd metadata inside; only files written by `kd train-student` fit here")
+        metadata = json.loads(text)
+        if metadata.get("format") != FORMAT:
+            raise ModelError(f"{path}: model format {metadata.get('format')}, this version reads {FORMAT}; upgrade molkd")
+        model = build_model(metadata["model"])
+        try:
+            model.load_state_dict(tensors)
+        except RuntimeError as error:
+            raise ModelError(f"{path}: weights do not fit the configuration in the file: {error}") from None
+        model.eval().to(device)
+        scale = LabelScale.from_dict(metadata.pop("scale"))
+        return cls(model, scale, metadata, hashlib.sha256(path.read_bytes()).hexdigest())
+
+
+def reference_table(scale: LabelScale, device: torch.device | str = "cpu") -> Tensor:
+    """Return energy references in eV by atomic number, (119,) float64, zero where there is none."""
+    table = torch.zeros(N_ELEMENTS, dtype=torch.float64)
+    for atomic_number, energy in scale.references.items():
+        table[atomic_number] = energy
+    return table.to(device)
