@@ -22,7 +22,9 @@ class IngestConfig(Settings):
 
     data: tuple[Path, ...]
     store: Path
-    drop_labels: tuple[Path, ...] = ()  # more structures, whose labels are not kept: only a teacher labels them
+    drop_labels: tuple[
+        Path, ...
+    ] = ()  # more structures, whose labels are not kept: only a teacher labels them
     energy_key: str | None = None  # name of the energy in the files; None tries the usual ones
     forces_key: str | None = None
     require_labels: bool = False  # refuse systems without an energy
@@ -59,7 +61,9 @@ class KDTerm(Settings):
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.name == "v2v" and self.head == "mlp":
-            raise ValueError("v2v takes head identity or linear: an MLP on vector components is not equivariant")
+            raise ValueError(
+                "v2v takes head identity or linear: an MLP on vector components is not equivariant"
+            )
         if self.weight != "auto" and self.weight <= 0:
             raise ValueError("the weight must be positive")
         return self

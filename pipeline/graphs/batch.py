@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from molkd.pipeline.data.system import System
-from molkd.pipeline.graphs.neighbors import NeighborRule, neighbor_list
+from molkd.pipeline.graphs.neighbors import NeighborRule, neighbor_lists
 
 
 class Batch(NamedTuple):
@@ -57,11 +57,7 @@ def make_batch(
 ) -> Batch:
     """Build a batch from concatenated arrays: (N,), (N, 3) A, (S,), (S, 3, 3) A, (S, 3), (N,), (N,)."""
     atoms_ptr = np.concatenate([[0], np.cumsum(n_atoms)]).astype(np.int64)
-    indices, shifts = [], []
-    for s, (begin, end) in enumerate(zip(atoms_ptr[:-1], atoms_ptr[1:], strict=True)):
-        edge_index, edge_shift = neighbor_list(positions[begin:end], cell[s], pbc[s], rule)
-        indices.append(edge_index + begin)
-        shifts.append(edge_shift)
+    edge_index, edge_shift = neighbor_lists(positions, atoms_ptr, cell, pbc, rule)
     return Batch(
         atomic_numbers=torch.from_numpy(atomic_numbers.astype(np.int64)),
         positions=torch.as_tensor(positions).to(dtype),
@@ -71,12 +67,14 @@ def make_batch(
         fixed=torch.as_tensor(fixed),
         system_idx=torch.from_numpy(np.repeat(np.arange(len(n_atoms)), n_atoms)),
         atoms_ptr=torch.from_numpy(atoms_ptr),
-        edge_index=torch.from_numpy(np.concatenate(indices, axis=1)),
-        edge_shift=torch.from_numpy(np.concatenate(shifts)).to(dtype),
+        edge_index=torch.from_numpy(edge_index),
+        edge_shift=torch.from_numpy(edge_shift).to(dtype),
     )
 
 
-def batch_from_systems(systems: Sequence[System], rule: NeighborRule, dtype: torch.dtype = torch.float32) -> Batch:
+def batch_from_systems(
+    systems: Sequence[System], rule: NeighborRule, dtype: torch.dtype = torch.float32
+) -> Batch:
     """Build a batch from System records."""
     return make_batch(
         atomic_numbers=np.concatenate([s.atomic_numbers for s in systems]),

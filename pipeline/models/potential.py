@@ -91,14 +91,20 @@ class Potential:
                 text = (file.metadata() or {}).get(_METADATA_KEY)
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except FileNotFoundError:
-            raise ModelError(f"{path}: no such model file; give a .safetensors file or a run folder") from None
+            raise ModelError(
+                f"{path}: no such model file; give a .safetensors file or a run folder"
+            ) from None
         except (SafetensorError, OSError) as error:
             raise ModelError(f"{path}: not a readable safetensors file ({error}); copy it again") from None
         if text is None:
-            raise ModelError(f"{path}: no molkd metadata inside; only files written by `kd train-student` fit here")
+            raise ModelError(
+                f"{path}: no molkd metadata inside; only files written by `kd train-student` fit here"
+            )
         metadata = json.loads(text)
         if metadata.get("format") != FORMAT:
-            raise ModelError(f"{path}: model format {metadata.get('format')}, this version reads {FORMAT}; upgrade molkd")
+            raise ModelError(
+                f"{path}: model format {metadata.get('format')}, this version reads {FORMAT}; upgrade molkd"
+            )
         model = build_model(metadata["model"])
         try:
             model.load_state_dict(tensors)
