@@ -1,0 +1,177 @@
+"""Apply a model to labelled systems: metrics, throughput and a bounded sample of points for parity plots.
+
+Works with anything that turns a `Batch` into energies and forces, so with a student and with a teacher::
+
+    evaluate(potential.predict, systems, potential.neighbor_rule)
+    evaluate(lambda batch: teacher.compute(batch, ("energy", "forces")), systems, teacher.neighbor_rule)
+"""
+
+import itertools
+import statistics
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from molkd.pipeline.data.system import System
+from molkd.pipeline.errors import DataError, ModelError
+from molkd.pipeline.evaluation.metrics import MetricSums
+from molkd.pipeline.evaluation.result import Evaluation, Parity
+from molkd.pipeline.evaluation.sample import RowSample
+from molkd.pipeline.graphs.batch import Batch, batch_from_systems, to_device
+from molkd.pipeline.graphs.neighbors import NeighborRule
+
+Predict = Callable[[Batch], Mapping[str, Tensor]]
+OnPrediction = Callable[
+    [System, float, NDArray[np.float64]], None
+]  # system, energy in eV, forces (N, 3) in eV/A
+
+MAX_PARITY_ENERGIES = 5_000
+MAX_PARITY_FORCES = 10_000  # atoms; three points each
+
+
+def evaluate(
+    predict: Predict,
+    systems: Iterable[System],
+    rule: NeighborRule,
+    *,
+    batch_size: int = 32,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    on_batch: Callable[[int], None] | None = None,
+    on_prediction: OnPrediction | None = None,
+) -> Evaluation:
+    """Compare predictions with labels, in one pass that holds one batch at a time.
+
+    Parameters
+    ----------
+    predict : from a batch on `device` to at least energy (S,) in eV and forces (N, 3) in eV/A
+    systems : read once, in order; a missing label is NaN
+    rule : neighbour rule that batches are built with
+    batch_size : systems a batch; results do not depend on it, throughput does
+    device, dtype : where batches are moved and their floating type
+    seed : of the random choice of points for parity plots
+    on_batch : called after each batch with the number of systems done so far
+    on_prediction : called for each system with its predicted energy and forces
+
+    Raises
+    ------
+    DataError
+        If there is no system.
+    ModelError
+        If energy or forces are absent from the output, or not finite for a system, which is named.
+
+    Notes
+    -----
+    Throughput counts the model only: no neighbour lists, no transfer. It is the median over full batches,
+    after one uncounted warm-up call on the first batch.
+    """
+    device = torch.device(device)
+    sums = MetricSums()
+    energies = RowSample(MAX_PARITY_ENERGIES, n_columns=3, seed=seed)
+    forces = RowSample(MAX_PARITY_FORCES, n_columns=6, seed=seed + 1)
+    rates: list[tuple[int, float]] = []  # systems in the batch, systems per second
+    n_done = 0
+    for chunk in _chunks(systems, batch_size):
+        batch = to_device(batch_from_systems(chunk, rule, dtype), device)
+        if n_done == 0:
+            predict(batch)
+        output, seconds = _timed(predict, batch, device)
+        rates.append((len(chunk), len(chunk) / seconds))
+        energy_pred, forces_pred = _checked(output, chunk)
+        _collect(chunk, energy_pred, forces_pred, sums, energies, forces)
+        n_done += len(chunk)
+        if on_prediction is not None:
+            for system, energy, its_forces in zip(
+                chunk, energy_pred, _split(forces_pred, chunk), strict=True
+            ):
+                on_prediction(system, float(energy), its_forces)
+        if on_batch is not None:
+            on_batch(n_done)
+    if n_done == 0:
+        raise DataError("nothing to evaluate: the data hold no system; check the path and the split")
+    full = max(n for n, _ in rates)
+    energy_rows, force_rows = energies.rows(), forces.rows()
+    parity = Parity(
+        energy_pred=energy_rows[:, 0],
+        energy_label=energy_rows[:, 1],
+        n_atoms=energy_rows[:, 2].astype(np.int64),
+        forces_pred=force_rows[:, :3],
+        forces_label=force_rows[:, 3:],
+    )
+    return Evaluation(sums.result(), statistics.median(rate for n, rate in rates if n == full), parity)
+
+
+def _chunks(systems: Iterable[System], size: int) -> Iterable[list[System]]:
+    iterator = iter(systems)
+    while chunk := list(itertools.islice(iterator, size)):
+        yield chunk
+
+
+def _timed(predict: Predict, batch: Batch, device: torch.device) -> tuple[Mapping[str, Tensor], float]:
+    _synchronize(device)
+    begin = time.perf_counter()
+    output = predict(batch)
+    _synchronize(device)  # kernels run behind the host: without it only their launch would be timed
+    return output, max(time.perf_counter() - begin, 1e-9)
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _checked(
+    output: Mapping[str, Tensor], chunk: Sequence[System]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return energy (S,) and forces (N, 3) on the host, or say what is wrong with which system."""
+    missing = [name for name in ("energy", "forces") if name not in output]
+    if missing:
+        raise ModelError(
+            f"the model gives {', '.join(sorted(output))}; evaluation also needs {' and '.join(missing)}"
+        )
+    energy = output["energy"].detach().cpu().numpy().astype(np.float64)
+    forces = output["forces"].detach().cpu().numpy().astype(np.float64)
+    for system, e, f in zip(chunk, energy, _split(forces, chunk), strict=True):
+        if not (np.isfinite(e) and np.isfinite(f).all()):
+            what = "forces" if np.isfinite(e) else "energy"
+            raise ModelError(
+                f"{system.source}: the predicted {what} is not finite; look at this structure, "
+                "or train with a smaller learning rate if every structure fails"
+            )
+    return energy, forces
+
+
+def _collect(
+    chunk: Sequence[System],
+    energy_pred: NDArray[np.float64],
+    forces_pred: NDArray[np.float64],
+    sums: MetricSums,
+    energies: RowSample,
+    forces: RowSample,
+) -> None:
+    """Add one batch to the sums and, where labelled, to the samples of points."""
+    n_atoms = np.array([s.n_atoms for s in chunk])
+    energy_label = np.array([s.energy for s in chunk], dtype=np.float64)  # (S,)
+    forces_label = np.concatenate([s.forces for s in chunk])  # (N, 3)
+    fixed = np.concatenate([s.fixed for s in chunk])  # (N,)
+    sums.update(
+        energy_pred=energy_pred,
+        energy_label=energy_label,
+        forces_pred=forces_pred,
+        forces_label=forces_label,
+        system_idx=np.repeat(np.arange(len(chunk)), n_atoms),
+        fixed=fixed,
+    )
+    has_energy = ~np.isnan(energy_label)
+    has_forces = ~fixed & ~np.isnan(forces_label).any(axis=1)
+    energies.add(np.stack([energy_pred, energy_label, n_atoms], axis=1)[has_energy])
+    forces.add(np.concatenate([forces_pred, forces_label], axis=1)[has_forces])
+
+
+def _split(forces: NDArray[np.float64], chunk: Sequence[System]) -> list[NDArray[np.float64]]:
+    return np.split(forces, np.cumsum([s.n_atoms for s in chunk])[:-1])

@@ -1,0 +1,165 @@
+"""Read run folders as `kd train-student` leaves them."""
+
+import csv
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from numpy.typing import NDArray
+
+from molkd.pipeline.errors import DataError
+
+NO_KD = "none"
+_IN_KD_NAME = frozenset({"kd", "pseudo_labels", "teacher"})
+# Settings that say where a run goes and how it is watched, not what it computes.
+_BOOKKEEPING = frozenset(
+    {"seed", "out", "label", "device", "tensorboard", "log_every", "checkpoint_every", "test"}
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """One finished run."""
+
+    path: Path
+    student: str
+    kd: str  # "none", or the losses as asked, see `kd_setting`
+    seed: int
+    label: str
+    n_parameters: int | None
+    seconds: float | None  # of training, wall clock
+    val: dict[str, float | None]  # energy_mae_meV, force_mae_meV_A, force_cos, efwt_percent
+    test: dict[str, dict[str, float | None]]  # the same by name of the test set
+    settings: dict[str, Any]  # config.yaml, flat ("training.lr"), without what may differ within a group
+    curves: dict[str, NDArray[np.float64]]  # columns of metrics.csv, NaN where not measured
+
+
+def read_run(path: Path) -> Run:
+    """Read a run folder.
+
+    Raises
+    ------
+    DataError
+        If it is no run folder, the run has not finished, or a file in it is damaged.
+    """
+    path = Path(path)
+    config, final = _read_config(path / "config.yaml"), _read_final(path / "metrics.json")
+    student = final.get("student") or config.get("student")
+    if not student:
+        raise DataError(f"{path / 'metrics.json'}: no student is named; was it written by another program?")
+    flat = _flatten(config)
+    return Run(
+        path=path,
+        student=str(student),
+        kd=kd_setting(config),
+        seed=int(final.get("seed", config.get("seed", 0))),
+        label=str(final.get("label") or ""),
+        n_parameters=final.get("n_parameters"),
+        seconds=final.get("seconds"),
+        val=dict(final.get("val") or {}),
+        test={name: dict(values) for name, values in (final.get("test") or {}).items()},
+        settings={
+            key: value
+            for key, value in flat.items()
+            if key.partition(".")[0] not in _BOOKKEEPING | _IN_KD_NAME
+        },
+        curves=read_curves(path / "metrics.csv"),
+    )
+
+
+def read_curves(path: Path) -> dict[str, NDArray[np.float64]]:
+    """Read metrics.csv into one array per column, NaN for empty cells.
+
+    A last line that an interrupted run left half-written is dropped; of a step that a resumed run wrote again
+    the last row counts. Without the file, or without rows, the result is empty.
+
+    Raises
+    ------
+    DataError
+        If a line in the middle is damaged; file and line are named.
+    """
+    if not path.exists():
+        return {}
+    text = path.read_text(encoding="utf-8", errors="replace")
+    lines = text.splitlines()
+    if text and not text.endswith("\n"):
+        lines.pop()  # even if it looks whole: 12.3 may be the beginning of 12.34
+    rows = list(csv.reader(lines))
+    if not rows:
+        return {}
+    header, by_step = rows[0], {}
+    if "step" not in header:
+        raise DataError(
+            f"{path}: the first line names no column `step`; this is not the metrics.csv of a run"
+        )
+    for number, row in enumerate(rows[1:], start=2):
+        try:
+            values = dict(zip(header, (float(cell) if cell else np.nan for cell in row), strict=True))
+        except ValueError:
+            raise DataError(
+                f"{path}: line {number} is damaged (expected {len(header)} numbers); remove the line"
+            ) from None
+        by_step[values["step"]] = values
+    table = [by_step[step] for step in sorted(by_step)]
+    return {name: np.array([row[name] for row in table]) for name in header}
+
+
+def kd_setting(config: Mapping[str, Any]) -> str:
+    """Name the distillation of a config: "none", or for example "n2n=auto + v2v=1 from painn"."""
+    terms = []
+    for term in config.get("kd") or ():
+        extras = [
+            term[key]
+            for key, default in (("head", "linear"), ("loss", "mse"))
+            if term.get(key, default) != default
+        ]
+        weight = term.get("weight", "auto")
+        value = weight if isinstance(weight, str) else f"{weight:g}"
+        terms.append(f"{term['name']}={value}" + (f" ({', '.join(extras)})" if extras else ""))
+    if config.get("pseudo_labels"):
+        terms.append("pseudo-labels")
+    if not terms:
+        return NO_KD
+    source = f" from {config['teacher']}" if config.get("teacher") else ""
+    return " + ".join(sorted(terms)) + source
+
+
+def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(value, Mapping):
+        return {prefix: value}
+    parts = (_flatten(inner, f"{prefix}.{key}" if prefix else str(key)) for key, inner in value.items())
+    return {key: inner for part in parts for key, inner in part.items()}
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise DataError(
+            f"{path.parent}: no config.yaml inside; give the --out folder of `kd train-student`"
+        ) from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise DataError(f"{path}: cannot be read as YAML ({error}); run the training again") from None
+    if not isinstance(content, dict):
+        raise DataError(f"{path}: expected a mapping of settings, found {type(content).__name__}")
+    return content
+
+
+def _read_final(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise DataError(
+            f"{path.parent}: no metrics.json, the run has not finished; give its command again to continue it"
+        ) from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise DataError(
+            f"{path}: damaged ({error}); give the command of the run again to write it anew"
+        ) from None
+    if not isinstance(content, dict):
+        raise DataError(f"{path}: expected an object, found {type(content).__name__}")
+    return content

@@ -1,0 +1,172 @@
+"""Reading run folders, also torn ones, and sorting runs into comparable groups."""
+
+import json
+
+import numpy as np
+import pytest
+import yaml
+
+from molkd.pipeline.errors import DataError
+from molkd.pipeline.evaluation.groups import baseline_of, group_runs
+from molkd.pipeline.evaluation.runs import kd_setting, read_curves, read_run
+
+N2N = {"name": "n2n", "weight": "auto", "head": "linear", "loss": "mse"}
+
+
+def _run(folder, *, seed=0, kd=(), student="painn-small", store="acac.kdcache", lr=1e-3, **config):
+    folder.mkdir(parents=True)
+    settings = {
+        "store": store, "out": str(folder), "student": student, "seed": seed,
+        "training": {"lr": lr, "max_epochs": 5}, "kd": list(kd), **config,
+    }  # fmt: skip
+    (folder / "config.yaml").write_text(yaml.safe_dump(settings))
+    final = {
+        "best_step": 200, "seconds": 12.5, "n_parameters": 1000, "student": student, "seed": seed,
+        "label": "", "kd": {}, "val": {"force_mae_meV_A": 30.0}, "test": {"test_300K": {"force_mae_meV_A": 31.0}},
+    }  # fmt: skip
+    (folder / "metrics.json").write_text(json.dumps(final))
+    (folder / "metrics.csv").write_text("step,seconds,val_force_mae_meV_A\n100,1.5,\n200,3.0,30.0\n")
+    return folder
+
+
+def test_run_folder_is_read(tmp_path):
+    run = read_run(_run(tmp_path / "a", seed=3, kd=[N2N], label="x"))
+    assert (run.student, run.kd, run.seed, run.n_parameters, run.seconds) == (
+        "painn-small",
+        "n2n=auto",
+        3,
+        1000,
+        12.5,
+    )
+    assert run.test == {"test_300K": {"force_mae_meV_A": 31.0}}
+    assert run.settings == {
+        "store": "acac.kdcache",
+        "training.lr": 1e-3,
+        "training.max_epochs": 5,
+        "student": "painn-small",
+    }
+    np.testing.assert_array_equal(run.curves["val_force_mae_meV_A"], [np.nan, 30.0])
+
+
+@pytest.mark.parametrize(
+    ("text", "steps"),
+    [
+        ("step,lr\n1,0.1\n2,0.2\n3,0.", [1, 2]),
+        ("step,lr\n1,0.1\n2,0.2\n3", [1, 2]),
+        ("step,lr\n1,0.1\n2,\n", [1, 2]),
+        ("step,lr\n", []),
+        ("step,l", None),
+        ("", None),
+    ],
+)
+def test_interrupted_curves_lose_only_the_torn_line(tmp_path, text, steps):
+    path = tmp_path / "metrics.csv"
+    path.write_text(text)
+    curves = read_curves(path)
+    assert curves == {} if steps is None else curves["step"].tolist() == steps
+
+
+def test_missing_curves_are_empty(tmp_path):
+    assert read_curves(tmp_path / "metrics.csv") == {}
+
+
+def test_of_a_step_written_again_after_a_resume_the_last_row_counts(tmp_path):
+    path = tmp_path / "metrics.csv"
+    path.write_text("step,lr\n1,0.1\n2,0.2\n3,0.3\n2,0.25\n3,0.35\n")
+    curves = read_curves(path)
+    assert curves["step"].tolist() == [1, 2, 3]
+    assert curves["lr"].tolist() == [0.1, 0.25, 0.35]
+
+
+@pytest.mark.parametrize("line", ["2,abc", "2", "2,0.1,7"])
+def test_damage_in_the_middle_names_file_and_line(tmp_path, line):
+    path = tmp_path / "metrics.csv"
+    path.write_text(f"step,lr\n1,0.1\n{line}\n3,0.3\n")
+    with pytest.raises(DataError, match=r"metrics.csv: line 3 is damaged"):
+        read_curves(path)
+
+
+def test_foreign_csv_is_refused(tmp_path):
+    path = tmp_path / "metrics.csv"
+    path.write_text("epoch,loss\n1,2\n")
+    with pytest.raises(DataError, match="no column `step`"):
+        read_curves(path)
+
+
+def test_unfinished_or_foreign_folders_say_what_to_do(tmp_path):
+    with pytest.raises(DataError, match=r"no config.yaml"):
+        read_run(tmp_path)
+    folder = _run(tmp_path / "a")
+    (folder / "metrics.json").write_text('{"val": ')
+    with pytest.raises(DataError, match=r"metrics.json: damaged"):
+        read_run(folder)
+    (folder / "metrics.json").write_text("[]")
+    with pytest.raises(DataError, match=r"expected an object, found list"):
+        read_run(folder)
+    (folder / "metrics.json").unlink()
+    with pytest.raises(DataError, match=r"has not finished; give its command again"):
+        read_run(folder)
+    (folder / "config.yaml").write_text("a: [")
+    with pytest.raises(DataError, match=r"config.yaml: cannot be read as YAML"):
+        read_run(folder)
+
+
+@pytest.mark.parametrize(
+    ("config", "name"),
+    [
+        ({}, "none"),
+        ({"kd": None}, "none"),
+        ({"kd": [], "teacher": "painn"}, "none"),
+        ({"kd": [{"name": "v2v", "weight": 1.0}, N2N]}, "n2n=auto + v2v=1"),
+        ({"kd": [{"name": "n2n", "weight": 10000.0, "head": "mlp", "loss": "mae"}]}, "n2n=10000 (mlp, mae)"),
+        ({"kd": [], "pseudo_labels": True}, "pseudo-labels"),
+        ({"kd": [N2N], "teacher": "painn"}, "n2n=auto from painn"),
+    ],
+)
+def test_kd_settings_have_names(config, name):
+    assert kd_setting(config) == name
+
+
+def test_seeds_make_groups_and_the_baseline_comes_first(tmp_path):
+    runs = [read_run(_run(tmp_path / f"kd{s}", seed=s, kd=[N2N])) for s in (2, 0, 1)]
+    runs += [read_run(_run(tmp_path / f"no{s}", seed=s, device="cpu")) for s in (0, 1)]
+    groups = group_runs(runs)
+    assert [g.name for g in groups] == ["painn-small, none", "painn-small, n2n=auto"]
+    assert [run.seed for run in groups[1].runs] == [0, 1, 2]
+    assert baseline_of(groups[1], groups) is groups[0]
+    assert groups[1].differences == ()
+
+
+def test_runs_with_other_data_are_never_averaged_and_meet_their_own_baseline(tmp_path):
+    runs = [
+        read_run(_run(tmp_path / f"{store}{bool(kd)}", store=store, kd=kd))
+        for store in ("100.kdcache", "900.kdcache")
+        for kd in ([], [N2N])
+    ]
+    groups = group_runs(runs)
+    assert [g.name for g in groups] == [
+        "painn-small, none, store=100.kdcache",
+        "painn-small, none, store=900.kdcache",
+        "painn-small, n2n=auto, store=100.kdcache",
+        "painn-small, n2n=auto, store=900.kdcache",
+    ]
+    assert baseline_of(groups[2], groups) is groups[0]
+    assert baseline_of(groups[3], groups) is groups[1]
+
+
+def test_unequal_budgets_are_named(tmp_path):
+    runs = [read_run(_run(tmp_path / "no")), read_run(_run(tmp_path / "kd", kd=[N2N], lr=5e-4))]
+    assert group_runs(runs)[1].differences == ("training.lr: 0.0005, without KD 0.001",)
+
+
+def test_another_student_is_no_baseline(tmp_path):
+    groups = group_runs(
+        [read_run(_run(tmp_path / "a", student="schnet")), read_run(_run(tmp_path / "b", kd=[N2N]))]
+    )
+    assert baseline_of(groups[0], groups) is None
+
+
+def test_the_same_seed_twice_is_refused(tmp_path):
+    runs = [read_run(_run(tmp_path / "a")), read_run(_run(tmp_path / "b"))]
+    with pytest.raises(DataError, match=r"the same run \(seed 0\)"):
+        group_runs(runs)
