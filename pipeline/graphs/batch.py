@@ -101,6 +101,7 @@ def to_device(batch: Batch, device: torch.device, dtype: torch.dtype | None = No
 def edge_vectors(batch: Batch, positions: Float[Tensor, "N 3"]) -> Float[Tensor, "E 3"]:
     """Vectors from center to neighbor image in Angstrom, differentiable in `positions`."""
     sender, receiver = batch.edge_index
-    cell = batch.cell[batch.system_idx[receiver]]  # (E, 3, 3)
-    offset = torch.einsum("ek,ekx->ex", batch.edge_shift, cell)
-    return positions[sender] + offset - positions[receiver]
+    cell = batch.cell.index_select(0, batch.system_idx.index_select(0, receiver))  # (E, 3, 3)
+    offset = (batch.edge_shift.unsqueeze(1) @ cell).squeeze(1)  # (E, 3)
+    # index_select, not [...]: its gradient is a plain sum, several times faster
+    return positions.index_select(0, sender) + offset - positions.index_select(0, receiver)

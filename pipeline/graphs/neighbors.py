@@ -20,7 +20,7 @@ from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
-from vesin import NeighborList  # type: ignore[import-untyped]
+from vesin import NeighborList
 
 MIN_DISTANCE = 0.01  # A; closer pairs are the atom itself, or two atoms on one spot
 _RESOLUTION = 1e-6  # A

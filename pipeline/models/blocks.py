@@ -1,0 +1,66 @@
+"""What several architectures share: Gaussian basis, sums over edges and atoms, forces by gradient."""
+
+from collections.abc import Callable, Collection
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from molkd.pipeline.graphs.batch import Batch
+
+
+class GaussianSmearing(nn.Module):
+    """Gaussians on an even grid of centers over [0, stop]."""
+
+    offset: Tensor
+
+    def __init__(self, stop: float, n_gaussians: int) -> None:
+        super().__init__()
+        offset = torch.linspace(0, stop, n_gaussians, dtype=torch.float32)
+        # The spacing is read back from the rounded centers, as in the peer: trained weights know that width.
+        self.coefficient = -0.5 / float(offset[1] - offset[0]) ** 2
+        self.register_buffer("offset", offset)
+
+    def forward(self, distance: Float[Tensor, " E"]) -> Float[Tensor, "E K"]:
+        """Expand distances, in the unit of `stop`."""
+        return torch.exp(self.coefficient * (distance.unsqueeze(1) - self.offset).square())  # (E, K)
+
+
+def sum_at(index: Int[Tensor, " M"], values: Float[Tensor, "M ..."], n_rows: int) -> Float[Tensor, "R ..."]:
+    """Sum rows of `values` that share an index: edges at their receiver, atoms in their system.
+
+    Half-precision values are added up in float32.
+    """
+    dtype = torch.promote_types(values.dtype, torch.float32)
+    total = torch.zeros((n_rows, *values.shape[1:]), dtype=dtype, device=values.device)
+    return total.index_add(0, index, values.to(dtype))
+
+
+def with_gradient_forces(
+    predict: Callable[[Batch, Collection[str]], dict[str, Tensor]],
+    batch: Batch,
+    taps: Collection[str],
+    *,
+    trainable: bool,
+) -> dict[str, Tensor]:
+    """Run `predict` and add ``forces = -dE/dpositions``, in eV/A of the labels' scale, shape (N, 3).
+
+    Works under `torch.no_grad` too. The graph for a second derivative (a loss on forces) is kept only when
+    the caller records gradients and something can receive them; otherwise all outputs come detached.
+
+    Parameters
+    ----------
+    predict : function from batch and taps to the model's outputs without forces
+    batch : Batch
+    taps : names of features asked for
+    trainable : whether any parameter requires a gradient
+    """
+    keep_graph = torch.is_grad_enabled() and (trainable or batch.positions.requires_grad)
+    with torch.enable_grad():
+        positions = batch.positions
+        if not positions.requires_grad:
+            positions = positions.detach().requires_grad_()
+        outputs = predict(batch._replace(positions=positions), taps)
+        (gradient,) = torch.autograd.grad(outputs["energy"].sum(), positions, create_graph=keep_graph)
+    outputs["forces"] = -gradient
+    return outputs if keep_graph else {name: value.detach() for name, value in outputs.items()}

@@ -1,0 +1,291 @@
+"""PaiNN: polarizable atom interaction network (Schuett, Unke, Gastegger 2021), in the form that OCP trains.
+
+Weights of OCP/fairchem v1 fit by name, shape and number. Against the paper, OCP normalises the scalars
+before each message, divides by sqrt 2 after it, applies fitted scale factors, and can give direct forces.
+"""
+
+import math
+from collections.abc import Collection
+from typing import Literal
+
+import torch
+from jaxtyping import Float, Int
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn.functional import silu
+
+from molkd.cache_schema.fields import (
+    FieldSpec,
+    atomic_energies_spec,
+    energy_spec,
+    forces_spec,
+    node_spec,
+    v2v_spec,
+)
+from molkd.pipeline.config import Settings
+from molkd.pipeline.graphs.batch import Batch, edge_vectors
+from molkd.pipeline.graphs.neighbors import NeighborRule
+from molkd.pipeline.models.blocks import GaussianSmearing, sum_at, with_gradient_forces
+from molkd.pipeline.models.interface import Outputs
+
+MAX_ATOMIC_NUMBER = 83  # rows of the embedding: H to Bi
+ENVELOPE_EXPONENT = 5
+
+
+class PaiNNConfig(Settings):
+    """Hyper-parameters under OCP's names; the defaults are OCP's."""
+
+    name: Literal["painn"] = "painn"
+    hidden_channels: int = Field(512, ge=2, multiple_of=2)
+    num_layers: int = Field(6, ge=1)
+    num_rbf: int = Field(128, ge=2)
+    cutoff: float = Field(12.0, gt=0)  # A
+    max_neighbors: int = Field(50, ge=1)
+    regress_forces: bool = True
+    direct_forces: bool = True  # False: minus the gradient of the energy
+    use_pbc: bool = True
+
+
+class ScaledSiLU(nn.Module):
+    """SiLU with about unit variance for standard normal input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply elementwise."""
+        return silu(x) * (1 / 0.6)
+
+
+class AtomEmbedding(nn.Module):
+    """One learned row per element, the first is hydrogen."""
+
+    def __init__(self, n_channels: int) -> None:
+        super().__init__()
+        self.embeddings = nn.Embedding(MAX_ATOMIC_NUMBER, n_channels)
+        nn.init.uniform_(self.embeddings.weight, -math.sqrt(3), math.sqrt(3))  # unit variance
+
+    def forward(self, atomic_numbers: Int[Tensor, " N"]) -> Float[Tensor, "N C"]:
+        """Look up the rows."""
+        rows: Tensor = self.embeddings(atomic_numbers - 1)
+        return rows
+
+
+class RadialBasis(nn.Module):
+    """Gaussians of d/cutoff under an envelope that ends smoothly at the cutoff."""
+
+    def __init__(self, n_rbf: int, cutoff: float) -> None:
+        super().__init__()
+        self.cutoff = cutoff
+        self.rbf = GaussianSmearing(1.0, n_rbf)
+
+    def forward(self, distance: Float[Tensor, " E"]) -> Float[Tensor, "E K"]:
+        """Expand distances in Angstrom."""
+        u = distance * (1 / self.cutoff)
+        gaussians: Tensor = self.rbf(u)
+        return envelope(u).unsqueeze(1) * gaussians
+
+
+def envelope(u: Float[Tensor, " E"]) -> Float[Tensor, " E"]:
+    """Fall from 1 at u = 0 to 0 at u = 1 with two smooth derivatives (Gasteiger et al. 2020, Eq. 8)."""
+    p = ENVELOPE_EXPONENT
+    a, b, c = -(p + 1) * (p + 2) / 2, p * (p + 2), -p * (p + 1) / 2
+    value = 1 + u**p * (a + u * (b + u * c))
+    return torch.where(u < 1, value, torch.zeros_like(u))
+
+
+class MessageBlock(nn.Module):
+    """Gathers scalars and vectors from the neighbors (paper's Fig. 2b, Eqs. 7 and 8)."""
+
+    def __init__(self, n_channels: int, n_rbf: int) -> None:
+        super().__init__()
+        self.x_proj = mlp(n_channels, n_channels, 3 * n_channels)
+        # The bias means that a neighbor at the cutoff does not fade out; trained weights rely on it.
+        self.rbf_proj = linear(n_rbf, 3 * n_channels)
+        self.x_layernorm = nn.LayerNorm(n_channels)
+
+    def forward(
+        self,
+        x: Float[Tensor, "N C"],
+        vec: Float[Tensor, "N 3 C"],
+        edge_index: Int[Tensor, "2 E"],
+        edge_rbf: Float[Tensor, "E K"],
+        edge_unit: Float[Tensor, "E 3"],
+    ) -> tuple[Float[Tensor, "N C"], Float[Tensor, "N 3 C"]]:
+        """Return what is to be added to scalars and vectors."""
+        n_atoms, n_channels = x.shape
+        sender, receiver = edge_index
+        features = self.x_proj(self.x_layernorm(x))  # (N, 3C)
+        messages = features.index_select(0, sender) * self.rbf_proj(edge_rbf)  # (E, 3C)
+        scalar, along_neighbor, along_edge = messages.split(n_channels, dim=1)  # (E, C) each
+        neighbor = (vec * (1 / math.sqrt(3))).index_select(0, sender)  # (E, 3, C)
+        vectors = neighbor * along_neighbor.unsqueeze(1) + along_edge.unsqueeze(1) * edge_unit.unsqueeze(2)
+        dx = sum_at(receiver, scalar, n_atoms)
+        dvec = sum_at(receiver, vectors, n_atoms) * (1 / math.sqrt(n_channels))
+        return dx, dvec
+
+
+class UpdateBlock(nn.Module):
+    """Mixes scalars and vectors within an atom (paper's Fig. 2c, Eqs. 9 and 10)."""
+
+    def __init__(self, n_channels: int) -> None:
+        super().__init__()
+        self.vec_proj = linear(n_channels, 2 * n_channels, bias=False)
+        self.xvec_proj = mlp(2 * n_channels, n_channels, 3 * n_channels)
+
+    def forward(
+        self, x: Float[Tensor, "N C"], vec: Float[Tensor, "N 3 C"]
+    ) -> tuple[Float[Tensor, "N C"], Float[Tensor, "N 3 C"]]:
+        """Return what is to be added to scalars and vectors."""
+        n_channels = x.shape[1]
+        v1, v2 = self.vec_proj(vec).split(n_channels, dim=2)  # (N, 3, C) each
+        product = (v1 * v2).sum(dim=1) * (1 / math.sqrt(n_channels))  # (N, C)
+        norm = torch.sqrt(v2.square().sum(dim=1) + 1e-8)  # (N, C), smooth at zero
+        p, q, t = self.xvec_proj(torch.cat([x, norm], dim=1)).split(n_channels, dim=1)
+        dx = (p + q * product) * (1 / math.sqrt(2))
+        dvec = t.unsqueeze(1) * v1
+        return dx, dvec
+
+
+class ScaleFactor(nn.Module):
+    """A fitted constant factor; 0 means not fitted, and then nothing is scaled."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale_factor = nn.Parameter(torch.tensor(0.0), requires_grad=False)
+
+    def forward(self, x: Float[Tensor, "N C"]) -> Float[Tensor, "N C"]:
+        """Scale without asking the device for the value."""
+        factor = self.scale_factor
+        return x * torch.where(factor == 0, torch.ones_like(factor), factor)
+
+
+class GatedEquivariantBlock(nn.Module):
+    """Maps scalars and vectors to fewer channels (paper's Fig. 3, after Weiler et al. 2018)."""
+
+    def __init__(self, n_channels: int, n_out: int) -> None:
+        super().__init__()
+        self.n_out = n_out
+        self.vec1_proj = linear(n_channels, n_channels, bias=False)
+        self.vec2_proj = linear(n_channels, n_out, bias=False)
+        self.update_net = mlp(2 * n_channels, n_channels, 2 * n_out)
+        self.activation = ScaledSiLU()
+
+    def forward(
+        self, x: Float[Tensor, "N C"], vec: Float[Tensor, "N 3 C"]
+    ) -> tuple[Float[Tensor, "N D"], Float[Tensor, "N 3 D"]]:
+        """Return scalars and vectors with `n_out` channels."""
+        norm = torch.linalg.vector_norm(self.vec1_proj(vec), dim=1)  # (N, C)
+        x, gate = self.update_net(torch.cat([x, norm], dim=1)).split(self.n_out, dim=1)
+        return self.activation(x), gate.unsqueeze(1) * self.vec2_proj(vec)
+
+
+class ForceHead(nn.Module):
+    """Direct forces: two gated blocks down to one vector channel."""
+
+    def __init__(self, n_channels: int) -> None:
+        super().__init__()
+        self.output_network = nn.ModuleList(
+            [
+                GatedEquivariantBlock(n_channels, n_channels // 2),
+                GatedEquivariantBlock(n_channels // 2, 1),
+            ]
+        )
+
+    def forward(self, x: Float[Tensor, "N C"], vec: Float[Tensor, "N 3 C"]) -> Float[Tensor, "N 3"]:
+        """Return one vector per atom."""
+        for block in self.output_network:
+            x, vec = block(x, vec)
+        return vec.squeeze(2)
+
+
+class PaiNN(nn.Module):
+    """Scalars x (N, C) and vectors vec (N, 3, C) per atom, refined by message and update blocks.
+
+    Parameters
+    ----------
+    config : PaiNNConfig
+    """
+
+    config_class = PaiNNConfig
+    max_atomic_number = MAX_ATOMIC_NUMBER
+
+    def __init__(self, config: PaiNNConfig) -> None:
+        super().__init__()
+        self.config = config
+        C, K = config.hidden_channels, config.num_rbf
+        self.forces_from: Literal["direct", "gradient"] = "direct" if config.direct_forces else "gradient"
+        self.neighbor_rule = NeighborRule(
+            config.cutoff, config.max_neighbors, symmetrize=True, use_pbc=config.use_pbc
+        )
+        self.atom_emb = AtomEmbedding(C)
+        self.radial_basis = RadialBasis(K, config.cutoff)
+        self.message_layers = nn.ModuleList(MessageBlock(C, K) for _ in range(config.num_layers))
+        self.update_layers = nn.ModuleList(UpdateBlock(C) for _ in range(config.num_layers))
+        for i in range(config.num_layers):
+            self.add_module(f"upd_out_scalar_scale_{i}", ScaleFactor())  # OCP's names, so not a ModuleList
+        self.out_energy = mlp(C, C // 2, 1)
+        if config.regress_forces and config.direct_forces:
+            self.out_forces = ForceHead(C)
+
+    @property
+    def signals(self) -> dict[str, FieldSpec]:
+        """Everything `forward` can give; M and U number the message and update blocks from 1."""
+        C = self.config.hidden_channels
+        layers = [f"layer/{block}{i + 1}" for i in range(self.config.num_layers) for block in "MU"]
+        specs = [energy_spec(), atomic_energies_spec(), node_spec(C), v2v_spec(C)]
+        specs += [forces_spec()] if self.config.regress_forces else []
+        specs += [node_spec(C, name) for name in layers]
+        return {spec.name: spec for spec in specs}
+
+    def forward(self, batch: Batch, taps: Collection[str] = ()) -> Outputs:
+        """Return the outputs of `molkd.pipeline.models.interface`.
+
+        With ``direct_forces: False`` forces are the true negative gradient of the energy. The peer
+        differentiates the sum of its last features there; that is a mistake and not copied.
+        """
+        if self.config.regress_forces and not self.config.direct_forces:
+            trainable = any(p.requires_grad for p in self.parameters())
+            return with_gradient_forces(self._predict, batch, taps, trainable=trainable)
+        return self._predict(batch, taps)
+
+    def _predict(self, batch: Batch, taps: Collection[str]) -> Outputs:
+        vectors = edge_vectors(batch, batch.positions)  # (E, 3), from receiver to sender
+        distance = torch.linalg.vector_norm(vectors, dim=1)  # (E,)
+        edge_unit = vectors / distance.unsqueeze(1)
+        edge_rbf = self.radial_basis(distance)  # (E, K)
+
+        x = self.atom_emb(batch.atomic_numbers)  # (N, C)
+        vec = x.new_zeros(len(x), 3, x.shape[1])  # (N, 3, C)
+        outputs: Outputs = {}
+        for i, (message, update) in enumerate(zip(self.message_layers, self.update_layers, strict=True)):
+            dx, dvec = message(x, vec, batch.edge_index, edge_rbf, edge_unit)
+            x = (x + dx) * (1 / math.sqrt(2))
+            vec = vec + dvec
+            if f"layer/M{i + 1}" in taps:
+                outputs[f"layer/M{i + 1}"] = x
+            dx, dvec = update(x, vec)
+            x = self.get_submodule(f"upd_out_scalar_scale_{i}")(x + dx)
+            vec = vec + dvec
+            if f"layer/U{i + 1}" in taps:
+                outputs[f"layer/U{i + 1}"] = x
+
+        atomic_energies = self.out_energy(x).squeeze(1)  # (N,)
+        outputs["energy"] = sum_at(batch.system_idx, atomic_energies, batch.n_systems)  # (S,)
+        outputs["atomic_energies"] = atomic_energies
+        outputs["node"] = x
+        outputs["v2v"] = vec
+        if self.config.regress_forces and self.config.direct_forces:
+            outputs["forces"] = self.out_forces(x, vec)
+        return outputs
+
+
+def linear(n_in: int, n_out: int, *, bias: bool = True) -> nn.Linear:
+    """Linear layer with Glorot weights and zero bias."""
+    layer = nn.Linear(n_in, n_out, bias=bias)
+    nn.init.xavier_uniform_(layer.weight)
+    if bias:
+        nn.init.zeros_(layer.bias)
+    return layer
+
+
+def mlp(n_in: int, n_hidden: int, n_out: int) -> nn.Sequential:
+    """Two linear layers around one activation."""
+    return nn.Sequential(linear(n_in, n_hidden), ScaledSiLU(), linear(n_hidden, n_out))
