@@ -42,6 +42,7 @@ def evaluate(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
+    measure_throughput: bool = True,
     on_batch: Callable[[int], None] | None = None,
     on_prediction: OnPrediction | None = None,
 ) -> Evaluation:
@@ -55,6 +56,7 @@ def evaluate(
     batch_size : systems a batch; results do not depend on it, throughput does
     device, dtype : where batches are moved and their floating type
     seed : of the random choice of points for parity plots
+    measure_throughput : False saves the warm-up call, for validation during training
     on_batch : called after each batch with the number of systems done so far
     on_prediction : called for each system with its predicted energy and forces
 
@@ -78,7 +80,7 @@ def evaluate(
     n_done = 0
     for chunk in _chunks(systems, batch_size):
         batch = to_device(batch_from_systems(chunk, rule, dtype), device)
-        if n_done == 0:
+        if n_done == 0 and measure_throughput:
             predict(batch)
         output, seconds = _timed(predict, batch, device)
         rates.append((len(chunk), len(chunk) / seconds))
@@ -95,6 +97,7 @@ def evaluate(
     if n_done == 0:
         raise DataError("nothing to evaluate: the data hold no system; check the path and the split")
     full = max(n for n, _ in rates)
+    throughput = statistics.median(rate for n, rate in rates if n == full) if measure_throughput else None
     energy_rows, force_rows = energies.rows(), forces.rows()
     parity = Parity(
         energy_pred=energy_rows[:, 0],
@@ -103,7 +106,7 @@ def evaluate(
         forces_pred=force_rows[:, :3],
         forces_label=force_rows[:, 3:],
     )
-    return Evaluation(sums.result(), statistics.median(rate for n, rate in rates if n == full), parity)
+    return Evaluation(sums.result(), throughput, parity)
 
 
 def _chunks(systems: Iterable[System], size: int) -> Iterable[list[System]]:

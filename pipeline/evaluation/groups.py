@@ -58,6 +58,23 @@ def group_runs(runs: Iterable[Run]) -> list[Group]:
     return [_with_differences(group, groups) for group in groups]
 
 
+def comparisons(groups: Sequence[Group]) -> list[tuple[Group | None, list[Group]]]:
+    """Return each group without KD beside the groups with KD compared with it; None if there is none."""
+    found: list[tuple[Group | None, list[Group]]] = [(g, []) for g in groups if not g.has_kd]
+    for group in groups:
+        if not group.has_kd:
+            continue
+        baseline = baseline_of(group, groups)
+        entry = next(
+            (e for e in found if e[0] is baseline and (baseline or e[1][0].student == group.student)), None
+        )
+        if entry is None:
+            found.append((None, [group]))
+        else:
+            entry[1].append(group)
+    return found
+
+
 def baseline_of(group: Group, groups: Sequence[Group]) -> Group | None:
     """Return the group of the same student without KD that differs least in its other settings."""
     candidates = [g for g in groups if g.student == group.student and not g.has_kd]

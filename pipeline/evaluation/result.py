@@ -32,7 +32,7 @@ class Evaluation:
     """One model on one data set."""
 
     metrics: Metrics
-    systems_per_second: float  # model time only, warm, median over batches
+    systems_per_second: float | None  # model time only, warm, median over batches; None: not measured
     parity: Parity
 
     def to_report(self) -> dict[str, float | None]:

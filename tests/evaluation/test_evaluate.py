@@ -74,6 +74,12 @@ def test_throughput_counts_full_batches_after_one_warm_up_call():
 
     evaluate(counting, _systems(), RULE, batch_size=10)
     assert calls == [10, 10, 10, 3]
+    calls.clear()
+    assert (
+        evaluate(counting, _systems(), RULE, batch_size=10, measure_throughput=False).systems_per_second
+        is None
+    )
+    assert calls == [10, 10, 3]
 
 
 def test_fixed_atoms_and_missing_labels_leave_the_parity_sample():

@@ -22,7 +22,8 @@ def _run(folder, *, seed=0, kd=(), student="painn-small", store="acac.kdcache", 
     (folder / "config.yaml").write_text(yaml.safe_dump(settings))
     final = {
         "best_step": 200, "seconds": 12.5, "n_parameters": 1000, "student": student, "seed": seed,
-        "label": "", "kd": {}, "val": {"force_mae_meV_A": 30.0}, "test": {"test_300K": {"force_mae_meV_A": 31.0}},
+        "label": "", "kd": {}, "val": {"force_mae_meV_A": 30.0},
+        "test": {"test_300K": {"force_mae_meV_A": 31.0}},
     }  # fmt: skip
     (folder / "metrics.json").write_text(json.dumps(final))
     (folder / "metrics.csv").write_text("step,seconds,val_force_mae_meV_A\n100,1.5,\n200,3.0,30.0\n")

@@ -1,0 +1,252 @@
+"""`kd report`: tables, pictures and one Markdown page from finished runs."""
+
+import csv
+import io
+import json
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from molkd.pipeline.errors import DataError
+from molkd.pipeline.evaluation.gap import FORMULA
+from molkd.pipeline.evaluation.groups import Group, comparisons, group_runs
+from molkd.pipeline.evaluation.parity_plots import Panel, plot_parity
+from molkd.pipeline.evaluation.plots import plot_errors, plot_learning_curves, save_figure
+from molkd.pipeline.evaluation.result import load_evaluations
+from molkd.pipeline.evaluation.results import (
+    GAPS,
+    Evaluations,
+    Row,
+    TeacherResult,
+    build_rows,
+    columns,
+    dataset_names,
+)
+from molkd.pipeline.evaluation.runs import read_run
+from molkd.pipeline.evaluation.tables import format_table, markdown_table
+from molkd.pipeline.files import write_atomic
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+PLOTS = "plots"
+_CURVES = "learning_curves"
+_MIN_SEEDS = 3
+_PANELS_WITH_KD = 3  # beside teacher and student without KD; more go to a further picture
+_INTRODUCTION = """\
+Errors are mean absolute errors against the reference labels; forces are those of free atoms. The force cosine
+is the mean over atoms, EFwT the share of systems with an energy error below 0.02 eV and every force component
+within 0.03 eV/Å. Values are mean ± sample standard deviation over seeds. Throughput counts the model only,
+without neighbour lists, on the machine and at the batch size of its evaluation."""
+
+
+@dataclass(frozen=True, eq=False)
+class Report:
+    """What `write_report` found and wrote."""
+
+    folder: Path
+    tables: dict[str, list[Row]]  # by data set
+    remarks: list[str]
+    plots: list[Path]
+
+    def to_text(self) -> str:
+        """Return the tables for a terminal."""
+        parts = [
+            f"{name}\n{format_table([r.cells() for r in rows], columns(rows))}"
+            for name, rows in self.tables.items()
+        ]
+        return "\n\n".join([*parts, *self._explanation()])
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything as plain values for JSON."""
+        return {
+            "formula": FORMULA,
+            "tables": {name: [row.to_dict() for row in rows] for name, rows in self.tables.items()},
+            "remarks": self.remarks,
+            "plots": [str(path.relative_to(self.folder)) for path in self.plots],
+        }
+
+    def _explanation(self) -> list[str]:
+        has_gap = any(row.gaps for rows in self.tables.values() for row in rows)
+        lines = ["mean ± sample standard deviation over seeds", *([FORMULA] if has_gap else [])]
+        return ["\n".join(lines + [f"* {remark}" for remark in self.remarks])]
+
+
+def write_report(
+    runs: Sequence[Path],
+    out: Path,
+    *,
+    teacher: TeacherResult | None = None,
+    evaluations: Evaluations | None = None,
+) -> Report:
+    """Compare finished runs and write report.md, results.json, results.csv and plots/ into `out`.
+
+    Runs that differ in the seed only form a group; a group with KD is compared with the group without KD of
+    the same student whose other settings differ least, and such differences are remarked upon.
+
+    Parameters
+    ----------
+    runs : run folders of `kd train-student`
+    out : folder, made if needed; files of the same name are replaced
+    teacher : its accuracy; without it no gap is computed
+    evaluations : by run folder and data set, for parity plots and as the newest metrics; by default those
+        kept in the run folders (evaluation/<data set>.npz)
+
+    Raises
+    ------
+    DataError
+        If there are no runs, or one is unfinished, damaged or given twice.
+    """
+    if not runs:
+        raise DataError("no runs to report on; give the --out folders of `kd train-student`")
+    read = [read_run(path) for path in runs]
+    evaluations = (
+        evaluations if evaluations is not None else {run.path: load_evaluations(run.path) for run in read}
+    )
+    groups = group_runs(read)
+    names = dataset_names(read, evaluations)
+    tables = {name: build_rows(groups, name, teacher, evaluations) for name in names}
+    plots = []
+    for name, figure in _figures(groups, tables, teacher, evaluations):
+        plots.append(out / PLOTS / f"{name}.png")
+        save_figure(figure, plots[-1])
+    report = Report(out, tables, _remarks(groups, tables), plots)
+    write_atomic(out / "results.json", json.dumps(report.to_dict(), indent=1, ensure_ascii=False) + "\n")
+    write_atomic(out / "results.csv", _csv(tables))
+    write_atomic(out / "report.md", _markdown(report, groups))
+    return report
+
+
+def _figures(
+    groups: Sequence[Group],
+    tables: dict[str, list[Row]],
+    teacher: TeacherResult | None,
+    evaluations: Evaluations,
+) -> Iterator[tuple[str, "Figure"]]:
+    """Yield name and figure, one at a time."""
+    curves = plot_learning_curves(groups)
+    if curves is not None:
+        yield _CURVES, curves
+    for dataset, rows in tables.items():
+        yield f"errors_{_slug(dataset)}", plot_errors(rows)
+        sheets = list(_parity_sheets(groups, dataset, teacher, evaluations))
+        for number, panels in enumerate(sheets, start=1):
+            suffix = f"_{number}" if len(sheets) > 1 else ""
+            yield f"parity_energy_{_slug(dataset)}{suffix}", plot_parity(panels, "energy")
+            yield f"parity_forces_{_slug(dataset)}{suffix}", plot_parity(panels, "forces")
+
+
+def _parity_sheets(
+    groups: Sequence[Group], dataset: str, teacher: TeacherResult | None, evaluations: Evaluations
+) -> Iterator[list[Panel]]:
+    """Yield the panels of one picture: teacher, student without KD, then up to three settings with KD."""
+    first = []
+    if teacher is not None and dataset in teacher.evaluations:
+        first.append(Panel(f"teacher: {teacher.name}", teacher.evaluations[dataset]))
+    for baseline, with_kd in comparisons(groups):
+        left = first + ([p] if baseline and (p := _panel(baseline, dataset, evaluations)) else [])
+        right = [p for group in with_kd if (p := _panel(group, dataset, evaluations))]
+        for begin in range(0, max(len(right), 1), _PANELS_WITH_KD):
+            sheet = left + right[begin : begin + _PANELS_WITH_KD]
+            if len(sheet) > len(first):
+                yield sheet
+
+
+def _panel(group: Group, dataset: str, evaluations: Evaluations) -> Panel | None:
+    """Return the panel of the lowest seed that was evaluated; None if none was."""
+    for run in group.runs:
+        evaluation = evaluations.get(run.path, {}).get(dataset)
+        if evaluation is not None:
+            return Panel(f"{group.name} (seed {run.seed})", evaluation)
+    return None
+
+
+def _remarks(groups: Sequence[Group], tables: dict[str, list[Row]]) -> list[str]:
+    """Say what a reader has to know before trusting a number."""
+    remarks = [
+        f"{row.name}, {dataset}, {GAPS[key]}: {gap.flag}"
+        for dataset, rows in tables.items()
+        for row in rows
+        for key, gap in row.gaps.items()
+        if gap.flag
+    ]
+    few = [group.name for group in groups if len(group.runs) < _MIN_SEEDS]
+    if few:
+        remarks.append(f"fewer than {_MIN_SEEDS} seeds, so no sound spread: {'; '.join(few)}")
+    remarks += [
+        f"{group.name} differs from its comparison without KD beyond KD: {'; '.join(group.differences)}"
+        for group in groups
+        if group.differences
+    ]
+    return remarks
+
+
+def _markdown(report: Report, groups: Sequence[Group]) -> str:
+    parts = ["# Distillation report", _INTRODUCTION]
+    for dataset, rows in report.tables.items():
+        parts += [f"## {dataset}", markdown_table([row.cells() for row in rows], columns(rows))]
+        if any(row.gaps for row in rows):
+            parts.append(f"{FORMULA}.")
+        parts += [_image(path, report.folder) for path in report.plots if f"_{_slug(dataset)}" in path.stem]
+    if report.remarks:
+        parts += ["## Remarks", "\n".join(f"- {remark}" for remark in report.remarks)]
+    curves = [path for path in report.plots if path.stem == _CURVES]
+    if curves:
+        parts += ["## Learning curves", *(_image(path, report.folder) for path in curves)]
+    parts += [
+        "## Runs",
+        markdown_table(_run_rows(groups), ["model", "seed", "label", "training (s)", "folder"]),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _run_rows(groups: Sequence[Group]) -> list[dict[str, object]]:
+    return [
+        {
+            "model": group.name,
+            "seed": run.seed,
+            "label": run.label,
+            "training (s)": run.seconds,
+            "folder": str(run.path),
+        }
+        for group in groups
+        for run in group.runs
+    ]
+
+
+def _image(path: Path, folder: Path) -> str:
+    words = path.stem.replace("_", " ")
+    return f"![{words}]({path.relative_to(folder).as_posix()})"
+
+
+def _csv(tables: dict[str, list[Row]]) -> str:
+    """Return one line per data set and model, mean and spread in columns of their own."""
+    lines = []
+    for dataset, rows in tables.items():
+        for row in rows:
+            line: dict[str, object] = {
+                "data": dataset,
+                "model": row.name,
+                "role": row.role,
+                "seeds": row.n_seeds,
+            }
+            for key, stat in row.metrics.items():
+                line |= {key: stat.mean, f"{key}_spread": stat.spread}
+            for key in GAPS:
+                gap = row.gaps.get(key)
+                line |= {f"gap_closed_percent_{key}": gap.percent if gap else None}
+                line |= {f"gap_closed_percent_{key}_spread": gap.spread if gap else None}
+            line |= {"seconds": row.seconds.mean, "seconds_spread": row.seconds.spread}
+            line |= {"n_parameters": row.n_parameters, "systems_per_second": row.systems_per_second.mean}
+            lines.append(line)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fieldnames=list(lines[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(lines)
+    return text.getvalue()
+
+
+def _slug(name: str) -> str:
+    return re.sub(r"[^A-Za-z0-9.-]+", "-", name).strip("-") or "data"

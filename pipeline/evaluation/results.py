@@ -1,0 +1,174 @@
+"""Numbers of a report: per data set one row for the teacher and one for each group of runs."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from molkd.pipeline.evaluation.gap import GapClosed, gap_closed
+from molkd.pipeline.evaluation.groups import Group, comparisons
+from molkd.pipeline.evaluation.metrics import REPORTED
+from molkd.pipeline.evaluation.result import Evaluation
+from molkd.pipeline.evaluation.runs import Run
+from molkd.pipeline.evaluation.seeds import SeedStat
+from molkd.pipeline.evaluation.tables import Column
+
+GAPS = {"energy_mae_meV": "gap closed, energy (%)", "force_mae_meV_A": "gap closed, forces (%)"}
+VALIDATION = "validation"  # stands for a test set where no run has one
+_THROUGHPUT = "systems_per_second"
+
+Evaluations = Mapping[Path, Mapping[str, Evaluation]]  # run folder -> data set -> evaluation
+
+
+@dataclass(frozen=True, eq=False)
+class TeacherResult:
+    """The teacher's accuracy by data set, with the keys of `Metrics.to_report` and systems_per_second."""
+
+    name: str
+    test: Mapping[str, Mapping[str, float | None]] = field(default_factory=dict)
+    n_parameters: int | None = None
+    evaluations: Mapping[str, Evaluation] = field(default_factory=dict)  # win over `test`
+
+    def values(self, dataset: str) -> dict[str, float | None]:
+        """Return what is known on a data set, empty if nothing is."""
+        evaluation = self.evaluations.get(dataset)
+        return {**self.test.get(dataset, {}), **(evaluation.to_report() if evaluation else {})}
+
+
+@dataclass(frozen=True, eq=False)
+class Row:
+    """One line of the table: the teacher, or a group of runs over its seeds."""
+
+    name: str
+    role: str  # "teacher", "without KD" or "with KD"
+    metrics: dict[str, SeedStat]  # by the keys of REPORTED
+    values: dict[str, list[float]]  # the same, seed by seed
+    gaps: dict[str, GapClosed]  # by the keys of GAPS, with KD only
+    seconds: SeedStat
+    systems_per_second: SeedStat
+    n_parameters: int | None
+    n_seeds: int
+
+    def cells(self) -> dict[str, object]:
+        """Return the values under the keys of `columns`."""
+        gaps = {f"gap_{key}": self.gaps.get(key) for key in GAPS}
+        others = {
+            "seconds": self.seconds,
+            _THROUGHPUT: self.systems_per_second,
+            "n_parameters": self.n_parameters,
+        }
+        return {"name": self.name, "seeds": self.n_seeds or None, **self.metrics, **gaps, **others}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values for JSON; what is not finite becomes None."""
+        plain = asdict(self)
+        clean: dict[str, Any] = _finite(plain)
+        return clean
+
+
+def columns(rows: Sequence[Row]) -> list[Column]:
+    """Return the columns that the rows have something for."""
+    every = [
+        Column("name", "model"),
+        Column("seeds", "seeds"),
+        *(Column(m.key, m.title) for m in REPORTED.values()),
+        *(Column(f"gap_{key}", title) for key, title in GAPS.items()),
+        Column("seconds", "training (s)"),
+        Column("n_parameters", "parameters"),
+        Column(_THROUGHPUT, "systems/s"),
+    ]
+    cells = [row.cells() for row in rows]
+    return [c for c in every if any(not _is_empty(line[c.key]) for line in cells)]
+
+
+def dataset_names(runs: Sequence[Run], evaluations: Evaluations) -> list[str]:
+    """Return the test sets that any run was measured on, or the validation set if there is none."""
+    names = {name for run in runs for name in (*run.test, *evaluations.get(run.path, {}))}
+    return sorted(names) or [VALIDATION]
+
+
+def build_rows(
+    groups: Sequence[Group], dataset: str, teacher: TeacherResult | None, evaluations: Evaluations
+) -> list[Row]:
+    """Return the teacher's row, then every student without KD followed by those with KD."""
+    rows = []
+    known = teacher.values(dataset) if teacher else {}
+    if teacher is not None:
+        rows.append(_teacher_row(teacher, known))
+    for baseline, with_kd in comparisons(groups):
+        base_row = _group_row(baseline, "without KD", dataset, evaluations, {}) if baseline else None
+        if base_row is not None:
+            rows.append(base_row)
+        for group in with_kd:
+            row = _group_row(group, "with KD", dataset, evaluations, {})
+            if teacher is not None:
+                row.gaps.update(_gaps(base_row, row, known))
+            rows.append(row)
+    return rows
+
+
+def run_values(run: Run, dataset: str, evaluations: Evaluations) -> dict[str, float | None]:
+    """Return a run's metrics on a data set: of an evaluation if there is one, else those it ended with."""
+    stored = run.val if dataset == VALIDATION and not run.test else run.test.get(dataset, {})
+    evaluation = evaluations.get(run.path, {}).get(dataset)
+    return {**stored, **(evaluation.to_report() if evaluation else {})}
+
+
+def _teacher_row(teacher: TeacherResult, known: Mapping[str, float | None]) -> Row:
+    values = {key: [v] for key in REPORTED if (v := known.get(key)) is not None}
+    return Row(
+        name=f"teacher: {teacher.name}",
+        role="teacher",
+        metrics={key: SeedStat.of(values.get(key, [])) for key in REPORTED},
+        values=values,
+        gaps={},
+        seconds=SeedStat.of([]),
+        systems_per_second=SeedStat.of([known.get(_THROUGHPUT)]),
+        n_parameters=teacher.n_parameters,
+        n_seeds=0,
+    )
+
+
+def _group_row(
+    group: Group, role: str, dataset: str, evaluations: Evaluations, gaps: dict[str, GapClosed]
+) -> Row:
+    measured = [run_values(run, dataset, evaluations) for run in group.runs]
+    values = {key: [v for m in measured if (v := m.get(key)) is not None] for key in REPORTED}
+    return Row(
+        name=group.name,
+        role=role,
+        metrics={key: SeedStat.of(values[key]) for key in REPORTED},
+        values=values,
+        gaps=gaps,
+        seconds=SeedStat.of(run.seconds for run in group.runs),
+        systems_per_second=SeedStat.of(m.get(_THROUGHPUT) for m in measured),
+        n_parameters=group.runs[0].n_parameters,
+        n_seeds=len(group.runs),
+    )
+
+
+def _gaps(without: Row | None, with_kd: Row, teacher: Mapping[str, float | None]) -> dict[str, GapClosed]:
+    if without is None:
+        return {key: GapClosed(None, None, "no runs of this student without KD") for key in GAPS}
+    return {
+        key: gap_closed(
+            without.metrics[key],
+            with_kd.metrics[key],
+            teacher.get(key),
+            larger_is_better=REPORTED[key].larger_is_better,
+        )
+        for key in GAPS
+    }
+
+
+def _is_empty(value: object) -> bool:
+    return value is None or (isinstance(value, SeedStat) and value.mean is None)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
