@@ -1,0 +1,302 @@
+"""The command line: parse, call one function of the library, print its summary."""
+
+import dataclasses
+import json
+import logging
+import sys
+import traceback
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import click
+
+from molkd.cache_schema.errors import MolkdError
+
+PATH = click.Path(path_type=Path)
+as_json = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.option("--debug", is_flag=True, help="Show tracebacks and debug messages.")
+@click.option("--quiet", is_flag=True, help="Only warnings and errors on stderr.")
+@click.version_option(package_name="molkd")
+def kd(debug: bool, quiet: bool) -> None:
+    """Make a fast interatomic potential out of an accurate one.
+
+    A teacher's signals are cached once; students are trained from the cache, without the teacher.
+    Units are eV, Angstrom and eV/A. Start with: kd demo
+    """
+    level = logging.DEBUG if debug else logging.WARNING if quiet else logging.INFO
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("molkd").setLevel(level)
+
+
+@kd.command()
+@click.argument("data", nargs=-1, type=PATH)
+@click.argument("store", type=PATH)
+@click.option(
+    "--drop-labels", multiple=True, type=PATH, metavar="DATA", help="More structures, without their labels."
+)
+@click.option("--energy-key", help="Name of the energy in the files (eV).")
+@click.option("--forces-key", help="Name of the forces in the files (eV/A).")
+@click.option("--require-labels", is_flag=True, help="Refuse systems without an energy.")
+@click.option("--on-conflict", type=click.Choice(["error", "first"]), help="Same structure, different labels.")
+@click.option("--seed", type=int, help="Of the order on disk.")
+@click.option("--shard-atoms", type=int, help="Atom rows a shard (multiple of 1024).")
+@click.option("--licence", help="Of the data; kept in the store.")
+@click.option("--citation", help="Of the data; kept in the store.")
+@as_json
+def ingest(as_json: bool, **flags: Any) -> None:
+    """Put structures and labels of DATA... into STORE, without a teacher.
+
+    DATA are extxyz files (.xz, .gz, .zst too), anything ase.io reads, ASE databases, OC20 LMDBs or folders of
+    them, .aselmdb files, COLL's npz, or other stores. A missing label stays missing.
+
+    \b
+    Example:
+      kd ingest train.extxyz coll.kdcache
+      kd ingest labelled.extxyz coll.kdcache --drop-labels pool.extxyz
+    """
+    from molkd.pipeline.config import IngestConfig, make_config
+    from molkd.pipeline.ingest import ingest as run
+
+    _show(run(make_config(IngestConfig, _given(flags))), as_json)
+
+
+@kd.command("cache-teacher")
+@click.argument("data", type=PATH)
+@click.argument("store", type=PATH, required=False)
+@click.option("--teacher", required=True, help="Model file, run folder, weights, or a name (see kd doctor).")
+@click.option("--signals", help="Comma-separated; default energy,forces,atomic_energies,node.")
+@click.option("--name", help="Of the teacher's group in the store.")
+@click.option("--encoding", type=click.Choice(["fp32", "fp16"]), help="Of features; default fp16.")
+@click.option("--batch-atoms", type=int, help="Atoms a batch; default by device.")
+@click.option("--batch-edges", type=int, help="Edges a batch; default by device.")
+@click.option("--device", help="auto, cpu, cuda, cuda:1.")
+@click.option("--precision", type=click.Choice(["float32", "float64"]), help="Of the teacher's forward.")
+@click.option("--skip-bad", is_flag=True, default=None, help="Quarantine systems with non-finite output.")
+@click.option("--dry-run", is_flag=True, help="Price disk and time from a short probe; write nothing.")
+@as_json
+def cache_teacher(as_json: bool, data: Path, store: Path | None, dry_run: bool, **flags: Any) -> None:
+    """Run the teacher once over DATA and keep its signals in STORE.
+
+    DATA is a store of structures (then STORE may be left out: the signals are added to it) or anything that
+    `kd ingest` takes. The same command continues after an interruption; with other --signals it adds to the store.
+
+    \b
+    Example:
+      kd cache-teacher coll.kdcache --teacher painn.safetensors --signals energy,forces,node,v2v
+      kd cache-teacher train.extxyz coll.kdcache --teacher sevennet-0 --dry-run
+    """
+    from molkd.pipeline.caching import cache_teacher as run
+    from molkd.pipeline.caching import plan_teacher, prepare_store
+    from molkd.pipeline.config import CacheConfig, make_config
+
+    if flags.get("signals"):
+        flags["signals"] = [s.strip() for s in flags["signals"].split(",") if s.strip()]
+    config = make_config(CacheConfig, _given(flags | {"store": store or data}))
+    _show(plan_teacher(config, data) if dry_run else run(prepare_store(config, data)), as_json)
+
+
+@kd.group()
+def cache() -> None:
+    """Look into a store and check it."""
+
+
+@cache.command("info")
+@click.argument("store", type=PATH)
+@as_json
+def cache_info(as_json: bool, store: Path) -> None:
+    """Show what is inside STORE: systems, teachers, signals, encodings, sizes, provenance.
+
+    \b
+    Example:
+      kd cache info coll.kdcache
+    """
+    from molkd.cache_schema.manifest import info
+
+    _show(info(store), as_json)
+
+
+@cache.command("verify")
+@click.argument("store", type=PATH)
+@click.option("--quick", is_flag=True, help="Presence and sizes only, no checksums.")
+@as_json
+def cache_verify(as_json: bool, store: Path, quick: bool) -> None:
+    """Check every byte of STORE against its checksums; exit code 3 if something is wrong.
+
+    \b
+    Example:
+      kd cache verify coll.kdcache
+    """
+    from molkd.cache_schema.verify import verify
+
+    report = verify(store, quick=quick)
+    _show(report, as_json)
+    if report.problems:
+        sys.exit(3)
+
+
+@kd.command("train-student")
+@click.argument("store", type=PATH)
+@click.option("--student", required=True, help="Preset: painn-small, painn-big, schnet, painn-tiny, ...")
+@click.option("--kd", "kd_terms", multiple=True, help="none, or LOSS=LAMBDA with n2n, v2v, vanilla1, vanilla2.")
+@click.option("--out", required=True, type=PATH, help="Run folder.")
+@click.option("--kd-head", type=click.Choice(["identity", "linear", "mlp"]), default="linear", show_default=True)
+@click.option("--kd-loss", type=click.Choice(["mse", "mae"]), default="mse", show_default=True)
+@click.option("--teacher", help="Which one, if the store has several.")
+@click.option("--pseudo-labels", is_flag=True, default=None, help="Missing labels come from the teacher.")
+@click.option("--val", type=PATH, help="Validation data or store; default: a part of STORE by id.")
+@click.option("--val-fraction", type=float, help="Share of STORE held out by id; default 0.1.")
+@click.option("--test", multiple=True, type=PATH, help="Evaluated once at the end; never trained on.")
+@click.option("--epochs", type=int, help="Passes over the training systems.")
+@click.option("--steps", type=int, help="Steps at most.")
+@click.option("--batch-size", type=int, help="Systems a step.")
+@click.option("--lr", type=float, help="Initial learning rate.")
+@click.option("--seed", type=int)
+@click.option("--device", help="auto, cpu, cuda, cuda:1.")
+@click.option("--amp", type=click.Choice(["off", "bf16"]), help="Mixed precision; default off.")
+@click.option("--tensorboard", is_flag=True, default=None, help="Also write TensorBoard events.")
+@click.option("--label", help="Name in reports.")
+@click.option("--config", "config_file", type=PATH, help="YAML file of settings.")
+@click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="Any setting: training.lr=1e-4")
+@as_json
+def train_student(as_json: bool, config_file: Path | None, assignments: tuple[str, ...], **flags: Any) -> None:
+    """Train a student on STORE; --kd says what it learns from the cached teacher.
+
+    LAMBDA is the paper's weight, or auto: then the term starts as large as the loss on the labels. With
+    --kd none this is ordinary training, also the way to train a teacher. The same command continues.
+
+    \b
+    Example:
+      kd train-student coll.kdcache --student painn-small --kd n2n=auto --kd v2v=1.0 --out runs/n2n
+      kd train-student coll.kdcache --student painn-big --kd none --out runs/teacher
+    """
+    from molkd.pipeline.distill.settings import resolve
+    from molkd.pipeline.distill.train import train_student as run
+
+    _show(run(resolve(config_file, assignments, _given(flags))), as_json)
+
+
+@kd.command()
+@click.argument("model")
+@click.argument("data", type=PATH)
+@click.option("--predictions", type=PATH, help="Write structures, labels and predictions as extxyz.")
+@click.option("--energy-key", help="Name of the energy in the files (eV).")
+@click.option("--forces-key", help="Name of the forces in the files (eV/A).")
+@click.option("--batch-size", type=int, default=32, show_default=True)
+@click.option("--device", default="auto", show_default=True)
+@as_json
+def evaluate(as_json: bool, **flags: Any) -> None:
+    """Measure MODEL (a run, a model file or any teacher) on the labels of DATA.
+
+    \b
+    Example:
+      kd evaluate runs/n2n test.extxyz --predictions predicted.extxyz
+    """
+    from molkd.pipeline.evaluation_command import evaluate_model
+
+    _show(evaluate_model(**flags), as_json)
+
+
+@kd.command()
+@click.argument("runs", nargs=-1, required=True, type=PATH)
+@click.option("--out", required=True, type=PATH, help="Folder for report.md, tables and pictures.")
+@click.option("--teacher", help="Evaluated too; needed for the share of the gap closed.")
+@click.option("--test", type=PATH, help="Data that every run and the teacher are measured on.")
+@click.option("--device", default="auto", show_default=True)
+@as_json
+def report(as_json: bool, **flags: Any) -> None:
+    """Compare RUNS: table with mean and spread over seeds, gap closed, learning curves, parity plots, cards.
+
+    \b
+    Example:
+      kd report runs/* --out report --teacher teacher.safetensors --test test.extxyz
+    """
+    from molkd.pipeline.evaluation_command import report_runs
+
+    _show(report_runs(**flags), as_json)
+
+
+@kd.command()
+@click.argument("folder", type=PATH, default=Path())
+@as_json
+def doctor(as_json: bool, folder: Path) -> None:
+    """Show versions, devices, teachers that can be used, and rights on a cache FOLDER.
+
+    \b
+    Example:
+      kd doctor /data/caches
+    """
+    from molkd.pipeline.doctor import diagnose
+
+    _show(diagnose(folder), as_json)
+
+
+@kd.command()
+@click.option("--out", type=PATH, default=Path("kd-demo"), show_default=True, help="Folder for everything.")
+@as_json
+def demo(as_json: bool, out: Path) -> None:
+    """Run both stages on bundled molecules in under three minutes and write a report.
+
+    \b
+    Example:
+      kd demo --out kd-demo
+    """
+    from molkd.pipeline.demo.run import run_demo
+
+    _show(run_demo(out), as_json)
+
+
+def _given(flags: Mapping[str, Any]) -> dict[str, Any]:
+    """Only what the user said: the rest comes from the settings' own defaults."""
+    return {key: value for key, value in flags.items() if value is not None and value != ()}
+
+
+def _show(result: Any, as_json: bool) -> None:
+    """Print a summary: JSON, or its own text, or one line a field."""
+    plain = dataclasses.asdict(result) if dataclasses.is_dataclass(result) and not isinstance(result, type) else result
+    if as_json:
+        click.echo(json.dumps(plain, indent=2, default=str))
+    elif hasattr(result, "text"):
+        click.echo(result.text())
+    else:
+        _print_mapping(plain, "")
+
+
+def _print_mapping(content: Mapping[str, Any], indent: str) -> None:
+    width = max((len(str(key)) for key in content), default=0)
+    for key, value in content.items():
+        if isinstance(value, Mapping) and value:
+            click.echo(f"{indent}{key}")
+            _print_mapping(value, indent + "  ")
+        elif isinstance(value, list | tuple) and value:
+            click.echo(f"{indent}{key}")
+            for item in value:
+                click.echo(f"{indent}  {item}")
+        elif value not in ({}, [], (), "", None):
+            shown = f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else value
+            click.echo(f"{indent}{key!s:<{width}}  {f'{shown:.6g}' if isinstance(shown, float) else shown}")
+
+
+def main() -> None:
+    """Entry point of the scripts `kd` and `molkd`: one line for a user's error, no traceback."""
+    try:
+        kd(standalone_mode=False)
+    except click.exceptions.Exit as stop:
+        sys.exit(stop.exit_code)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("interrupted; the same command continues", err=True)
+        sys.exit(130)
+    except Exception as error:
+        if "--debug" in sys.argv:
+            traceback.print_exc()
+        elif not isinstance(error, MolkdError):
+            click.echo(f"unexpected {type(error).__name__}: {error}; run again with kd --debug and report it", err=True)
+            sys.exit(1)
+        click.echo(f"error: {error}", err=True)
+        sys.exit(error.exit_code if isinstance(error, MolkdError) else 1)

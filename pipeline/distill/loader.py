@@ -1,0 +1,213 @@
+"""Batches of a store for training: one prefetch thread reads, builds neighbours and normalises labels."""
+
+import queue
+import threading
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from molkd.cache_schema.epoch import read_epoch
+from molkd.cache_schema.reader import Cache
+from molkd.pipeline.data.references import LabelScale
+from molkd.pipeline.distill.losses import Targets
+from molkd.pipeline.graphs.batch import Batch, make_batch, to_device
+from molkd.pipeline.graphs.neighbors import NeighborRule
+from molkd.pipeline.models.potential import N_ELEMENTS
+
+_FIELDS = ("atomic_numbers", "positions", "tags", "fixed", "cell", "pbc", "energy", "forces")
+_PREFETCH = 4  # batches ready ahead of the step
+_END = object()
+
+
+class Sample(NamedTuple):
+    """One training batch with its targets."""
+
+    batch: Batch
+    targets: Targets
+
+
+class CacheLoader:
+    """An endless stream of training batches, epoch after epoch, that can be stopped and continued exactly.
+
+    Parameters
+    ----------
+    cache : the opened store
+    subset : (S,) bool, the systems to train on
+    rule : the student's neighbour rule
+    scale : how labels and the teacher's energies and forces are normalised
+    signals : the teacher's signals to deliver
+    """
+
+    def __init__(
+        self,
+        cache: Cache,
+        subset: NDArray[np.bool_],
+        rule: NeighborRule,
+        scale: LabelScale,
+        *,
+        batch_size: int,
+        seed: int,
+        teacher: str | None = None,
+        signals: tuple[str, ...] = (),
+        pin: bool = False,
+    ) -> None:
+        self.cache = cache
+        self.subset = subset
+        self.rule = rule
+        self.scale = scale
+        self.batch_size = batch_size
+        self.seed = seed
+        self.teacher = teacher
+        self.signals = signals
+        self.pin = pin
+        self.epoch = 0
+        self.batch_in_epoch = 0  # the next batch to deliver
+        self._references = np.zeros(N_ELEMENTS)
+        for atomic_number, energy in scale.references.items():
+            self._references[atomic_number] = energy
+
+    @property
+    def batches_per_epoch(self) -> int:
+        """Batches in one pass over the subset; the last may be smaller."""
+        return -(-int(self.subset.sum()) // self.batch_size)
+
+    def state_dict(self) -> dict[str, int]:
+        """Where the stream stands: the next batch delivered is the first not yet seen."""
+        return {"epoch": self.epoch, "batch_in_epoch": self.batch_in_epoch}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Continue from `state_dict`."""
+        self.epoch, self.batch_in_epoch = state["epoch"], state["batch_in_epoch"]
+
+    def __iter__(self) -> Iterator[Sample]:
+        """Deliver batches for ever; close the iterator to stop the thread."""
+        while True:
+            yield from self._rest_of_epoch()
+            self.epoch += 1
+            self.batch_in_epoch = 0
+
+    def _rest_of_epoch(self) -> Iterator[Sample]:
+        ready: queue.Queue[Any] = queue.Queue(_PREFETCH)
+        stop = threading.Event()
+        thread = threading.Thread(
+            target=self._produce,
+            args=(self.epoch, self.batch_in_epoch, ready, stop),
+            name="kd-prefetch",
+            daemon=True,
+        )
+        thread.start()
+        try:
+            while (item := ready.get()) is not _END:
+                if isinstance(item, BaseException):
+                    raise item
+                self.batch_in_epoch += 1
+                yield item
+        finally:
+            stop.set()
+            while thread.is_alive():
+                _drain(ready)
+                thread.join(timeout=0.05)
+
+    def _produce(
+        self, epoch: int, start_batch: int, ready: "queue.Queue[Any]", stop: threading.Event
+    ) -> None:
+        try:
+            for _, arrays in read_epoch(
+                self.cache,
+                fields=_FIELDS,
+                teacher=self.teacher,
+                signals=self.signals,
+                subset=self.subset,
+                batch_size=self.batch_size,
+                seed=self.seed,
+                epoch=epoch,
+                start_batch=start_batch,
+            ):
+                if stop.is_set():
+                    return
+                ready.put(self.make_sample(arrays))
+            ready.put(_END)
+        except BaseException as error:  # handed to the training thread, which raises it  # noqa: BLE001
+            ready.put(error)
+
+    def make_sample(self, arrays: dict[str, NDArray[Any]]) -> Sample:
+        """Build neighbours and normalised targets from the concatenated arrays of one batch."""
+        batch = make_batch(
+            atomic_numbers=arrays["atomic_numbers"],
+            positions=arrays["positions"],
+            n_atoms=arrays["n_atoms"],
+            cell=arrays["cell"],
+            pbc=arrays["pbc"],
+            tags=arrays["tags"],
+            fixed=arrays["fixed"],
+            rule=self.rule,
+        )
+        sample = Sample(batch, self._targets(arrays))
+        return _pin(sample) if self.pin else sample
+
+    def _targets(self, arrays: dict[str, NDArray[Any]]) -> Targets:
+        n_atoms = arrays["n_atoms"]
+        references = self._references[arrays["atomic_numbers"]]  # (N,) eV
+        offset = np.add.reduceat(references, np.cumsum(n_atoms) - n_atoms) + self.scale.energy_mean  # (S,)
+        # Atomic energies carry the mean in equal parts, as Potential.predict gives them back.
+        atom_offset = references + np.repeat(self.scale.energy_mean / n_atoms, n_atoms)  # (N,)
+        teacher: dict[str, Tensor] = {}
+        for name in self.signals:
+            values = arrays[f"teacher/{name}"]
+            if name == "energy":
+                values = (values - offset) / self.scale.energy_std
+            elif name == "atomic_energies":
+                values = (values - atom_offset) / self.scale.energy_std
+            elif name == "forces":
+                values = values / self.scale.forces_std
+            teacher[name] = _float32(values)
+        return Targets(
+            energy=_float32((arrays["energy"] - offset) / self.scale.energy_std),
+            forces=_float32(arrays["forces"] / self.scale.forces_std),
+            free=torch.from_numpy(~arrays["fixed"].astype(bool)),
+            teacher=teacher,
+        )
+
+
+def sample_to(sample: Sample, device: torch.device) -> Sample:
+    """Move a sample to the device; asynchronous from pinned memory."""
+    move = lambda t: t.to(device, non_blocking=True)  # noqa: E731
+    targets = sample.targets
+    return Sample(
+        to_device(sample.batch, device),
+        Targets(
+            move(targets.energy),
+            move(targets.forces),
+            move(targets.free),
+            {name: move(values) for name, values in targets.teacher.items()},
+        ),
+    )
+
+
+def _pin(sample: Sample) -> Sample:
+    targets = sample.targets
+    return Sample(
+        Batch(*(t.pin_memory() for t in sample.batch)),
+        Targets(
+            targets.energy.pin_memory(),
+            targets.forces.pin_memory(),
+            targets.free.pin_memory(),
+            {name: values.pin_memory() for name, values in targets.teacher.items()},
+        ),
+    )
+
+
+def _float32(values: NDArray[np.floating]) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32))
+
+
+def _drain(ready: "queue.Queue[Any]") -> None:
+    while True:
+        try:
+            ready.get_nowait()
+        except queue.Empty:
+            return

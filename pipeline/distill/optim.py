@@ -1,0 +1,46 @@
+"""How the weights move: AdamW, the paper's learning-rate schedules and the moving average of weights."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
+
+from molkd.pipeline.config import ScheduleConfig, TrainingConfig
+
+
+def make_optimizer(parameters: Iterable[nn.Parameter], config: TrainingConfig) -> torch.optim.AdamW:
+    """AdamW over everything that requires a gradient."""
+    return torch.optim.AdamW(
+        [p for p in parameters if p.requires_grad],
+        lr=config.lr,
+        weight_decay=config.weight_decay,
+        amsgrad=config.amsgrad,
+        eps=config.adam_eps,
+    )
+
+
+def lr_factor(schedule: ScheduleConfig, step: int, total_steps: int) -> float:
+    """Return what the initial learning rate is multiplied by at `step` (0 is the first).
+
+    Warm-up rises linearly from `warmup_factor` to 1. Afterwards the exponential schedule is
+    ``decay_rate ** (step / decay_steps)``, the milestones one ``gamma ** (milestones passed)``.
+    """
+    if step < schedule.warmup_steps:
+        done = step / schedule.warmup_steps
+        return schedule.warmup_factor + (1 - schedule.warmup_factor) * done
+    if schedule.kind == "warmup_exponential":
+        return schedule.decay_rate ** (step / (schedule.decay_steps or total_steps))
+    if schedule.kind == "warmup_milestones":
+        return schedule.gamma ** sum(step >= milestone for milestone in schedule.milestones)
+    return 1.0
+
+
+def make_ema(model: nn.Module, decay: float) -> AveragedModel:
+    """Moving average of the weights; young averages forget faster: decay is at most (1 + n) / (10 + n)."""
+
+    def average(averaged: list[Tensor], current: list[Tensor], n_averaged: Tensor | int) -> None:
+        n = int(n_averaged)
+        torch._foreach_lerp_(averaged, current, 1.0 - min(decay, (1 + n) / (10 + n)))
+
+    return AveragedModel(model, multi_avg_fn=average)

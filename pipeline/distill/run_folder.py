@@ -1,0 +1,122 @@
+"""The folder of one training run: config.yaml, log.txt, metrics.csv, metrics.json, last.pt, best.safetensors."""
+
+import csv
+import io
+import json
+import logging
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from molkd.pipeline.config import TrainConfig, dump_yaml, make_config, read_yaml
+from molkd.pipeline.errors import ConfigError, IntegrityError
+from molkd.pipeline.files import write_atomic
+
+_MAY_CHANGE = {
+    "out",
+    "store",
+    "device",
+    "checkpoint_every",
+    "log_every",
+    "tensorboard",
+    "label",
+    "test",
+    "val",
+}
+
+
+class RunFolder:
+    """Where a run keeps what it needs to go on, and what others read."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.best = path / "best.safetensors"
+        self._last = path / "last.pt"
+        self._metrics = path / "metrics.csv"
+        self._summary = path / "metrics.json"
+        self._columns: list[str] = []
+
+    def open(self, config: TrainConfig) -> None:
+        """Write config.yaml, or check that the run already there has the same settings.
+
+        Raises
+        ------
+        ConfigError
+            If the folder holds a run with other settings; nothing in it is touched.
+        """
+        target = self.path / "config.yaml"
+        if target.exists():
+            old = make_config(TrainConfig, read_yaml(target)).model_dump(mode="json")
+            new = config.model_dump(mode="json")
+            differ = [key for key in new if key not in _MAY_CHANGE and new[key] != old.get(key)]
+            if differ:
+                raise ConfigError(
+                    f"{self.path}: holds a run with other settings ({', '.join(differ)}); "
+                    "give another --out, or remove the folder to start over"
+                )
+        write_atomic(target, dump_yaml(config))
+
+    def log_to_file(self) -> logging.Handler:
+        """Append the log of the package to log.txt; the caller removes the handler."""
+        handler = logging.FileHandler(self.path / "log.txt")
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        logging.getLogger("molkd").addHandler(handler)
+        return handler
+
+    def finished(self) -> dict[str, Any] | None:
+        """Return the content of metrics.json if the run is complete."""
+        return json.loads(self._summary.read_text()) if self._summary.exists() else None
+
+    def finish(self, summary: Mapping[str, Any]) -> None:
+        """Write metrics.json: the run is complete."""
+        write_atomic(self._summary, json.dumps(summary, indent=2, default=str) + "\n")
+
+    def save_state(self, state: Mapping[str, Any]) -> None:
+        """Replace last.pt."""
+        buffer = io.BytesIO()
+        torch.save(dict(state), buffer)
+        write_atomic(self._last, buffer.getvalue())
+
+    def load_state(self) -> dict[str, Any] | None:
+        """Return what `save_state` kept, or None in a fresh folder."""
+        if not self._last.exists():
+            return None
+        try:
+            return torch.load(self._last, map_location="cpu", weights_only=True)
+        except (RuntimeError, EOFError, OSError) as error:
+            raise IntegrityError(
+                f"{self._last}: damaged checkpoint ({error}); remove it to start this run over"
+            ) from None
+
+    def start_metrics(self, columns: list[str], step: int) -> None:
+        """Begin metrics.csv, or drop the rows that a continued run will write again."""
+        self._columns = columns
+        rows: list[dict[str, str]] = []
+        if self._metrics.exists():
+            with self._metrics.open(newline="") as file:
+                rows = [
+                    r
+                    for r in csv.DictReader(file)
+                    if (r.get("step") or "").isdigit() and int(r["step"]) <= step
+                ]
+        buffer = io.StringIO()
+        writer = csv.DictWriter(buffer, columns, extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(rows)
+        write_atomic(self._metrics, buffer.getvalue())
+
+    def add_metrics(self, row: Mapping[str, float | int]) -> None:
+        """Append one row; a missing column stays empty."""
+        with self._metrics.open("a", newline="") as file:
+            csv.DictWriter(file, self._columns, extrasaction="ignore").writerow(
+                {key: _cell(value) for key, value in row.items()}
+            )
+
+
+def _cell(value: float | int) -> str:
+    if isinstance(value, int):
+        return str(value)
+    return "" if math.isnan(value) else f"{value:.8g}"

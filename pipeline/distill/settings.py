@@ -1,0 +1,42 @@
+"""From flags, YAML file and preset to one TrainConfig."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from molkd.cache_schema.reader import Cache
+from molkd.pipeline.config import TrainConfig, make_config, parse_assignments, parse_kd, read_yaml
+from molkd.pipeline.errors import ConfigError
+from molkd.pipeline.models.registry import load_preset
+
+_TRAINING_FLAGS = {"epochs": "max_epochs", "steps": "max_steps", "batch_size": "batch_size", "lr": "lr"}
+
+
+def resolve(config_file: Path | None, assignments: Sequence[str], flags: Mapping[str, Any]) -> TrainConfig:
+    """Merge preset < YAML < --set < flags.
+
+    Parameters
+    ----------
+    flags : of `kd train-student`, only those given; `kd_terms` holds the texts of --kd
+    """
+    flags = dict(flags)
+    terms = flags.pop("kd_terms", ())
+    head, loss = flags.pop("kd_head", "linear"), flags.pop("kd_loss", "mse")
+    training = {name: flags.pop(flag) for flag, name in _TRAINING_FLAGS.items() if flag in flags}
+    if "test" in flags:
+        flags["test"] = _named(flags["test"])
+    if terms:
+        flags["kd"] = parse_kd(terms, head, loss)
+    if training:
+        flags["training"] = training
+    cache = Cache.open(flags["store"])
+    preset = load_preset(flags["student"], periodic=bool(cache.pbc.any()))
+    layers = [preset, read_yaml(config_file) if config_file else {}, parse_assignments(assignments), flags]
+    return make_config(TrainConfig, *layers)
+
+
+def _named(paths: Sequence[Path]) -> dict[str, Path]:
+    names = {path.name.split(".")[0]: path for path in paths}
+    if len(names) < len(paths):
+        raise ConfigError("--test: two files of the same name; rename one, so that results can be told apart")
+    return names

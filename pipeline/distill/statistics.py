@@ -1,0 +1,72 @@
+"""What the labels of a store look like, for energy references, label scale and the start value of lambda."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from molkd.cache_schema.reader import Cache
+from molkd.pipeline.data.references import LabelScale
+from molkd.pipeline.models.potential import N_ELEMENTS
+
+_MAX_SYSTEMS = 100_000  # stored order is random, so the first ones are a fair sample
+_CHUNK = 2_000
+
+
+@dataclass(frozen=True)
+class LabelStatistics:
+    """Labels of up to 100,000 systems of a subset."""
+
+    counts: NDArray[np.int64]  # (S, 119) atoms of each element
+    energies: NDArray[np.float64]  # (S,) eV, NaN where missing
+    forces_rms: float  # eV/A, over components of free atoms; NaN if there are none
+    mean_force_norm: float  # eV/A, over free atoms
+    elements: tuple[int, ...]  # atomic numbers that occur
+
+    @property
+    def n_energies(self) -> int:
+        """Systems with an energy."""
+        return int(np.isfinite(self.energies).sum())
+
+
+def label_statistics(cache: Cache, subset: NDArray[np.bool_], teacher: str | None = None) -> LabelStatistics:
+    """Read labels of the subset, or the teacher's energies and forces if `teacher` is given."""
+    indices = np.flatnonzero(subset)[:_MAX_SYSTEMS]
+    counts = np.zeros((len(indices), N_ELEMENTS), dtype=np.int64)
+    energies = np.full(len(indices), np.nan)
+    square_sum = norm_sum = 0.0
+    n_free = 0
+    signals = ("energy", "forces") if teacher else ()
+    prefix = "teacher/" if teacher else ""
+    for begin in range(0, len(indices), _CHUNK):
+        part = indices[begin : begin + _CHUNK]
+        arrays = cache.read(
+            part, ("atomic_numbers", "energy", "forces", "fixed"), teacher=teacher, signals=signals
+        )
+        system = np.repeat(np.arange(begin, begin + len(part)), cache.system_n_atoms[part])
+        np.add.at(counts, (system, arrays["atomic_numbers"]), 1)
+        energies[begin : begin + len(part)] = arrays[f"{prefix}energy"]
+        forces = arrays[f"{prefix}forces"].astype(np.float64)
+        forces = forces[np.isfinite(forces).all(axis=1) & ~arrays["fixed"].astype(bool)]
+        square_sum += float((forces**2).sum())
+        norm_sum += float(np.linalg.norm(forces, axis=1).sum())
+        n_free += len(forces)
+    return LabelStatistics(
+        counts=counts,
+        energies=energies,
+        forces_rms=float(np.sqrt(square_sum / (3 * n_free))) if n_free else float("nan"),
+        mean_force_norm=norm_sum / n_free if n_free else float("nan"),
+        elements=tuple(int(z) for z in np.flatnonzero(counts.any(axis=0))),
+    )
+
+
+def mean_atomic_energy(cache: Cache, teacher: str, scale: LabelScale) -> float:
+    """Return the mean absolute value of the teacher's atomic energies in normalised units, from a sample."""
+    sample = np.arange(min(cache.n_systems, _CHUNK))
+    arrays = cache.read(sample, ("atomic_numbers",), teacher=teacher, signals=("atomic_energies",))
+    table = np.zeros(N_ELEMENTS)
+    for atomic_number, energy in scale.references.items():
+        table[atomic_number] = energy
+    share = np.repeat(scale.energy_mean / cache.system_n_atoms[sample], cache.system_n_atoms[sample])
+    residual = arrays["teacher/atomic_energies"] - table[arrays["atomic_numbers"]] - share
+    return float(np.nanmean(np.abs(residual))) / scale.energy_std

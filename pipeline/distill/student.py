@@ -1,0 +1,219 @@
+"""Everything a run decides before its first step: systems, scale, student, weights of the losses."""
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from molkd.cache_schema.fields import FieldSpec
+from molkd.cache_schema.reader import Cache
+from molkd.pipeline.config import KDTerm, TrainConfig
+from molkd.pipeline.data.references import LabelScale, fit_label_scale
+from molkd.pipeline.data.splits import split_mask
+from molkd.pipeline.distill.heads import TEACHER_SIGNALS, Objective, needed_signals
+from molkd.pipeline.distill.statistics import LabelStatistics, label_statistics, mean_atomic_energy
+from molkd.pipeline.errors import CacheError, ConfigError, DataError
+from molkd.pipeline.models.potential import Potential
+from molkd.pipeline.models.registry import build_model
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Setup:
+    """The fixed parts of a run."""
+
+    train: NDArray[np.bool_]  # (S,) systems of the store to train on
+    val: NDArray[np.bool_]  # (S,) systems held out by id; none if the validation data are elsewhere
+    teacher: str | None
+    signals: tuple[str, ...]
+    potential: Potential
+    objective: Objective
+
+
+def choose_teacher(cache: Cache, config: TrainConfig) -> str | None:
+    """Return which teacher's signals the run reads, None if it needs none."""
+    if not needed_signals(config.kd, pseudo_labels=config.pseudo_labels):
+        return None
+    names = sorted(cache.teachers)
+    if not names:
+        raise CacheError(
+            f"{cache.path}: no teacher in this store; run kd cache-teacher on it first, or take --kd none"
+        )
+    if config.teacher is not None and config.teacher not in names:
+        raise CacheError(f"{cache.path}: no teacher {config.teacher}; it has {', '.join(names)}")
+    if config.teacher is None and len(names) > 1:
+        raise ConfigError(f"{cache.path}: several teachers ({', '.join(names)}); choose one with --teacher")
+    return config.teacher or names[0]
+
+
+def choose_systems(
+    cache: Cache, config: TrainConfig, teacher: str | None, signals: tuple[str, ...]
+) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+    """Return masks (S,) of training and validation systems; incomplete signals and quarantined systems are refused or left out."""
+    val = np.zeros(cache.n_systems, dtype=bool)
+    if config.val is None and config.val_fraction:
+        val = split_mask(cache.ids, config.val_fraction)
+    train = ~val
+    if teacher is not None:
+        for name in signals:
+            entry = cache.teachers[teacher].signals.get(name)
+            if entry is not None and not entry.complete:
+                raise CacheError(
+                    f"{cache.path}: signal {name} of {teacher} is unfinished ({len(entry.missing_shards)} shards missing); "
+                    "run the same kd cache-teacher command again, it continues"
+                )
+        bad = cache.bad_systems(teacher)
+        if len(bad):
+            train[bad] = False
+            log.warning("%d systems without finite teacher output are left out", len(bad))
+    if not train.any():
+        raise DataError(f"{cache.path}: no system left to train on; lower --val-fraction or add systems")
+    return train, val
+
+
+def prepare(cache: Cache, config: TrainConfig, device: torch.device) -> Setup:
+    """Decide everything from store and settings; each decision is logged with its reason."""
+    teacher = choose_teacher(cache, config)
+    signals = needed_signals(config.kd, pseudo_labels=config.pseudo_labels)
+    train, val = choose_systems(cache, config, teacher, signals)
+    statistics = label_statistics(cache, train)
+    _check_labels(cache, config, statistics)
+    if statistics.n_energies == 0 and np.isnan(statistics.forces_rms) and teacher:
+        log.info(
+            "no labels in the training systems: references and scale come from the teacher's energies and forces"
+        )
+        statistics = label_statistics(cache, train, teacher)
+    scale = _fit_scale(config, statistics)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        model = build_model(config.model)
+        specs = _teacher_specs(cache, teacher)
+        weights = {t.name: _weight(t, cache, teacher, statistics, scale, config) for t in config.kd}
+        objective = Objective(
+            config.kd,
+            weights,
+            model.signals,
+            specs,
+            config.training.energy_weight,
+            config.training.forces_weight,
+        )
+    _check_elements(statistics, int(model.max_atomic_number), cache.path)
+    if model.forces_from == "gradient" and scale.forces_std != scale.energy_std:
+        raise ConfigError(
+            "forces by gradient need one scale for energies and forces; set training.normalization"
+        )
+    metadata = {"model": config.model, "provenance": _provenance(cache, config, teacher, weights, statistics)}
+    potential = Potential(model.to(device), scale, metadata)
+    return Setup(train, val, teacher, signals, potential, objective.to(device))
+
+
+def _teacher_specs(cache: Cache, teacher: str | None) -> dict[str, FieldSpec]:
+    return {n: s.spec for n, s in cache.teachers[teacher].signals.items()} if teacher else {}
+
+
+def _check_labels(cache: Cache, config: TrainConfig, statistics: LabelStatistics) -> None:
+    supervised = config.pseudo_labels or any(t.name == "vanilla1" for t in config.kd)
+    if statistics.n_energies == 0 and np.isnan(statistics.forces_rms) and not supervised:
+        raise DataError(
+            f"{cache.path}: no system has an energy or forces to train on; "
+            "ingest with --energy-key, or learn from the teacher with --pseudo-labels or --kd vanilla1"
+        )
+
+
+def _fit_scale(config: TrainConfig, statistics: LabelStatistics) -> LabelScale:
+    references = config.training.references
+    scale = fit_label_scale(
+        statistics.counts,
+        statistics.energies,
+        statistics.forces_rms,
+        mode=config.training.normalization,
+        references=references,
+    )
+    log.info(
+        "labels: %d energies; references %s; energy mean %.4f eV, scale %.4f eV, forces scale %.4f eV/A",
+        statistics.n_energies,
+        {z: round(e, 3) for z, e in scale.references.items()} or "none",
+        scale.energy_mean,
+        scale.energy_std,
+        scale.forces_std,
+    )
+    return scale
+
+
+def zero_model_loss(statistics: LabelStatistics, scale: LabelScale, config: TrainConfig) -> float:
+    """Return L_0 (Eq. 1) of a model that always predicts zero, in normalised units."""
+    table = np.zeros(statistics.counts.shape[1])
+    for atomic_number, energy in scale.references.items():
+        table[atomic_number] = energy
+    normalised = (statistics.energies - statistics.counts @ table - scale.energy_mean) / scale.energy_std
+    known = normalised[np.isfinite(normalised)]
+    energy = float(np.abs(known).mean()) if len(known) else 0.0
+    forces = 0.0 if np.isnan(statistics.mean_force_norm) else statistics.mean_force_norm / scale.forces_std
+    return config.training.energy_weight * energy + config.training.forces_weight * forces
+
+
+def _weight(
+    term: KDTerm,
+    cache: Cache,
+    teacher: str | None,
+    statistics: LabelStatistics,
+    scale: LabelScale,
+    config: TrainConfig,
+) -> float:
+    """Lambda of Eq. 2: as given, or such that the term starts as large as the base loss.
+
+    "Starts" means for a student that knows only the mean: the start of n2n with a linear head is the signal's
+    variance, whatever its width or units.
+    """
+    if term.weight != "auto":
+        return term.weight
+    if term.name == "vanilla1" or teacher is None:
+        return 1.0  # the same loss in the same units
+    signal = TEACHER_SIGNALS[term.name][0]
+    entry = cache.teachers[teacher].signals.get(signal)
+    if entry is None:
+        return 1.0  # make_head reports the missing signal
+    if term.name == "vanilla2":
+        start = mean_atomic_energy(cache, teacher, scale)
+    else:
+        variance = float(np.mean(entry.statistics.variance))
+        start = variance if term.loss == "mse" else float(np.sqrt(variance))
+    weight = zero_model_loss(statistics, scale, config) / start
+    log.info("lambda(%s) = %.4g: the term starts as large as the base loss", term.name, weight)
+    return weight
+
+
+def _check_elements(statistics: LabelStatistics, largest: int, path: Path | str) -> None:
+    unknown = [z for z in statistics.elements if z > largest]
+    if unknown:
+        raise DataError(
+            f"{path}: element with atomic number {unknown[0]}, but this student knows 1 to {largest}"
+        )
+
+
+def _provenance(
+    cache: Cache,
+    config: TrainConfig,
+    teacher: str | None,
+    weights: dict[str, float],
+    statistics: LabelStatistics,
+) -> dict[str, Any]:
+    parent = cache.teachers[teacher].provenance if teacher else None
+    return {
+        "student": config.student,
+        "label": config.label,
+        "elements": list(statistics.elements),
+        "dataset_fingerprint": cache.fingerprint,
+        "store": str(cache.path),
+        "n_training_energies": statistics.n_energies,
+        "teacher": parent,
+        "kd": [t.model_dump() | {"weight": weights[t.name]} for t in config.kd],
+        "pseudo_labels": config.pseudo_labels,
+        "seed": config.seed,
+        "method": "arXiv:2306.14818",
+    }

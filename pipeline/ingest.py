@@ -1,0 +1,199 @@
+"""Structures and labels into a store: scan once for ids, plan the shards, then write them one by one."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from molkd.cache_schema.identity import ID_BYTES
+from molkd.cache_schema.writer import Store, create_store
+from molkd.pipeline.config import IngestConfig
+from molkd.pipeline.data.duplicates import resolve_duplicates
+from molkd.pipeline.data.sources import Source, open_source
+from molkd.pipeline.data.system import System
+from molkd.pipeline.data.validate import check_system
+from molkd.pipeline.errors import DataError
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class IngestSummary:
+    """What a store holds after `ingest`."""
+
+    store: str
+    n_systems: int
+    n_atoms: int
+    n_with_energy: int
+    n_with_forces: int
+    n_duplicates: int
+    n_shards: int
+    fingerprint: str
+
+
+@dataclass
+class _Table:
+    """One row a system, in the order of the input."""
+
+    ids: list[bytes]
+    n_atoms: list[int]
+    energy: list[float]
+    has_forces: list[bool]
+    cell: list[NDArray[np.floating]]
+    pbc: list[NDArray[np.bool_]]
+    source: list[int]
+    source_row: list[int]
+    names: list[str]
+
+
+def ingest(config: IngestConfig) -> IngestSummary:
+    """Write the systems of `config.data` to `config.store`; the same call again continues or does nothing.
+
+    Raises
+    ------
+    DataError
+        If a file or a system cannot be used; nothing is written before every system has been checked.
+    CacheError
+        If the store exists and holds other systems.
+    """
+    paths = [*config.data, *config.drop_labels]
+    if not paths:
+        raise DataError("no data given; name at least one file or folder of structures")
+    sources = [open_source(p, energy_key=config.energy_key, forces_key=config.forces_key) for p in paths]
+    unlabelled = set(range(len(config.data), len(paths)))
+    try:
+        table = _scan(sources, unlabelled, require_labels=config.require_labels)
+        keep, n_duplicates = _without_duplicates(table, config.on_conflict)
+        store = _create(config, table, keep, paths, n_duplicates)
+        _write_shards(store, sources, unlabelled)
+    finally:
+        for source in sources:
+            source.close()
+    return IngestSummary(
+        store=str(config.store),
+        n_systems=len(keep),
+        n_atoms=int(sum(table.n_atoms[i] for i in keep)),
+        n_with_energy=sum(bool(np.isfinite(table.energy[i])) for i in keep),
+        n_with_forces=sum(table.has_forces[i] for i in keep),
+        n_duplicates=n_duplicates,
+        n_shards=store.plan.n_shards,
+        fingerprint=store.plan.fingerprint,
+    )
+
+
+def _scan(sources: Sequence[Source], unlabelled: set[int], *, require_labels: bool) -> _Table:
+    table = _Table([], [], [], [], [], [], [], [], [])
+    total = sum(len(s) for s in sources)
+    if total == 0:
+        raise DataError(f"{', '.join(str(s.path) for s in sources)}: no systems inside; nothing to store")
+    with tqdm(total=total, desc="scan", unit="system", disable=None) as progress:
+        for k, source in enumerate(sources):
+            for row in range(len(source)):
+                system = _read(source, row, keep_labels=k not in unlabelled)
+                check_system(system)
+                if require_labels and k not in unlabelled and not np.isfinite(system.energy):
+                    raise DataError(
+                        f"{system.source}: no energy, and labels were required; "
+                        "name its key with --energy-key, or give the file to --drop-labels"
+                    )
+                _append(table, system, k, row)
+                progress.update()
+    return table
+
+
+def _append(table: _Table, system: System, source: int, row: int) -> None:
+    table.ids.append(system.id)
+    table.n_atoms.append(system.n_atoms)
+    table.energy.append(system.energy)
+    table.has_forces.append(bool(np.isfinite(system.forces).any()))
+    table.cell.append(system.cell)
+    table.pbc.append(system.pbc)
+    table.source.append(source)
+    table.source_row.append(row)
+    table.names.append(system.source)
+
+
+def _read(source: Source, row: int, *, keep_labels: bool) -> System:
+    system = source.read(row)
+    if keep_labels:
+        return system
+    return System(
+        atomic_numbers=system.atomic_numbers,
+        positions=system.positions,
+        cell=system.cell,
+        pbc=system.pbc,
+        energy=float("nan"),
+        forces=np.full_like(system.forces, np.nan),
+        tags=system.tags,
+        fixed=system.fixed,
+        source=system.source,
+    )
+
+
+def _without_duplicates(table: _Table, on_conflict: str) -> tuple[NDArray[np.int64], int]:
+    """Return the rows to keep and how many were dropped."""
+    keep = resolve_duplicates(
+        _id_array(table.ids), np.array(table.energy), np.array(table.has_forces), table.names, on_conflict=on_conflict
+    )
+    rows = np.flatnonzero(keep)
+    n_dropped = len(table.ids) - len(rows)
+    if n_dropped:
+        log.info("%d duplicates dropped, labelled ones kept", n_dropped)
+    return rows, n_dropped
+
+
+def _create(
+    config: IngestConfig, table: _Table, keep: NDArray[np.int64], paths: Sequence[Path], n_duplicates: int
+) -> Store:
+    energy = np.array(table.energy)[keep]
+    return create_store(
+        config.store,
+        ids=_id_array(table.ids)[keep],
+        n_atoms=np.array(table.n_atoms)[keep],
+        energy=energy,
+        cell=np.stack(table.cell)[keep],
+        pbc=np.stack(table.pbc)[keep],
+        source=np.array(table.source)[keep],
+        source_row=np.array(table.source_row)[keep],
+        source_names=[str(p) for p in paths],
+        dataset={
+            "licence": config.licence,
+            "citation": config.citation,
+            "n_with_energy": int(np.isfinite(energy).sum()),
+            "n_with_forces": int(np.array(table.has_forces)[keep].sum()),
+            "n_duplicates_dropped": n_duplicates,
+            "units": {"energy": "eV", "positions": "A", "forces": "eV/A"},
+        },
+        seed=config.seed,
+        rows_per_shard=config.shard_atoms,
+    )
+
+
+def _write_shards(store: Store, sources: Sequence[Source], unlabelled: set[int]) -> None:
+    missing = store.missing_shards("atoms")
+    if missing and len(missing) < store.plan.n_shards:
+        log.info("continuing: %d of %d shards are there", store.plan.n_shards - len(missing), store.plan.n_shards)
+    for shard in tqdm(missing, desc="write", unit="shard", disable=None):
+        with store.shard_writer("atoms", shard) as writer:
+            for index in store.systems_of_shard(shard):
+                k, row = int(store.source[index]), int(store.source_row[index])
+                system = _read(sources[k], row, keep_labels=k not in unlabelled)
+                if system.id != store.ids[index].tobytes():
+                    raise DataError(f"{system.source}: changed while it was being read; run the command again")
+                writer.write(
+                    {
+                        "atomic_numbers": system.atomic_numbers,
+                        "positions": system.positions,
+                        "forces": system.forces,
+                        "tags": system.tags,
+                        "fixed": system.fixed,
+                    }
+                )
+
+
+def _id_array(ids: Sequence[bytes]) -> NDArray[np.uint8]:
+    return np.frombuffer(b"".join(ids), dtype=np.uint8).reshape(-1, ID_BYTES)
