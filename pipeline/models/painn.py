@@ -25,7 +25,7 @@ from molkd.cache_schema.fields import (
 from molkd.pipeline.config import Settings
 from molkd.pipeline.graphs.batch import Batch, edge_vectors
 from molkd.pipeline.graphs.neighbors import NeighborRule
-from molkd.pipeline.models.blocks import GaussianSmearing, sum_at, with_gradient_forces
+from molkd.pipeline.models.blocks import GaussianSmearing, full_precision, sum_at, with_gradient_forces
 from molkd.pipeline.models.interface import Outputs
 
 MAX_ATOMIC_NUMBER = 83  # rows of the embedding: H to Bi
@@ -267,13 +267,14 @@ class PaiNN(nn.Module):
             if f"layer/U{i + 1}" in taps:
                 outputs[f"layer/U{i + 1}"] = x
 
-        atomic_energies = self.out_energy(x).squeeze(1)  # (N,)
+        with full_precision(x):
+            atomic_energies = self.out_energy(x).squeeze(1)  # (N,)
+            if self.config.regress_forces and self.config.direct_forces:
+                outputs["forces"] = self.out_forces(x, vec)
         outputs["energy"] = sum_at(batch.system_idx, atomic_energies, batch.n_systems)  # (S,)
         outputs["atomic_energies"] = atomic_energies
         outputs["node"] = x
         outputs["v2v"] = vec
-        if self.config.regress_forces and self.config.direct_forces:
-            outputs["forces"] = self.out_forces(x, vec)
         return outputs
 
 

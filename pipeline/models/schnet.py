@@ -17,7 +17,7 @@ from molkd.cache_schema.fields import FieldSpec, atomic_energies_spec, energy_sp
 from molkd.pipeline.config import Settings
 from molkd.pipeline.graphs.batch import Batch, edge_vectors
 from molkd.pipeline.graphs.neighbors import NeighborRule
-from molkd.pipeline.models.blocks import GaussianSmearing, sum_at, with_gradient_forces
+from molkd.pipeline.models.blocks import GaussianSmearing, full_precision, sum_at, with_gradient_forces
 from molkd.pipeline.models.interface import Outputs
 
 MAX_ATOMIC_NUMBER = 99  # the embedding has a row 0 for padding
@@ -152,7 +152,8 @@ class SchNet(nn.Module):
             if f"layer/I{i + 1}" in taps:
                 outputs[f"layer/I{i + 1}"] = h
 
-        atomic_energies = self.lin2(self.act(self.lin1(h))).squeeze(1)  # (N,)
+        with full_precision(h):
+            atomic_energies = self.lin2(self.act(self.lin1(h))).squeeze(1)  # (N,)
         outputs["energy"] = sum_at(batch.system_idx, atomic_energies, batch.n_systems)  # (S,)
         outputs["atomic_energies"] = atomic_energies
         outputs["node"] = h
