@@ -12,18 +12,13 @@ from molkd.pipeline.graphs.batch import batch_from_systems, to_device
 from molkd.pipeline.models.interface import Model, check_elements
 from molkd.pipeline.models.registry import MODELS, build_model
 
+_PAINN = {"name": "painn", "hidden_channels": 16, "num_layers": 2, "num_rbf": 8, "cutoff": 4.0}
+_SCHNET = {"name": "schnet", "hidden_channels": 16, "num_filters": 12, "num_interactions": 2, "cutoff": 4.0}
 SMALL = {
-    "painn-direct": {
-        "name": "painn", "hidden_channels": 16, "num_layers": 2, "num_rbf": 8, "cutoff": 4.0, "max_neighbors": 12,
-    },
-    "painn-gradient": {
-        "name": "painn", "hidden_channels": 16, "num_layers": 2, "num_rbf": 8, "cutoff": 4.0, "direct_forces": False,
-    },
-    "schnet": {
-        "name": "schnet", "hidden_channels": 16, "num_filters": 12, "num_interactions": 2, "num_gaussians": 10,
-        "cutoff": 4.0,
-    },
-}  # fmt: skip
+    "painn-direct": _PAINN | {"max_neighbors": 12},
+    "painn-gradient": _PAINN | {"direct_forces": False},
+    "schnet": _SCHNET | {"num_gaussians": 10},
+}
 ROUNDING = 1e-9  # of float64 sums in another order, after a few layers
 FLOAT32 = 2e-5  # relative; a few hundred float32 roundings
 FINITE_DIFFERENCE = 1e-6  # relative; central differences with steps of 1e-4 A leave about 1e-8
@@ -114,7 +109,7 @@ def test_rotation_and_reflection(model, periodic, determinant):
 
 def test_translation(model, periodic):
     system = make_system(4, periodic=periodic)
-    moved = replace(system, positions=system.positions + [3.1, -20.7, 0.4])
+    moved = replace(system, positions=system.positions + np.array([3.1, -20.7, 0.4]))
     assert_same(run(model, [moved]), run(model, [system]))
 
 
