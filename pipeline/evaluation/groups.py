@@ -9,6 +9,8 @@ from typing import Any
 from molkd.pipeline.errors import DataError
 from molkd.pipeline.evaluation.runs import NO_KD, Run
 
+WITHOUT = "without KD"
+
 
 @dataclass(frozen=True, eq=False)
 class Group:
@@ -53,7 +55,9 @@ def group_runs(runs: Iterable[Run]) -> list[Group]:
         namesakes = [
             r[0].settings for (s, k, _), r in ordered if (s, k) == (student, kd) and r is not members
         ]
-        name = ", ".join([f"{student}, {kd}", *_distinction(members[0].settings, namesakes)])
+        name = ", ".join(
+            [student, WITHOUT if kd == NO_KD else kd, *_distinction(members[0].settings, namesakes)]
+        )
         groups.append(Group(name, student, kd, tuple(members)))
     return [_with_differences(group, groups) for group in groups]
 

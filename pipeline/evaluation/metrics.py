@@ -27,6 +27,7 @@ class MetricSpec:
     field: str
     factor: float
     larger_is_better: bool = False
+    decimals: int | None = None  # None: three significant digits
 
 
 REPORTED = {
@@ -34,8 +35,8 @@ REPORTED = {
     for m in (
         MetricSpec("energy_mae_meV", "energy MAE (meV)", "energy_mae", MILLI),
         MetricSpec("force_mae_meV_A", "force MAE (meV/Å)", "force_mae", MILLI),
-        MetricSpec("force_cos", "force cosine", "force_cos", 1.0, larger_is_better=True),
-        MetricSpec("efwt_percent", "EFwT (%)", "efwt", 100.0, larger_is_better=True),
+        MetricSpec("force_cos", "force cosine", "force_cos", 1.0, larger_is_better=True, decimals=4),
+        MetricSpec("efwt_percent", "EFwT (%)", "efwt", 100.0, larger_is_better=True, decimals=2),
     )
 }
 

@@ -26,13 +26,14 @@ _LINE_COLOR = "#D55E00"
 _TITLE_WIDTH = 30
 _N_HEXAGONS = 60
 _MARGIN = 0.04
+_SHOWN = 0.998  # share of a panel's errors that the error axis holds at least
 
 
 @dataclass(frozen=True, eq=False)
 class Panel:
     """One model of a parity figure."""
 
-    title: str
+    title: str  # may hold line breaks
     evaluation: Evaluation
 
 
@@ -61,7 +62,7 @@ def plot_parity(panels: Sequence[Panel], quantity: Quantity) -> "Figure":
     xs = [(p.label - center) * scale for p in points]
     ys = [x + p.error * scale for x, p in zip(xs, points, strict=True)]
     errors = [p.error * MILLI for p in points]
-    limits, error_limit = _span([*xs, *ys]), max(abs(edge) for edge in _span(errors))
+    limits, error_limit = _span([*xs, *ys]), _error_limit(errors)
 
     figure = Figure(figsize=(1.3 + 2.9 * len(panels), 5.4), layout="constrained")
     axes = figure.subplots(
@@ -69,7 +70,9 @@ def plot_parity(panels: Sequence[Panel], quantity: Quantity) -> "Figure":
     )
     densities = []
     for (top, bottom), panel, x, y, error in zip(axes.T, panels, xs, ys, errors, strict=True):
-        top.set_title(textwrap.fill(panel.title, _TITLE_WIDTH), fontsize=10)
+        top.set_title(
+            "\n".join(textwrap.fill(line, _TITLE_WIDTH) for line in panel.title.splitlines()), fontsize=10
+        )
         top.axline((0, 0), slope=1, color=_LINE_COLOR, lw=1, zorder=3)
         bottom.axhline(0, color=_LINE_COLOR, lw=1, zorder=3)
         densities += [
@@ -77,6 +80,17 @@ def plot_parity(panels: Sequence[Panel], quantity: Quantity) -> "Figure":
             _draw(bottom, x, error, (*limits, -error_limit, error_limit), 2.7),
         ]
         top.text(0.04, 0.96, _mae_text(panel.evaluation, quantity), transform=top.transAxes, va="top")
+        n_outside = int((np.abs(error) > error_limit).sum())
+        if n_outside:
+            bottom.text(
+                0.98,
+                0.97,
+                f"{n_outside} beyond",
+                transform=bottom.transAxes,
+                ha="right",
+                va="top",
+                fontsize=8,
+            )
         for ax in (top, bottom):
             ax.spines[["top", "right"]].set_visible(False)
             ax.tick_params(labelsize=9)
@@ -115,6 +129,12 @@ def _span(values: Sequence[NDArray[np.float64]]) -> tuple[float, float]:
     low, high = float(everything.min()), float(everything.max())
     margin = _MARGIN * (high - low) or 1.0
     return low - margin, high + margin
+
+
+def _error_limit(errors: Sequence[NDArray[np.float64]]) -> float:
+    """Return where the error axis ends: a few outliers, counted instead, shall not flatten the rest."""
+    largest = [float(np.quantile(np.abs(e), _SHOWN)) for e in errors if len(e)]
+    return (1 + 2 * _MARGIN) * max(largest, default=0.0) or 1.0
 
 
 def _draw(

@@ -137,12 +137,16 @@ def plot_errors(rows: Sequence[Row], keys: Sequence[str] = ("energy_mae_meV", "f
                     handlelength=1.6,
                 )
         ax.set_xlabel(REPORTED[key].title)
-        ax.set_xlim(left=0)
+        ax.set_xlim(0, 1.12 * _largest(rows, key))
         ax.set_ylim(len(students) - 0.5, -0.5)
-        ax.margins(x=0.12)
         _tidy(ax, grid_axis="x")
     axes[0].set_yticks(places, [textwrap.fill(row.name, 30) for row in students])
     return figure
+
+
+def _largest(rows: Sequence[Row], key: str) -> float:
+    values = [v for row in rows for v in row.values.get(key, []) if np.isfinite(v)]
+    return max(values, default=0.0) or 1.0
 
 
 def _draw_seeds(ax: "Axes", y: float, row: Row, key: str) -> None:

@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 PLOTS = "plots"
-_CURVES = "learning_curves"
 _MIN_SEEDS = 3
 _PANELS_WITH_KD = 3  # beside teacher and student without KD; more go to a further picture
 _INTRODUCTION = """\
@@ -49,7 +48,7 @@ class Report:
     folder: Path
     tables: dict[str, list[Row]]  # by data set
     remarks: list[str]
-    plots: list[Path]
+    plots: list[tuple[str | None, Path]]  # with the data set, None for learning curves
 
     def to_text(self) -> str:
         """Return the tables for a terminal."""
@@ -65,7 +64,7 @@ class Report:
             "formula": FORMULA,
             "tables": {name: [row.to_dict() for row in rows] for name, rows in self.tables.items()},
             "remarks": self.remarks,
-            "plots": [str(path.relative_to(self.folder)) for path in self.plots],
+            "plots": [path.relative_to(self.folder).as_posix() for _, path in self.plots],
         }
 
     def _explanation(self) -> list[str]:
@@ -109,9 +108,9 @@ def write_report(
     names = dataset_names(read, evaluations)
     tables = {name: build_rows(groups, name, teacher, evaluations) for name in names}
     plots = []
-    for name, figure in _figures(groups, tables, teacher, evaluations):
-        plots.append(out / PLOTS / f"{name}.png")
-        save_figure(figure, plots[-1])
+    for dataset, name, figure in _figures(groups, tables, teacher, evaluations):
+        plots.append((dataset, out / PLOTS / f"{name}.png"))
+        save_figure(figure, plots[-1][1])
     report = Report(out, tables, _remarks(groups, tables), plots)
     write_atomic(out / "results.json", json.dumps(report.to_dict(), indent=1, ensure_ascii=False) + "\n")
     write_atomic(out / "results.csv", _csv(tables))
@@ -124,18 +123,18 @@ def _figures(
     tables: dict[str, list[Row]],
     teacher: TeacherResult | None,
     evaluations: Evaluations,
-) -> Iterator[tuple[str, "Figure"]]:
-    """Yield name and figure, one at a time."""
+) -> Iterator[tuple[str | None, str, "Figure"]]:
+    """Yield data set, file name and figure, one at a time."""
     curves = plot_learning_curves(groups)
     if curves is not None:
-        yield _CURVES, curves
+        yield None, "learning_curves", curves
     for dataset, rows in tables.items():
-        yield f"errors_{_slug(dataset)}", plot_errors(rows)
+        yield dataset, f"errors_{_slug(dataset)}", plot_errors(rows)
         sheets = list(_parity_sheets(groups, dataset, teacher, evaluations))
         for number, panels in enumerate(sheets, start=1):
             suffix = f"_{number}" if len(sheets) > 1 else ""
-            yield f"parity_energy_{_slug(dataset)}{suffix}", plot_parity(panels, "energy")
-            yield f"parity_forces_{_slug(dataset)}{suffix}", plot_parity(panels, "forces")
+            yield dataset, f"parity_energy_{_slug(dataset)}{suffix}", plot_parity(panels, "energy")
+            yield dataset, f"parity_forces_{_slug(dataset)}{suffix}", plot_parity(panels, "forces")
 
 
 def _parity_sheets(
@@ -159,7 +158,7 @@ def _panel(group: Group, dataset: str, evaluations: Evaluations) -> Panel | None
     for run in group.runs:
         evaluation = evaluations.get(run.path, {}).get(dataset)
         if evaluation is not None:
-            return Panel(f"{group.name} (seed {run.seed})", evaluation)
+            return Panel(f"{group.name}\nseed {run.seed}", evaluation)
     return None
 
 
@@ -189,10 +188,10 @@ def _markdown(report: Report, groups: Sequence[Group]) -> str:
         parts += [f"## {dataset}", markdown_table([row.cells() for row in rows], columns(rows))]
         if any(row.gaps for row in rows):
             parts.append(f"{FORMULA}.")
-        parts += [_image(path, report.folder) for path in report.plots if f"_{_slug(dataset)}" in path.stem]
+        parts += [_image(path, report.folder) for its, path in report.plots if its == dataset]
     if report.remarks:
         parts += ["## Remarks", "\n".join(f"- {remark}" for remark in report.remarks)]
-    curves = [path for path in report.plots if path.stem == _CURVES]
+    curves = [path for dataset, path in report.plots if dataset is None]
     if curves:
         parts += ["## Learning curves", *(_image(path, report.folder) for path in curves)]
     parts += [
@@ -249,4 +248,4 @@ def _csv(tables: dict[str, list[Row]]) -> str:
 
 
 def _slug(name: str) -> str:
-    return re.sub(r"[^A-Za-z0-9.-]+", "-", name).strip("-") or "data"
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-") or "data"

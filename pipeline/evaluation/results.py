@@ -72,9 +72,9 @@ def columns(rows: Sequence[Row]) -> list[Column]:
     every = [
         Column("name", "model"),
         Column("seeds", "seeds"),
-        *(Column(m.key, m.title) for m in REPORTED.values()),
-        *(Column(f"gap_{key}", title) for key, title in GAPS.items()),
-        Column("seconds", "training (s)"),
+        *(Column(m.key, m.title.replace(" (", "\n("), decimals=m.decimals) for m in REPORTED.values()),
+        *(Column(f"gap_{key}", title.replace(", ", ",\n"), decimals=1) for key, title in GAPS.items()),
+        Column("seconds", "training\n(s)"),
         Column("n_parameters", "parameters"),
         Column(_THROUGHPUT, "systems/s"),
     ]

@@ -1,7 +1,6 @@
 """Aligned text tables for the terminal and Markdown tables for reports, from the same rows."""
 
 import math
-import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -13,17 +12,20 @@ _MISSING = "–"
 
 @dataclass(frozen=True)
 class Column:
-    """One column: the key in the rows, the title above it, and how many digits numbers keep."""
+    """One column: the key in the rows, the title above it, and how numbers are rounded."""
 
     key: str
-    title: str
+    title: str  # may hold line breaks, which a terminal shows
     digits: int = 3  # significant ones
+    decimals: int | None = None  # wins over `digits`
 
 
-def format_number(value: float, digits: int = 3) -> str:
-    """Write a number with `digits` significant digits and no exponent where that stays readable."""
+def format_number(value: float, digits: int = 3, decimals: int | None = None) -> str:
+    """Write a number with `decimals`, or `digits` significant digits; exponents only for tiny ones."""
     if not math.isfinite(value):
         return str(value)
+    if decimals is not None:
+        return f"{value:.{decimals}f}"
     if value == 0:
         return "0"
     magnitude = math.floor(math.log10(abs(value)))
@@ -32,72 +34,69 @@ def format_number(value: float, digits: int = 3) -> str:
     return f"{value:.{max(digits - 1 - magnitude, 0)}f}"
 
 
-def format_value(value: object, digits: int = 3) -> str:
+def format_value(value: object, digits: int = 3, decimals: int | None = None) -> str:
     """Write one cell: text as it is, numbers rounded, statistics as "mean ± spread", nothing as a dash."""
     match value:
         case None:
             return _MISSING
         case SeedStat(mean=mean, spread=spread):
-            return _with_spread(mean, spread, digits)
+            return _with_spread(mean, spread, digits, decimals)
         case GapClosed(percent=percent, spread=spread, flag=flag):
             mark = " *" if percent is None and flag else ""
-            return _with_spread(percent, spread, digits) + mark
-        case bool() | str():
-            return str(value)
-        case int():
+            return _with_spread(percent, spread, digits, decimals) + mark
+        case int() if not isinstance(value, bool):
             return f"{value:,}"
         case float():
-            return format_number(value, digits)
+            return format_number(value, digits, decimals)
         case _:
             return str(value)
 
 
 def format_table(rows: Sequence[Mapping[str, object]], columns: Sequence[Column | str]) -> str:
-    """Return an aligned table for a terminal: a title line, a rule, one line a row; numbers to the right."""
-    cols, cells = _cells(rows, columns)
-    widths = [max(_width(line[i]) for line in cells) for i in range(len(cols))]
-    left = [all(isinstance(row.get(c.key), str | None) for row in rows) for c in cols]
-    lines = [
-        "  ".join(_pad(t, w, a) for t, w, a in zip(line, widths, left, strict=True)).rstrip()
-        for line in cells
-    ]
-    lines.insert(1, "  ".join("─" * w for w in widths))
-    return "\n".join(lines)
+    """Return an aligned table for a terminal: titles, a rule, one line a row; numbers to the right."""
+    cols = _as_columns(columns)
+    titles = [c.title.split("\n") for c in cols]
+    height = max(len(lines) for lines in titles)
+    head = [[lines[i] if i < len(lines) else "" for lines in titles] for i in range(height)]
+    body = _cells(rows, cols)
+    widths = [max(len(line[i]) for line in [*head, *body]) for i in range(len(cols))]
+    left = [_is_text(rows, c) for c in cols]
+
+    def join(line: Sequence[str]) -> str:
+        padded = (t.ljust(w) if a else t.rjust(w) for t, w, a in zip(line, widths, left, strict=True))
+        return "  ".join(padded).rstrip()
+
+    rule = "  ".join("─" * w for w in widths)
+    return "\n".join([*map(join, head), rule, *map(join, body)])
 
 
 def markdown_table(rows: Sequence[Mapping[str, object]], columns: Sequence[Column | str]) -> str:
     """Return the same table in Markdown."""
-    cols, cells = _cells(rows, columns)
-    text = [[cell.replace("|", "\\|") for cell in line] for line in cells]
-    left = [all(isinstance(row.get(c.key), str | None) for row in rows) for c in cols]
-    rule = [":--" if a else "--:" for a in left]
-    return "\n".join("| " + " | ".join(line) + " |" for line in [text[0], rule, *text[1:]])
+    cols = _as_columns(columns)
+    head = [c.title.replace("\n", " ") for c in cols]
+    rule = [":--" if _is_text(rows, c) else "--:" for c in cols]
+    body = [[cell.replace("|", "\\|") for cell in line] for line in _cells(rows, cols)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in [head, rule, *body])
 
 
-def _cells(
-    rows: Sequence[Mapping[str, object]], columns: Sequence[Column | str]
-) -> tuple[list[Column], list[list[str]]]:
-    cols = [c if isinstance(c, Column) else Column(c, c) for c in columns]
-    body = [[format_value(row.get(c.key), c.digits) for c in cols] for row in rows]
-    return cols, [[c.title for c in cols], *body]
+def _as_columns(columns: Sequence[Column | str]) -> list[Column]:
+    return [c if isinstance(c, Column) else Column(c, c) for c in columns]
 
 
-def _with_spread(mean: float | None, spread: float | None, digits: int) -> str:
+def _cells(rows: Sequence[Mapping[str, object]], cols: Sequence[Column]) -> list[list[str]]:
+    return [[format_value(row.get(c.key), c.digits, c.decimals) for c in cols] for row in rows]
+
+
+def _is_text(rows: Sequence[Mapping[str, object]], column: Column) -> bool:
+    return all(isinstance(row.get(column.key), str | None) for row in rows)
+
+
+def _with_spread(mean: float | None, spread: float | None, digits: int, decimals: int | None) -> str:
     if mean is None:
         return _MISSING
-    text = format_number(mean, digits)
+    text = format_number(mean, digits, decimals)
     if spread is None or not math.isfinite(spread):
         return text
     # The spread has the decimals of the mean, no more are known; but a small one is not written as 0.
-    decimals = len(text.partition(".")[2])
-    same = f"{spread:.{decimals}f}"
-    return f"{text} ± {same if 'e' not in text and float(same) > 0 else format_number(spread, 1)}"
-
-
-def _width(text: str) -> int:
-    return sum(not unicodedata.combining(c) for c in text)
-
-
-def _pad(text: str, width: int, left: bool) -> str:
-    fill = " " * (width - _width(text))
-    return text + fill if left else fill + text
+    same = f"{spread:.{len(text.partition('.')[2])}f}" if "e" not in text else ""
+    return f"{text} ± {same if same and (float(same) > 0 or spread == 0) else format_number(spread, 1)}"

@@ -132,7 +132,7 @@ def test_seeds_make_groups_and_the_baseline_comes_first(tmp_path):
     runs = [read_run(_run(tmp_path / f"kd{s}", seed=s, kd=[N2N])) for s in (2, 0, 1)]
     runs += [read_run(_run(tmp_path / f"no{s}", seed=s, device="cpu")) for s in (0, 1)]
     groups = group_runs(runs)
-    assert [g.name for g in groups] == ["painn-small, none", "painn-small, n2n=auto"]
+    assert [g.name for g in groups] == ["painn-small, without KD", "painn-small, n2n=auto"]
     assert [run.seed for run in groups[1].runs] == [0, 1, 2]
     assert baseline_of(groups[1], groups) is groups[0]
     assert groups[1].differences == ()
@@ -146,8 +146,8 @@ def test_runs_with_other_data_are_never_averaged_and_meet_their_own_baseline(tmp
     ]
     groups = group_runs(runs)
     assert [g.name for g in groups] == [
-        "painn-small, none, store=100.kdcache",
-        "painn-small, none, store=900.kdcache",
+        "painn-small, without KD, store=100.kdcache",
+        "painn-small, without KD, store=900.kdcache",
         "painn-small, n2n=auto, store=100.kdcache",
         "painn-small, n2n=auto, store=900.kdcache",
     ]
