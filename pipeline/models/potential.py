@@ -63,7 +63,7 @@ class Potential:
         offset = references.new_zeros(batch.n_systems).index_add(0, batch.system_idx, references)
         out["energy"] = out["energy"].double() * self.scale.energy_std + self.scale.energy_mean + offset
         # The mean is per system; each atom carries an equal part, so that atomic energies sum to the energy.
-        share = (self.scale.energy_mean / n_atoms)[batch.system_idx]
+        share = (self.scale.energy_mean / n_atoms.double())[batch.system_idx]  # int / float would be float32
         out["atomic_energies"] = out["atomic_energies"].double() * self.scale.energy_std + references + share
         out["forces"] = out["forces"] * self.scale.forces_std
         return out

@@ -15,7 +15,7 @@ from molkd.pipeline.teachers.interface import TeacherInfo
 _PLACES = {
     "node": "scalar features that the energy head reads",
     "v2v": "vector features after the last block",
-    "atomic_energies": "energy head before the sum, with the references of the elements",
+    "atomic_energies": "energy head before the sum, plus the references of the elements",
 }
 
 
@@ -36,11 +36,7 @@ class BuiltinTeacher:
             architecture=type(self.potential.model).__name__,
             weights_sha256=self.potential.weights_sha256,
             config=config,
-            taps={
-                name: _PLACES.get(name, f"inside the model: {name}")
-                for name in self.signals
-                if name not in ("energy", "forces")
-            },
+            taps={name: _place(name) for name in self.signals if name not in ("energy", "forces")},
             licence=str(provenance.get("licence", "")),
             citation=str(provenance.get("citation", "")),
             energy_reference="total energies as in the labels it was trained on",
@@ -58,8 +54,14 @@ class BuiltinTeacher:
         check_signals(signals, self.signals, self.info.name)
         batch = to_device(batch, self.device, self.dtype)
         taps = [name for name in signals if name.startswith("layer/")]
-        out = self.potential.predict(batch, taps)
+        with torch.no_grad():  # a model with gradient forces turns gradients on for itself
+            out = self.potential.predict(batch, taps)
         return {name: out[name].detach() for name in signals}
+
+
+def _place(signal: str) -> str:
+    """Say in words where in the network a signal is taken."""
+    return _PLACES.get(signal, f"scalar features after block {signal.removeprefix('layer/')}")
 
 
 def _default_name(path: Path) -> str:

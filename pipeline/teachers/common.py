@@ -9,7 +9,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from molkd.cache_schema.fields import FieldSpec
+from molkd.cache_schema.fields import (
+    FieldSpec,
+    atomic_energies_spec,
+    energy_spec,
+    forces_spec,
+    node_spec,
+    v2v_spec,
+)
 from molkd.pipeline.errors import TeacherError
 from molkd.pipeline.graphs.batch import Batch
 
@@ -27,6 +34,18 @@ def check_signals(asked: Collection[str], offered: Mapping[str, FieldSpec], teac
         raise TeacherError(
             f"teacher {teacher} does not give {', '.join(unknown)}; it gives {', '.join(offered)}"
         )
+
+
+def usual_signals(n_scalars: int, n_vectors: int) -> dict[str, FieldSpec]:
+    """Return energy, forces, atomic energies and both kinds of node features, by name."""
+    specs = (
+        energy_spec(),
+        forces_spec(),
+        atomic_energies_spec(),
+        node_spec(n_scalars),
+        v2v_spec(n_vectors),
+    )
+    return {spec.name: spec for spec in specs}
 
 
 def file_sha256(path: Path) -> str:
@@ -48,5 +67,7 @@ def sum_over_atoms(atomic_energies: Float[Tensor, " N"], batch: Batch) -> Float[
 
 def minus_gradient(energies: Float[Tensor, " N"], positions: Float[Tensor, "N 3"]) -> Float[Tensor, "N 3"]:
     """Return the forces -dE/dx; atoms that no edge touches get zero."""
-    (gradient,) = torch.autograd.grad(energies.sum(), positions, materialize_grads=True)
+    with torch.enable_grad():  # for the sum; the caller may have switched gradients off
+        total = energies.sum()
+    (gradient,) = torch.autograd.grad(total, positions, materialize_grads=True)
     return -gradient

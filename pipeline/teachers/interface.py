@@ -45,7 +45,7 @@ class Teacher(Protocol):
     def compute(self, batch: Batch, signals: Collection[str]) -> dict[str, Tensor]:
         """Return the asked signals of a batch already on the teacher's device, detached.
 
-        energy (S,) float64 eV, forces (N, 3) eV/A, atomic_energies (N,) float64 eV, node (N, C), v2v (N, 3, C)
-        and so on; forces and features in the teacher's dtype.
+        energy (S,) float64 eV, forces (N, 3) eV/A, atomic_energies (N,) float64 eV, node (N, C) and so
+        on as `signals` says; forces and features in the teacher's dtype.
         """
         ...

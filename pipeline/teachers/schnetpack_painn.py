@@ -14,14 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import linear, silu
 
-from molkd.cache_schema.fields import (
-    FieldSpec,
-    atomic_energies_spec,
-    energy_spec,
-    forces_spec,
-    node_spec,
-    v2v_spec,
-)
+from molkd.cache_schema.fields import FieldSpec
 from molkd.pipeline.errors import TeacherError
 from molkd.pipeline.graphs.batch import Batch, edge_vectors, to_device
 from molkd.pipeline.graphs.neighbors import NeighborRule
@@ -31,6 +24,7 @@ from molkd.pipeline.teachers.common import (
     group_name,
     minus_gradient,
     sum_over_atoms,
+    usual_signals,
 )
 from molkd.pipeline.teachers.interface import TeacherInfo
 from molkd.pipeline.units import KCAL_PER_MOL
@@ -91,14 +85,7 @@ class SchnetpackPaiNN:
     @property
     def signals(self) -> dict[str, FieldSpec]:
         """Everything the teacher can give, by name."""
-        specs = (
-            energy_spec(),
-            forces_spec(),
-            atomic_energies_spec(),
-            node_spec(self.n_channels),
-            v2v_spec(self.n_channels),
-        )
-        return {spec.name: spec for spec in specs}
+        return usual_signals(self.n_channels, self.n_channels)
 
     def compute(self, batch: Batch, signals: Collection[str]) -> dict[str, Tensor]:
         """Return the asked signals, detached; features and forces in the teacher's dtype."""
@@ -157,7 +144,7 @@ class SchnetpackPaiNN:
 def _read_arrays(path: Path) -> dict[str, np.ndarray]:
     """Read and check the file; nothing in it is executed (`allow_pickle=False`)."""
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
     except FileNotFoundError:
         raise TeacherError(f"{path}: no such file; give the .npz of a schnetpack PaiNN") from None

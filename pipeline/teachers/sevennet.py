@@ -11,18 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from molkd.cache_schema.fields import (
-    FieldSpec,
-    atomic_energies_spec,
-    energy_spec,
-    forces_spec,
-    node_spec,
-    v2v_spec,
-)
+from molkd.cache_schema.fields import FieldSpec
 from molkd.pipeline.errors import TeacherError
 from molkd.pipeline.graphs.batch import Batch, edge_vectors, to_device
 from molkd.pipeline.graphs.neighbors import NeighborRule
-from molkd.pipeline.teachers.common import check_signals, file_sha256, minus_gradient, sum_over_atoms
+from molkd.pipeline.teachers.common import (
+    check_signals,
+    file_sha256,
+    minus_gradient,
+    sum_over_atoms,
+    usual_signals,
+)
 from molkd.pipeline.teachers.interface import TeacherInfo
 
 NAME = "sevennet-0"
@@ -31,6 +30,7 @@ VECTOR_TAP = "3_equivariant_gate"  # the last block keeps scalars only, so vecto
 SCALAR_TAP = "4_equivariant_gate"
 ENERGY_TAP = "rescale_atomic_energy"
 _ARRAY_GLOBALS = {"numpy.ndarray", "numpy.dtype", "numpy.core.multiarray._reconstruct"}
+_CONFIG_KEYS = ("version", "irreps_manual", "is_parity", "radial_basis", "cutoff_function")
 _CITATION = (
     "Y. Park, J. Kim, S. Hwang, S. Han, Scalable Parallel Algorithm for Graph Neural Network Interatomic "
     "Potentials in Molecular Dynamics Simulations, J. Chem. Theory Comput. 20 (2024) 4857"
@@ -49,19 +49,11 @@ class SevenNet:
         self.type_idx = torch.full((max(self.atomic_numbers) + 1,), -1, device=device)
         for atomic_number, index in config["_type_map"].items():
             self.type_idx[atomic_number] = index
-        kept = (
-            "version",
-            "irreps_manual",
-            "is_parity",
-            "num_convolution_layer",
-            "radial_basis",
-            "cutoff_function",
-        )
         self.info = TeacherInfo(
             name=NAME,
             architecture="SevenNet",
             weights_sha256=file_sha256(path),
-            config={"cutoff": self.neighbor_rule.cutoff, **{key: config[key] for key in kept}},
+            config={"cutoff": self.neighbor_rule.cutoff, **{key: config[key] for key in _CONFIG_KEYS}},
             taps={
                 "node": f"{SCALAR_TAP}: scalars after the fifth, last interaction, read by the energy head",
                 "v2v": f"{VECTOR_TAP}: l=1 features after the fourth interaction, the last that has vectors; "
@@ -77,14 +69,7 @@ class SevenNet:
     @property
     def signals(self) -> dict[str, FieldSpec]:
         """Everything the teacher can give, by name."""
-        specs = (
-            energy_spec(),
-            forces_spec(),
-            atomic_energies_spec(),
-            node_spec(N_SCALARS),
-            v2v_spec(N_VECTORS),
-        )
-        return {spec.name: spec for spec in specs}
+        return usual_signals(N_SCALARS, N_VECTORS)
 
     def compute(self, batch: Batch, signals: Collection[str]) -> dict[str, Tensor]:
         """Return the asked signals, detached; features and forces in the teacher's dtype."""
@@ -131,7 +116,7 @@ def _load_model() -> tuple[Path, dict[str, Any], torch.nn.Module]:
     Raises
     ------
     TeacherError
-        If `sevenn` is absent or broken, or if its checkpoint names anything but arrays.
+        If `sevenn` is absent, broken or of another make, or if its checkpoint names anything but arrays.
     """
     try:  # by name: type checkers run with and without the extra
         with _quiet():
@@ -151,7 +136,10 @@ def _load_model() -> tuple[Path, dict[str, Any], torch.nn.Module]:
         )
     with _quiet():
         checkpoint = util.load_checkpoint(path)
-        return path, checkpoint.config, checkpoint.build_model()
+        model = checkpoint.build_model()
+    if not {VECTOR_TAP, SCALAR_TAP, ENERGY_TAP} <= dict(model.named_children()).keys():
+        raise TeacherError(f"sevenn {version('sevenn')} builds {NAME} from other blocks; install sevenn 0.13")
+    return path, checkpoint.config, model
 
 
 @contextmanager
