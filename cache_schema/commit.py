@@ -1,0 +1,179 @@
+"""Commit records: one small sealed file a shard and group says what was written; without it nothing counts."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from molkd.cache_schema.checks import Checks, is_hex
+from molkd.cache_schema.files import inside
+from molkd.cache_schema.jsonfile import read_sealed
+from molkd.cache_schema.layout import FORMAT, MAX_JSON_BYTES, MAX_SYSTEMS, ArrayLayout, record_path
+from molkd.cache_schema.plan import Plan, check_format
+from molkd.cache_schema.statistics import Moments, n_channels
+
+KIND = "molkd cache commit"
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """One array's file of one shard."""
+
+    n_bytes: int
+    rows: int
+    crc32c: str  # of the whole file, 8 hex digits
+    chunk_crc32c: tuple[str, ...]  # of every inner chunk stored
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return {
+            "bytes": self.n_bytes,
+            "rows": self.rows,
+            "crc32c": self.crc32c,
+            "chunk_crc32c": list(self.chunk_crc32c),
+        }
+
+
+@dataclass(frozen=True)
+class Commit:
+    """The content of a commit record."""
+
+    group: str
+    shard: int
+    files: dict[str, FileRecord]  # by array name
+    moments: dict[str, Moments]  # of the floating-point arrays
+    bad_systems: tuple[int, ...]  # stored indices of systems whose rows were given up
+    host: str
+    pid: int
+    time: str  # ISO 8601, UTC
+    weights_sha256: str  # of the teacher; empty for labels
+    plan_sha256: str
+    metadata: dict[str, str]  # zarr.json of the group within data.zarr -> sha256
+
+    @property
+    def checksums(self) -> dict[str, str]:
+        """What makes two commits of the same shard equal."""
+        return {name: f.crc32c for name, f in self.files.items()}
+
+    @property
+    def writer(self) -> str:
+        """Who wrote it, in words."""
+        return f"process {self.pid} on {self.host} at {self.time}"
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, without the seal."""
+        return {
+            "kind": KIND,
+            "format": FORMAT,
+            "group": self.group,
+            "shard": self.shard,
+            "arrays": {
+                name: {
+                    **file.to_json(),
+                    **({"sums": self.moments[name].to_json()} if name in self.moments else {}),
+                }
+                for name, file in self.files.items()
+            },
+            "bad_systems": list(self.bad_systems),
+            "writer": {"host": self.host, "pid": self.pid},
+            "time": self.time,
+            "weights_sha256": self.weights_sha256,
+            "plan_sha256": self.plan_sha256,
+            "metadata": self.metadata,
+        }
+
+
+def rewrite_remedy(group: str, shard: int) -> str:
+    """Say how to have one shard written again."""
+    return f"delete {record_path(group, shard)} and run the command that wrote it again, only this shard is redone"
+
+
+def read_commit(
+    root: Path, plan: Plan, group: str, shard: int, layouts: dict[str, ArrayLayout], rows: int
+) -> Commit | None:
+    """Read and check a commit record; None if the shard is not committed.
+
+    Parameters
+    ----------
+    layouts : arrays of the group, by name
+    rows : rows that the shard must have, on the group's axis
+
+    Raises
+    ------
+    IntegrityError
+        If the record is damaged, of another store, or does not describe these arrays.
+    """
+    relative = record_path(group, shard)
+    path = inside(root, relative)
+    if not path.is_file():
+        return None
+    remedy = rewrite_remedy(group, shard)
+    document, _ = read_sealed(path, max_bytes=MAX_JSON_BYTES, remedy=remedy)
+    check_format(document, KIND, path)
+    check = Checks(str(root / relative))
+    if document.get("group") != group or document.get("shard") != shard:
+        check.problem("group", f"describes shard {document.get('shard')} of {document.get('group')}")
+    if document.get("plan_sha256") != plan.sha256:
+        check.problem("plan_sha256", "belongs to another plan")
+    arrays = check.table(document, "arrays")
+    if set(arrays) != set(layouts):
+        check.problem("arrays", f"expected exactly {', '.join(layouts)}")
+        arrays = {}
+    files = {name: file_record(check, arrays, name, layouts[name], rows) for name in arrays}
+    sums = {n: moments(check, arrays[n], n, layouts[n]) for n in arrays if layouts[n].dtype.kind == "f"}
+    writer = check.table(document, "writer")
+    commit = Commit(
+        group=group,
+        shard=shard,
+        files=files,
+        moments=sums,
+        bad_systems=bad_systems(check, document, plan),
+        host=check.text(writer, "host", "writer."),
+        pid=check.integer(writer, "pid", 0, 1 << 62, "writer."),
+        time=check.text(document, "time"),
+        weights_sha256=check.text(document, "weights_sha256"),
+        plan_sha256=plan.sha256,
+        metadata=check.hex_table(document, "metadata", 64),
+    )
+    check.finish(remedy)
+    return commit
+
+
+def file_record(
+    check: Checks, arrays: dict[str, Any], name: str, layout: ArrayLayout, rows: int
+) -> FileRecord:
+    """Take a file's entry apart; problems go to `check`."""
+    entry, at = check.table(arrays, name, "arrays."), f"arrays.{name}."
+    size = layout.file_bytes(rows)
+    chunks = check.items(entry, "chunk_crc32c", at)
+    if len(chunks) != layout.stored_chunks(rows) or not all(is_hex(c, 8) for c in chunks):
+        check.problem(f"{at}chunk_crc32c", f"no list of {layout.stored_chunks(rows)} checksums")
+    return FileRecord(
+        n_bytes=check.integer(entry, "bytes", size, size, at),
+        rows=check.integer(entry, "rows", rows, rows, at),
+        crc32c=check.hexadecimal(entry, "crc32c", 8, at),
+        chunk_crc32c=tuple(chunks),
+    )
+
+
+def moments(check: Checks, entry: dict[str, Any], name: str, layout: ArrayLayout) -> Moments:
+    """Take the sums of an array apart; problems go to `check`."""
+    at = f"arrays.{name}.sums."
+    table = check.table(entry, "sums", f"arrays.{name}.") if isinstance(entry, dict) else {}
+    n = n_channels(layout.spec)
+    return Moments(
+        sum=check.numbers(table, "sum", n, at),
+        sum_squares=check.numbers(table, "sum_squares", n, at),
+        count=check.integer(table, "count", 0, 1 << 62, at),
+        max_abs=check.number(table, "max_abs", at),
+        error_max_abs=check.number(table, "error_max_abs", at),
+        error_sum_squares=check.number(table, "error_sum_squares", at),
+    )
+
+
+def bad_systems(check: Checks, document: dict[str, Any], plan: Plan) -> tuple[int, ...]:
+    """Take the list of given-up systems apart; problems go to `check`."""
+    values = check.items(document, "bad_systems")
+    if not all(type(v) is int and 0 <= v < min(plan.packing.n_systems, MAX_SYSTEMS) for v in values):
+        check.problem("bad_systems", "no list of stored indices")
+        return ()
+    return tuple(values)

@@ -1,0 +1,188 @@
+"""The first contents of a store: the systems table, empty groups and the plan."""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from molkd.cache_schema.errors import CacheError
+from molkd.cache_schema.files import make_folder, write_file
+from molkd.cache_schema.identity import ID_BYTES, dataset_fingerprint
+from molkd.cache_schema.jsonfile import canonical, seal
+from molkd.cache_schema.layout import (
+    DATA,
+    LOG,
+    MAX_SYSTEMS,
+    PLAN,
+    atoms_layout,
+    choose_rows_per_shard,
+    pack,
+    stored_order,
+)
+from molkd.cache_schema.plan import SYSTEM_ARRAYS, Plan, system_file
+from molkd.cache_schema.zarr_json import ROOT_ATTRIBUTES, array_document, dump, group_document, plain_document
+
+_SHOWN = 3
+
+
+@dataclass(frozen=True)
+class SystemTable:
+    """One row a system, in the caller's order, checked."""
+
+    id: NDArray[np.uint8]  # (S, 16)
+    n_atoms: NDArray[np.int32]  # (S,)
+    energy: NDArray[np.float64]  # (S,) eV, NaN if unknown
+    cell: NDArray[np.float32]  # (S, 3, 3) A
+    pbc: NDArray[np.bool_]  # (S, 3)
+    source: NDArray[np.int32]  # (S,)
+    source_row: NDArray[np.int64]  # (S,)
+    source_names: tuple[str, ...]
+
+    @classmethod
+    def check(
+        cls,
+        where: Path,
+        *,
+        ids: ArrayLike,
+        n_atoms: ArrayLike,
+        energy: ArrayLike,
+        cell: ArrayLike,
+        pbc: ArrayLike,
+        source: ArrayLike,
+        source_row: ArrayLike,
+        source_names: tuple[str, ...],
+    ) -> "SystemTable":
+        """Bring the caller's arrays into the stored types.
+
+        Raises
+        ------
+        CacheError
+            If there are no systems, lengths differ, ids repeat, or a number does not make sense.
+        """
+        rows = np.ascontiguousarray(ids, dtype=np.uint8).reshape(-1, ID_BYTES)
+        n = len(rows)
+        if not 0 < n <= MAX_SYSTEMS:
+            raise CacheError(f"{where}: {n} systems; a store needs at least one")
+        given = {"n_atoms": (n_atoms, ()), "energy": (energy, ()), "cell": (cell, (3, 3)), "pbc": (pbc, (3,))}
+        given |= {"source": (source, ()), "source_row": (source_row, ())}
+        for name, (values, tail) in given.items():
+            if np.shape(values) != (n, *tail):
+                raise CacheError(f"{where}: {name} has shape {np.shape(values)}, expected {(n, *tail)}")
+        table = cls(
+            id=rows,
+            n_atoms=np.asarray(n_atoms, dtype=np.int32),
+            energy=np.asarray(energy, dtype=np.float64),
+            cell=np.asarray(cell, dtype=np.float32),
+            pbc=np.asarray(pbc, dtype=bool),
+            source=np.asarray(source, dtype=np.int32),
+            source_row=np.asarray(source_row, dtype=np.int64),
+            source_names=source_names,
+        )
+        table._check_values(where)
+        return table
+
+    def _check_values(self, where: Path) -> None:
+        if not ((self.source >= 0) & (self.source < len(self.source_names))).all():
+            raise CacheError(
+                f"{where}: source holds numbers beyond the {len(self.source_names)} source names"
+            )
+        for wrong, message in (
+            (self.n_atoms < 1, "no atoms"),
+            (np.isinf(self.energy), "an infinite energy; a missing label is NaN"),
+            (~np.isfinite(self.cell).all(axis=(1, 2)), "a cell that is not finite"),
+        ):
+            if wrong.any():
+                raise CacheError(f"{where}: {self._names(np.flatnonzero(wrong))}: {message}")
+        order = np.lexsort(self.id.T)
+        repeated = order[1:][(self.id[order][1:] == self.id[order][:-1]).all(axis=1)]
+        if len(repeated):
+            raise CacheError(
+                f"{where}: {len(repeated)} systems are given twice ({self._names(np.sort(repeated))}); drop duplicates"
+            )
+
+    def _names(self, rows: NDArray[np.integer[Any]]) -> str:
+        shown = [f"{self.source_names[self.source[r]]}#{self.source_row[r]}" for r in rows[:_SHOWN]]
+        return ", ".join(shown) + (f" and {len(rows) - _SHOWN} more" if len(rows) > _SHOWN else "")
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of the set of ids."""
+        return dataset_fingerprint(self.id)
+
+
+def build(
+    folder: Path, table: SystemTable, dataset: dict[str, Any], seed: int, rows_per_shard: int | None
+) -> NDArray[np.int64]:
+    """Write the first contents of a store into an empty folder, the plan last.
+
+    Returns
+    -------
+    (S,)
+        For each stored system its row in the caller's arrays.
+    """
+    if not 0 <= seed < 1 << 63:
+        raise CacheError(f"seed {seed}: must be from 0 to 2**63 - 1")
+    canonical(dataset)  # refuse what is no JSON before anything is written
+    order = stored_order(table.id, seed)
+    rows = choose_rows_per_shard(table.n_atoms, rows_per_shard)
+    packing, places = pack(table.n_atoms[order], rows)
+    columns = {name: getattr(table, name)[order] for name in SYSTEM_ARRAYS if name not in vars(places)}
+    columns |= vars(places)
+
+    hashes = {}
+    for name, (dtype, _, _, _) in SYSTEM_ARRAYS.items():
+        raw = columns[name].astype(np.dtype(dtype).newbyteorder("<")).tobytes()
+        hashes[name] = hashlib.sha256(raw).hexdigest()
+        _write(folder / system_file(name), raw)
+
+    documents = {
+        "zarr.json": group_document(ROOT_ATTRIBUTES),
+        "systems/zarr.json": group_document({"source_names": list(table.source_names)}),
+        "atoms/zarr.json": group_document({}),
+        "teachers/zarr.json": group_document({}),
+    }
+    for name, (dtype, tail, dimensions, unit) in SYSTEM_ARRAYS.items():
+        documents[f"systems/{name}/zarr.json"] = plain_document((len(order), *tail), dtype, dimensions, unit)
+    for layout in atoms_layout(packing).values():
+        documents[f"{layout.path}/zarr.json"] = array_document(layout)
+    metadata = {}
+    for name, document in documents.items():
+        raw = dump(document)
+        metadata[name] = hashlib.sha256(raw).hexdigest()
+        _write(folder / DATA / name, raw)
+
+    make_folder(folder / LOG)
+    plan = Plan(seed, table.fingerprint, packing, hashes, metadata, dataset)
+    _write(folder / PLAN, seal(plan.to_json()))
+    return order
+
+
+def match_order(table: SystemTable, stored_ids: NDArray[np.uint8]) -> NDArray[np.int64]:
+    """Return, for each stored system, its row in the caller's arrays; both hold the same ids."""
+    given, stored = np.lexsort(table.id.T), np.lexsort(stored_ids.T)
+    order = np.empty(len(given), dtype=np.int64)
+    order[stored] = given
+    return order
+
+
+def describe_difference(table: SystemTable, stored_ids: NDArray[np.uint8]) -> str:
+    """Say how the given systems differ from the stored ones."""
+    given = {row.tobytes(): k for k, row in enumerate(table.id)}
+    stored = {row.tobytes() for row in stored_ids}
+    extra = np.array([k for name, k in given.items() if name not in stored], dtype=np.int64)
+    missing = [name.hex() for name in sorted(stored - set(given))]
+    parts = []
+    if len(extra):
+        parts.append(f"{len(extra)} given systems are not in it ({table._names(extra)})")
+    if missing:
+        more = f" and {len(missing) - _SHOWN} more" if len(missing) > _SHOWN else ""
+        parts.append(f"{len(missing)} of its systems are not given (ids {', '.join(missing[:_SHOWN])}{more})")
+    return "; ".join(parts)
+
+
+def _write(path: Path, raw: bytes) -> None:
+    make_folder(path.parent)
+    write_file(path, raw, replace=True)

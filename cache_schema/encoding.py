@@ -1,0 +1,107 @@
+"""How values are narrowed on disk: name, stored dtype and documented formula of every encoding of format 1."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from molkd.cache_schema.errors import CacheError
+from molkd.cache_schema.fields import FieldSpec
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """One way to store an array. Formulas with further arrays (steps, scales, a basis) get new names later."""
+
+    name: str
+    dtype: str  # numpy dtype on disk, little-endian
+    formula: str
+
+    @property
+    def is_float(self) -> bool:
+        """Whether stored values may be NaN."""
+        return np.dtype(self.dtype).kind == "f"
+
+
+ENCODINGS = {
+    e.name: e
+    for e in (
+        Encoding("fp64", "float64", "value = stored"),
+        Encoding(
+            "fp32", "float32", "value = stored; stored = value rounded to the nearest IEEE 754 binary32"
+        ),
+        Encoding(
+            "fp16", "float16", "value = stored; stored = value rounded to the nearest IEEE 754 binary16"
+        ),
+        Encoding("uint8", "uint8", "value = stored"),
+        Encoding("bool", "bool", "value = stored; 0 is false, 1 is true"),
+    )
+}
+_OF_DTYPE = {"float64": "fp64", "float32": "fp32", "uint8": "uint8", "bool": "bool"}
+SIGNAL_ENCODINGS = ("fp64", "fp32", "fp16")
+
+
+def find_encoding(name: object, where: str) -> Encoding:
+    """Return an encoding by name.
+
+    Raises
+    ------
+    CacheError
+        If this version does not know it.
+    """
+    if not isinstance(name, str) or name not in ENCODINGS:
+        raise CacheError(
+            f"{where}: encoding {name!r} is unknown, it was written by a newer version; "
+            f"update molkd (this one knows {', '.join(ENCODINGS)})"
+        )
+    return ENCODINGS[name]
+
+
+def exact_encoding(spec: FieldSpec) -> str:
+    """Return the encoding that keeps every bit of a field."""
+    return _OF_DTYPE[spec.dtype]
+
+
+def encoding_for(spec: FieldSpec, wanted: str) -> str:
+    """Return the encoding a teacher's signal should take when features are stored as `wanted`.
+
+    Energies (float64 fields) stay fp64 and forces fp32: they are labels, and cost little beside features.
+    """
+    if spec.dtype == "float64" or spec.unit != "1":
+        return exact_encoding(spec)
+    return wanted
+
+
+def encode(values: NDArray[Any], encoding: Encoding, where: str) -> NDArray[Any]:
+    """Return `values` as stored, contiguous. NaN passes through; a value that would become infinite does not.
+
+    Raises
+    ------
+    CacheError
+        If a finite value is too large for the encoding, or an integer does not fit.
+    """
+    if not encoding.is_float:
+        stored = np.ascontiguousarray(values, dtype=encoding.dtype)
+        if not np.array_equal(stored, values):
+            raise CacheError(f"{where}: holds values that are not {encoding.dtype}")
+        return stored
+    with np.errstate(over="ignore"):
+        stored = np.ascontiguousarray(values, dtype=encoding.dtype)
+    # One pass over the narrow values; the wide ones are looked at only if something is wrong.
+    if np.isinf(stored).any():
+        place = tuple(int(k) for k in np.argwhere(np.isinf(stored))[0])
+        value = np.asarray(values)[place]
+        channel = f", channel {place[-1]}" if len(place) > 1 else ""
+        if np.isinf(value):
+            raise CacheError(f"{where}: infinite value in row {place[0]}{channel}")
+        raise CacheError(
+            f"{where}: {value:.6g} in row {place[0]}{channel} is too large for {encoding.name} "
+            f"(at most {np.finfo(encoding.dtype).max:.6g}); take --encoding fp32"
+        )
+    return stored
+
+
+def decode(stored: NDArray[Any], spec: FieldSpec) -> NDArray[Any]:
+    """Return stored values in the field's dtype in memory; no copy where they agree."""
+    return stored.astype(spec.dtype, copy=False)

@@ -1,0 +1,204 @@
+"""One pass over a subset in random order: permuted blocks, shuffled within a window, cut into batches.
+
+The store's order is random already, so this is as good as a full shuffle, and each block is one contiguous read.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from molkd.cache_schema.errors import CacheError
+from molkd.cache_schema.reader import Cache
+
+BLOCK_ATOMS = 4096
+WINDOW_BLOCKS = 32
+
+
+@dataclass(frozen=True, eq=False)
+class EpochPlan:
+    """The batches of one epoch for one rank; iterating gives stored indices (B,) batch by batch."""
+
+    order: NDArray[np.int64]  # systems in the order they are used
+    window_ptr: NDArray[np.int64]  # systems order[window_ptr[w]:window_ptr[w+1]] are read together
+    batch_ptr: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.batch_ptr) - 1
+
+    def __iter__(self) -> Iterator[NDArray[np.int64]]:
+        return self.batches()
+
+    def batches(self, start: int = 0) -> Iterator[NDArray[np.int64]]:
+        """Yield the batches from number `start` on."""
+        for begin, end in zip(self.batch_ptr[start:-1], self.batch_ptr[start + 1 :], strict=True):
+            yield self.order[begin:end]
+
+    @property
+    def windows(self) -> list[NDArray[np.int64]]:
+        """The systems that are read together."""
+        return [self.order[b:e] for b, e in zip(self.window_ptr[:-1], self.window_ptr[1:], strict=True)]
+
+
+def iterate_epoch(
+    cache: Cache,
+    *,
+    subset: NDArray[np.bool_] | None = None,
+    batch_size: int,
+    seed: int,
+    epoch: int,
+    block_atoms: int = BLOCK_ATOMS,
+    window_blocks: int = WINDOW_BLOCKS,
+    rank: int = 0,
+    world_size: int = 1,
+    drop_last: bool = False,
+) -> EpochPlan:
+    """Plan an epoch; the same arguments give the same batches.
+
+    Every system of the subset is used once, by one rank. All ranks have the same number of batches.
+
+    Parameters
+    ----------
+    subset : (S,) mask over stored systems; all if None
+    block_atoms : atoms read in one run, about
+    window_blocks : blocks held in memory and shuffled together
+    drop_last : leave out what does not fill a batch, so that all batches have `batch_size` systems
+
+    Raises
+    ------
+    CacheError
+        If sizes make no sense, or there are fewer systems than ranks.
+    """
+    if batch_size < 1 or block_atoms < 1 or window_blocks < 1 or not 0 <= rank < world_size:
+        raise CacheError(
+            f"batch size {batch_size}, block {block_atoms} atoms, window {window_blocks} blocks, rank {rank} of "
+            f"{world_size}: sizes must be positive and the rank below the number of ranks"
+        )
+    chosen = np.arange(cache.n_systems) if subset is None else np.flatnonzero(_check_mask(cache, subset))
+    if len(chosen) < world_size:
+        raise CacheError(f"{cache.path}: {len(chosen)} systems to read for {world_size} ranks; each needs at least one")
+    generator = np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, epoch])))
+    order, block_ptr = _permute_blocks(chosen, cache.system_n_atoms[chosen], block_atoms, generator)
+
+    begin, end = (len(order) * r // world_size for r in (rank, rank + 1))
+    inner = block_ptr[(block_ptr > begin) & (block_ptr < end)]
+    block_ptr = np.concatenate([[begin], inner, [end]]) - begin
+    window_ptr = np.append(block_ptr[:-1:window_blocks], block_ptr[-1])
+    order = order[begin:end].copy()
+    own = np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, epoch, rank])))
+    for first, last in zip(window_ptr[:-1], window_ptr[1:], strict=True):
+        own.shuffle(order[first:last])
+    counts = [len(chosen) * (r + 1) // world_size - len(chosen) * r // world_size for r in range(world_size)]
+    return EpochPlan(order, window_ptr, _batch_ptr(end - begin, counts, batch_size, drop_last))
+
+
+def _permute_blocks(
+    chosen: NDArray[np.int64], n_atoms: NDArray[np.int32], block_atoms: int, generator: np.random.Generator
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Cut systems into blocks of about `block_atoms` and permute these; return systems and where blocks begin."""
+    middle = np.cumsum(n_atoms, dtype=np.int64) - n_atoms / 2
+    block = (middle // block_atoms).astype(np.int64)
+    begins = np.flatnonzero(np.diff(block, prepend=-1))
+    blocks = np.split(chosen, begins[1:])
+    permuted = [blocks[k] for k in generator.permutation(len(blocks))]
+    return np.concatenate(permuted), np.cumsum([0, *(len(b) for b in permuted)])
+
+
+def _batch_ptr(n: int, counts: list[int], batch_size: int, drop_last: bool) -> NDArray[np.int64]:
+    if drop_last:
+        return np.arange(min(counts) // batch_size + 1, dtype=np.int64) * batch_size
+    n_batches = -(-max(counts) // batch_size)
+    ptr = np.minimum(np.arange(n_batches + 1, dtype=np.int64) * batch_size, n)
+    # Ranks differ by at most one system; where that is one batch, the last full batch gives one system away.
+    if n_batches and ptr[-2] == n:
+        ptr[-2] = n - 1
+    return ptr
+
+
+def _check_mask(cache: Cache, subset: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    if subset.shape != (cache.n_systems,) or subset.dtype != np.bool_:
+        raise CacheError(f"{cache.path}: subset {subset.dtype} {subset.shape}, expected a mask of {cache.n_systems} systems")
+    return subset
+
+
+def read_epoch(
+    cache: Cache,
+    *,
+    fields: Sequence[str],
+    teacher: str | None = None,
+    signals: Sequence[str] = (),
+    start_batch: int = 0,
+    subset: NDArray[np.bool_] | None = None,
+    batch_size: int,
+    seed: int,
+    epoch: int,
+    block_atoms: int = BLOCK_ATOMS,
+    window_blocks: int = WINDOW_BLOCKS,
+    rank: int = 0,
+    world_size: int = 1,
+    drop_last: bool = False,
+) -> Iterator[tuple[NDArray[np.int64], dict[str, NDArray[Any]]]]:
+    """Yield stored indices (B,) and arrays, as `Cache.read`, batch by batch from `start_batch` on.
+
+    A window is read at once, in stored order; memory holds one window and one batch.
+
+    Raises
+    ------
+    CacheError, IntegrityError
+        As `iterate_epoch` and `Cache.read`.
+    """
+    plan = iterate_epoch(
+        cache,
+        subset=subset,
+        batch_size=batch_size,
+        seed=seed,
+        epoch=epoch,
+        block_atoms=block_atoms,
+        window_blocks=window_blocks,
+        rank=rank,
+        world_size=world_size,
+        drop_last=drop_last,
+    )
+    window = -1
+    held: _Window | None = None
+    for begin, end in zip(plan.batch_ptr[start_batch:-1], plan.batch_ptr[start_batch + 1 :], strict=True):
+        parts = []
+        place = int(begin)
+        while place < end:
+            if held is None or place >= plan.window_ptr[window + 1]:
+                held = None  # let go of the old window before the next one is read
+                window = int(np.searchsorted(plan.window_ptr, place, side="right")) - 1
+                systems = plan.order[plan.window_ptr[window] : plan.window_ptr[window + 1]]
+                held = _Window(cache, systems, fields, teacher, signals)
+            stop = min(int(end), int(plan.window_ptr[window + 1]))
+            parts.append(held.take(plan.order[place:stop]))
+            place = stop
+        arrays = parts[0] if len(parts) == 1 else {k: np.concatenate([p[k] for p in parts]) for k in parts[0]}
+        yield plan.order[begin:end], arrays
+
+
+class _Window:
+    """The arrays of some systems in memory, in stored order."""
+
+    def __init__(
+        self,
+        cache: Cache,
+        systems: NDArray[np.int64],
+        fields: Sequence[str],
+        teacher: str | None,
+        signals: Sequence[str],
+    ) -> None:
+        self.systems = np.sort(systems)
+        self.arrays = cache.read(self.systems, fields, teacher, signals)
+        self.atoms_ptr = np.concatenate([[0], np.cumsum(self.arrays["n_atoms"], dtype=np.int64)])
+        self.on_atoms = {name for name in self.arrays if cache.axis(name, teacher) == "atom"}
+
+    def take(self, systems: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
+        """Return the arrays of some of them in the given order."""
+        place = np.searchsorted(self.systems, systems)
+        count = self.arrays["n_atoms"][place]
+        shift = self.atoms_ptr[place] - (np.cumsum(count, dtype=np.int64) - count)
+        rows = np.arange(int(count.sum())) + np.repeat(shift, count)
+        return {n: values.take(rows if n in self.on_atoms else place, axis=0) for n, values in self.arrays.items()}

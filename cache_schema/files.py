@@ -1,0 +1,224 @@
+"""Files that appear whole or not at all: temporary names, fsync, exclusive publication, sweeping, checksums."""
+
+import contextlib
+import errno
+import fcntl
+import os
+import re
+import secrets
+import shutil
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import google_crc32c
+import numpy as np
+from numpy.typing import NDArray
+
+from molkd.cache_schema.errors import CacheError, IntegrityError
+
+TMP_PREFIX = ".tmp-"
+_FOREIGN_TEMPORARY_SECONDS = 24 * 3600  # another host's writer cannot be asked; a day without a write is dead
+_SAME_PID_SECONDS = 60  # the pid may have been given to a new process
+
+
+def crc32c(data: NDArray[Any] | bytes, value: int = 0) -> int:
+    """Continue the crc32c `value` over contiguous data."""
+    if isinstance(data, np.ndarray):
+        data = data.reshape(-1).view(np.uint8)
+    return int(google_crc32c.extend(value, data))
+
+
+def crc_hex(value: int) -> str:
+    """Return a crc32c as the records write it: 8 lower-case hex digits."""
+    return f"{value:08x}"
+
+
+def host_name() -> str:
+    """Return this host's name, reduced to what fits in a temporary file's name."""
+    return re.sub(r"[^A-Za-z0-9]", "_", socket.gethostname()) or "host"
+
+
+def temporary_path(target: Path) -> Path:
+    """Return a name beside `target` that no other writer uses."""
+    return target.with_name(f"{TMP_PREFIX}{host_name()}-{os.getpid()}-{secrets.token_hex(4)}")
+
+
+def inside(root: Path, relative: str) -> Path:
+    """Return `root/relative` after following links; the result must lie in the store.
+
+    Raises
+    ------
+    IntegrityError
+        If a symbolic link or ".." leads out of the store.
+    """
+    home = root.resolve()
+    path = (home / relative).resolve()
+    if home != path and home not in path.parents:
+        raise IntegrityError(
+            f"{root / relative}: leads out of the store to {path}; a store holds no links to files elsewhere"
+        )
+    return path
+
+
+def fsync_folder(folder: Path) -> None:
+    """Make renames in a folder durable; file systems that cannot sync folders are left alone."""
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(fd)
+
+
+def make_folder(folder: Path) -> None:
+    """Create a folder and its parents durably; modes follow umask and setgid."""
+    missing = []
+    while not folder.exists():
+        missing.append(folder)
+        folder = folder.parent
+    for path in reversed(missing):
+        path.mkdir(exist_ok=True)
+        fsync_folder(path.parent)
+
+
+def open_temporary(target: Path) -> tuple[Path, int]:
+    """Create a temporary file beside `target`, locked for as long as its writer lives."""
+    path = temporary_path(target)
+    fd = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o666)
+    with contextlib.suppress(OSError):  # no locks on this file system: the pid in the name has to do
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    return path, fd
+
+
+def write_file(target: Path, data: bytes, *, replace: bool) -> bool:
+    """Write a small file durably and atomically.
+
+    Returns
+    -------
+    bool
+        False if `replace` is false and the file existed; it is left as it was.
+    """
+    temporary, fd = open_temporary(target)
+    try:
+        with os.fdopen(fd, "wb") as handle:
+            handle.write(data)
+            handle.flush()
+            os.fsync(handle.fileno())
+        if replace:
+            temporary.replace(target)
+        elif not _link(temporary, target, data):
+            return False
+        fsync_folder(target.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return True
+
+
+def _link(temporary: Path, target: Path, data: bytes) -> bool:
+    try:
+        target.hardlink_to(temporary)
+    except FileExistsError:
+        return False
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.EMLINK, errno.ENOSYS):
+            raise
+        return _create_exclusively(target, data)  # file systems without hard links
+    return True
+
+
+def _create_exclusively(target: Path, data: bytes) -> bool:
+    try:
+        handle = target.open("xb")
+    except FileExistsError:
+        return False
+    with handle:
+        handle.write(data)
+        handle.flush()
+        os.fsync(handle.fileno())
+    return True
+
+
+@contextlib.contextmanager
+def publication_lock(folder: Path) -> Iterator[None]:
+    """Let one writer at a time publish shards of a group, where the file system has locks.
+
+    Correctness does not hang on it: without locks, a lost race is found when the record is linked.
+    """
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        with contextlib.suppress(OSError):
+            fcntl.flock(fd, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(fd)
+
+
+def is_abandoned(temporary: Path) -> bool:
+    """Say whether the writer of a temporary file (or folder) is certainly dead."""
+    found = re.fullmatch(r"\.tmp-(\w+)-(\d+)-[0-9a-f]+", temporary.name)
+    if not found:
+        return False
+    try:
+        age = time.time() - temporary.stat().st_mtime
+        if found[1] != host_name():
+            return age > _FOREIGN_TEMPORARY_SECONDS
+        if process_lives(int(found[2])) and age < _SAME_PID_SECONDS:
+            return False
+        fd = os.open(temporary, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False  # a writer in another container: same host name, its own pids
+    except OSError:
+        return not process_lives(int(found[2]))
+    finally:
+        os.close(fd)
+    return True
+
+
+def process_lives(pid: int) -> bool:
+    """Say whether a process of this host exists."""
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def sweep(folder: Path) -> None:
+    """Remove what dead writers left in a folder."""
+    if not folder.is_dir():
+        return
+    for path in folder.iterdir():
+        if path.name.startswith(TMP_PREFIX) and is_abandoned(path):
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+
+
+def write_error(path: Path, error: OSError, needed: int) -> CacheError:
+    """Turn a failed write into a message with path, bytes and remedy."""
+    folder = path if path.is_dir() else path.parent
+    try:
+        free = f"{shutil.disk_usage(folder).free:,} bytes free"
+    except OSError:
+        free = "free space unknown"
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return CacheError(
+            f"{path}: disk full ({needed:,} bytes needed, {free}); "
+            "free some space and run the same command again, finished shards are kept"
+        )
+    return CacheError(
+        f"{path}: cannot write ({error.strerror or error}; {needed:,} bytes needed, {free}); "
+        "check the folder's rights and the disk, then run the same command again, finished shards are kept"
+    )

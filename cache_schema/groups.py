@@ -1,0 +1,237 @@
+"""Groups that are committed shard by shard: ``atoms`` and every teacher's signal, as found in a store."""
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from molkd.cache_schema.commit import Commit, read_commit
+from molkd.cache_schema.errors import CacheError, IntegrityError
+from molkd.cache_schema.fields import FieldSpec
+from molkd.cache_schema.files import inside
+from molkd.cache_schema.layout import (
+    DATA,
+    LOG,
+    ArrayLayout,
+    atoms_layout,
+    check_name,
+    record_path,
+    signal_group,
+    signal_layout,
+    split_signal_group,
+)
+from molkd.cache_schema.plan import Plan, Systems
+from molkd.cache_schema.zarr_json import check_array, kind, parse, read_signal, read_teacher
+
+ATOMS = "atoms"
+_MAX_ZARR_JSON_BYTES = 1 << 24
+_MAX_SIGNAL_PARTS = 4
+
+
+@dataclass(frozen=True)
+class Group:
+    """A set of arrays written and committed together."""
+
+    name: str  # "atoms" or "teachers/<teacher>/<signal>"
+    layouts: dict[str, ArrayLayout]
+    metadata: dict[str, str]  # zarr.json within data.zarr -> sha256
+    rows: NDArray[np.int64]  # (n_shards,) rows of each shard on the group's axis
+    weights_sha256: str = ""
+
+    @property
+    def spec(self) -> FieldSpec:
+        """The signal's spec."""
+        return self.layouts["values"].spec
+
+
+def read_zarr_json(root: Path, name: str) -> bytes | None:
+    """Read a zarr.json of data.zarr; None if there is none.
+
+    Raises
+    ------
+    IntegrityError
+        If it is absurdly large or leads out of the store.
+    """
+    path = inside(root, f"{DATA}/{name}")
+    if not path.is_file():
+        return None
+    if path.stat().st_size > _MAX_ZARR_JSON_BYTES:
+        raise IntegrityError(
+            f"{path}: {path.stat().st_size} bytes of metadata; restore it from a copy of the store"
+        )
+    return path.read_bytes()
+
+
+def load_atoms(plan: Plan, systems: Systems) -> Group:
+    """Return the group of structures and labels."""
+    layouts = atoms_layout(plan.packing)
+    names = ["zarr.json", "atoms/zarr.json", *(f"{x.path}/zarr.json" for x in layouts.values())]
+    metadata = {n: plan.metadata.get(n, "") for n in names}
+    return Group(ATOMS, layouts, metadata, shard_rows(plan, systems, "atom"))
+
+
+def load_signal(root: Path, plan: Plan, systems: Systems, group: str) -> Group:
+    """Return a teacher's signal.
+
+    Raises
+    ------
+    CacheError
+        If its encoding is unknown.
+    IntegrityError
+        If its metadata are missing, damaged or do not fit the plan.
+    """
+    teacher, signal = split_signal_group(group)
+    names = [f"teachers/{teacher}/zarr.json", f"{group}/zarr.json", f"{group}/values/zarr.json"]
+    raws = {}
+    for name in names:
+        raw = read_zarr_json(root, name)
+        if raw is None:
+            raise IntegrityError(f"{root / DATA / name}: missing; restore the file from a copy of the store")
+        raws[name] = raw
+    where = [str(root / DATA / name) for name in names]
+    documents = [parse(raws[name], w) for name, w in zip(names, where, strict=True)]
+    spec, encoding = read_signal(documents[1], where[1])
+    if spec.name != signal:
+        raise IntegrityError(f"{where[1]}: describes {spec.name}; restore the file from a copy of the store")
+    layouts = signal_layout(group, spec, encoding, plan.packing)
+    check_array(documents[2], layouts["values"], where[2])
+    weights = read_teacher(documents[0], where[0]).get("weights_sha256", "")
+    return Group(
+        name=group,
+        layouts=layouts,
+        metadata={name: hashlib.sha256(raw).hexdigest() for name, raw in raws.items()},
+        rows=shard_rows(plan, systems, spec.axis),
+        weights_sha256=weights if isinstance(weights, str) else "",
+    )
+
+
+def shard_rows(plan: Plan, systems: Systems, axis: str) -> NDArray[np.int64]:
+    """Return how many rows each shard has on an axis, (n_shards,)."""
+    weights = systems.n_atoms if axis == "atom" else np.ones_like(systems.n_atoms)
+    begins = np.searchsorted(systems.shard, np.arange(plan.n_shards))
+    return np.add.reduceat(weights.astype(np.int64), begins)
+
+
+def teacher_provenance(root: Path, name: str) -> dict[str, Any] | None:
+    """Return what the store says about a teacher; None if it has no such teacher.
+
+    Raises
+    ------
+    IntegrityError
+        If the description is damaged.
+    """
+    file = f"teachers/{name}/zarr.json"
+    raw = read_zarr_json(root, file)
+    if raw is None:
+        return None
+    where = str(root / DATA / file)
+    return read_teacher(parse(raw, where), where)
+
+
+def list_teachers(root: Path) -> list[str]:
+    """Return the names of all teachers, sorted."""
+    folder = root / DATA / "teachers"
+    if not folder.is_dir():
+        return []
+    return sorted(p.name for p in folder.iterdir() if _is_name(p.name) and (p / "zarr.json").is_file())
+
+
+def list_signal_groups(root: Path, teacher: str) -> list[str]:
+    """Return the groups of a teacher's signals, in data or log, sorted.
+
+    Raises
+    ------
+    IntegrityError
+        If a group's metadata are damaged.
+    """
+    base = f"teachers/{teacher}"
+    found = set(_described(root, base, 0)) | set(_logged(root, base))
+    return sorted(found)
+
+
+def list_logged_teachers(root: Path) -> list[str]:
+    """Return the teachers that the log names, whether or not their metadata are there."""
+    folder = root / LOG / "teachers"
+    return sorted(p.name for p in folder.iterdir() if _is_name(p.name)) if folder.is_dir() else []
+
+
+def _described(root: Path, group: str, depth: int) -> Iterator[str]:
+    for path in sorted((root / DATA / group).iterdir()):
+        child = f"{group}/{path.name}"
+        if not _is_name(path.name) or not path.is_dir() or depth >= _MAX_SIGNAL_PARTS:
+            continue
+        raw = read_zarr_json(root, f"{child}/zarr.json")
+        if raw is not None and kind(parse(raw, str(root / DATA / child / "zarr.json"))) == "signal":
+            yield child
+        yield from _described(root, child, depth + 1)
+
+
+def _logged(root: Path, group: str) -> Iterator[str]:
+    folder = root / LOG / group
+    if not folder.is_dir():
+        return
+    for path in sorted(folder.rglob("*.json")):
+        name = path.parent.relative_to(root / LOG).as_posix()
+        if path.stem.isdecimal() and _is_signal_group(name):
+            yield name
+
+
+def _is_name(name: str) -> bool:
+    try:
+        return bool(check_name(name, "name"))
+    except CacheError:
+        return False
+
+
+def _is_signal_group(name: str) -> bool:
+    try:
+        _, teacher, signal = name.split("/", 2)
+        return signal_group(teacher, signal) == name
+    except (CacheError, ValueError):
+        return False
+
+
+def committed_shards(root: Path, group: Group) -> set[int]:
+    """Return the shards of a group that have a commit record; the records are not opened."""
+    folder = root / LOG / group.name
+    if not folder.is_dir():
+        return set()
+    n_shards = len(group.rows)
+    stems = (
+        p.stem for p in folder.iterdir() if p.suffix == ".json" and len(p.stem) >= 6 and p.stem.isdecimal()
+    )
+    return {int(s) for s in stems if int(s) < n_shards and record_path("", int(s)).endswith(f"/{s}.json")}
+
+
+def load_commit(root: Path, plan: Plan, group: Group, shard: int) -> Commit | None:
+    """Read a shard's commit record and check that the group's metadata are those it was written with.
+
+    Raises
+    ------
+    IntegrityError
+        If the record is damaged or the metadata changed since.
+    """
+    commit = read_commit(root, plan, group.name, shard, group.layouts, int(group.rows[shard]))
+    if commit is not None:
+        check_metadata(root, group, commit.metadata)
+    return commit
+
+
+def check_metadata(root: Path, group: Group, recorded: dict[str, str]) -> None:
+    """Compare a group's metadata with what was recorded.
+
+    Raises
+    ------
+    IntegrityError
+        Naming the files that changed since the shard was written.
+    """
+    changed = [n for n, digest in group.metadata.items() if recorded.get(n) != digest]
+    if changed:
+        files = ", ".join(str(root / DATA / n) for n in changed)
+        raise IntegrityError(
+            f"{files}: damaged, or changed since {group.name} was written; restore from a copy"
+        )

@@ -1,0 +1,63 @@
+"""Sealed JSON: plan, commit records and manifest end with the sha256 of all their bytes before that line."""
+
+import hashlib
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from molkd.cache_schema.errors import CacheError, IntegrityError
+
+_SEAL = re.compile(rb',\n "sha256": "([0-9a-f]{64})"\n}\n\Z')
+_SEAL_BYTES = len(b',\n "sha256": ""\n}\n') + 64
+
+
+def canonical(value: Any) -> str:
+    """Return JSON with sorted keys and no spaces: equal values give equal text.
+
+    Raises
+    ------
+    CacheError
+        If the value holds something JSON cannot say: NaN, an array, an object of a class.
+    """
+    try:
+        return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise CacheError(
+            f"provenance must be plain JSON values (text, numbers, lists, dictionaries): {error}"
+        ) from error
+
+
+def seal(document: dict[str, Any]) -> bytes:
+    """Return the bytes of a sealed JSON file, one line a key."""
+    lines = [f" {json.dumps(key)}: {canonical(document[key])}" for key in sorted(document)]
+    body = ("{\n" + ",\n".join(lines)).encode()
+    return body + f',\n "sha256": "{hashlib.sha256(body).hexdigest()}"\n}}\n'.encode()
+
+
+def read_sealed(path: Path, *, max_bytes: int, remedy: str) -> tuple[dict[str, Any], str]:
+    """Read a sealed file and return its content (without the seal) and its sha256.
+
+    Raises
+    ------
+    IntegrityError
+        If the file is cut off, larger than `max_bytes`, not JSON, or any bit differs from what was sealed.
+    """
+    size = path.stat().st_size
+    if size > max_bytes:
+        raise IntegrityError(f"{path}: {size} bytes, at most {max_bytes} expected; {remedy}")
+    raw = path.read_bytes()
+    found = _SEAL.search(raw, max(0, len(raw) - _SEAL_BYTES))
+    if not found:
+        raise IntegrityError(f"{path}: cut off or not written by molkd (no closing sha256 line); {remedy}")
+    digest = hashlib.sha256(raw[: found.start()]).hexdigest()
+    if digest != found[1].decode():
+        raise IntegrityError(f"{path}: damaged (its sha256 differs); {remedy}")
+    try:
+        document = json.loads(raw)
+    except (ValueError, RecursionError) as error:
+        raise IntegrityError(f"{path}: not JSON ({error}); {remedy}") from error
+    if not isinstance(document, dict):
+        raise IntegrityError(f"{path}: no JSON object; {remedy}")
+    del document["sha256"]
+    return document, digest

@@ -1,0 +1,268 @@
+"""Where everything lies: names, paths, how systems are ordered and packed, and the shape of every array."""
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from molkd.cache_schema.encoding import ENCODINGS, exact_encoding
+from molkd.cache_schema.errors import CacheError
+from molkd.cache_schema.fields import ATOM_FIELDS, FieldSpec
+
+FORMAT = 1
+CHUNK_ROWS = 1024  # rows of an inner chunk
+DEFAULT_ROWS_PER_SHARD = 65_536
+MIN_ROWS_PER_SHARD = 4_096  # chosen automatically; smaller ones may be asked for
+WANTED_SHARDS = 8
+MAX_ROWS_PER_SHARD = 1 << 30
+MAX_SYSTEMS = 1 << 31
+MAX_ROW_VALUES = 1 << 20  # values in one row of a signal
+
+PLAN, DATA, LOG, MANIFEST = "plan.json", "data.zarr", "log", "manifest.json"
+MAX_JSON_BYTES = 1 << 28  # plan and commit records
+MAX_MANIFEST_BYTES = 1 << 32
+SUFFIX = ".kdcache"
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
+_RESERVED = frozenset({"values", "zarr.json", "c"})
+_MIX_1, _MIX_2, _GOLDEN = (
+    np.uint64(0xBF58476D1CE4E5B9),
+    np.uint64(0x94D049BB133111EB),
+    np.uint64(0x9E3779B97F4A7C15),
+)
+
+
+# ------------------------------------------------------------------------------------------------ names
+
+
+def check_name(name: str, what: str, *, parts: bool = False) -> str:
+    """Return `name` if it may become part of a path; `parts` allows "/" between parts.
+
+    Raises
+    ------
+    CacheError
+        Naming the rule.
+    """
+    pieces = name.split("/") if parts else [name]
+    if len(pieces) > 4 or not all(_NAME.fullmatch(p) and p not in _RESERVED for p in pieces):
+        raise CacheError(
+            f"{what} {name!r}: names are letters, digits, '_', '.', '-', begin with a letter or digit, "
+            f"have at most 64 characters{' a part' if parts else ''} and are none of {', '.join(sorted(_RESERVED))}"
+        )
+    return name
+
+
+def signal_group(teacher: str, signal: str) -> str:
+    """Return the group of a teacher's signal: ``teachers/painn/layer/U4``."""
+    return f"teachers/{check_name(teacher, 'teacher')}/{check_name(signal, 'signal', parts=True)}"
+
+
+def split_signal_group(group: str) -> tuple[str, str]:
+    """Return teacher and signal of a group that `signal_group` made."""
+    head, teacher, signal = group.split("/", 2)
+    if head != "teachers" or signal_group(teacher, signal) != group:
+        raise CacheError(f"{group}: not the group of a teacher's signal")
+    return teacher, signal
+
+
+def record_path(group: str, shard: int) -> str:
+    """Return where the commit record of a shard lies in the store."""
+    return f"{LOG}/{group}/{shard:06d}.json"
+
+
+# ---------------------------------------------------------------------------------------------- packing
+
+
+@dataclass(frozen=True)
+class Packing:
+    """The numbers that fix where every row lies."""
+
+    n_systems: int
+    n_atoms: int
+    n_shards: int
+    rows_per_shard: int
+    systems_per_shard: int  # the most systems in any shard: places a shard has on the system axis
+    chunk_rows: int = CHUNK_ROWS
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where each system lies, in stored order, all (S,)."""
+
+    shard: NDArray[np.int32]
+    row: NDArray[np.int64]  # first row on the atom axis
+    slot: NDArray[np.int64]  # row on the system axis of a teacher's arrays
+
+
+def stored_order(ids: NDArray[np.uint8], seed: int) -> NDArray[np.int64]:
+    """Return the random permutation (S,) in which systems with these ids (S, 16) are stored.
+
+    Systems are sorted by a 64-bit key mixed from seed and id, so the order does not depend on the order of the
+    input, nor on any library's generator: docs/cache-format.md has the formula.
+    """
+    low, high = (half.astype(np.uint64) for half in np.ascontiguousarray(ids).view("<u8").T)
+    key = _mix(_mix(low ^ _mix(np.array([seed], dtype=np.uint64))) ^ high)
+    big_high, big_low = (half.astype(np.uint64) for half in np.ascontiguousarray(ids).view(">u8").T)
+    return np.lexsort((big_low, big_high, key)).astype(np.int64)  # equal keys: by the bytes of the id
+
+
+def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """Return the finalizer of splitmix64 of x, element by element; arithmetic is modulo 2**64."""
+    x = x + _GOLDEN
+    x = (x ^ (x >> np.uint64(30))) * _MIX_1
+    x = (x ^ (x >> np.uint64(27))) * _MIX_2
+    mixed: NDArray[np.uint64] = x ^ (x >> np.uint64(31))
+    return mixed
+
+
+def choose_rows_per_shard(n_atoms: NDArray[np.integer[Any]], asked: int | None = None) -> int:
+    """Return atom rows per shard: the default, or less so that a small dataset still has about 8 shards.
+
+    Raises
+    ------
+    CacheError
+        If the number asked for is not a multiple of the chunk or too small for the largest system.
+    """
+    largest = -(-int(n_atoms.max()) // CHUNK_ROWS) * CHUNK_ROWS
+    if asked is None:
+        share = int(n_atoms.sum()) // WANTED_SHARDS // CHUNK_ROWS * CHUNK_ROWS
+        return max(min(share, DEFAULT_ROWS_PER_SHARD), MIN_ROWS_PER_SHARD, largest)
+    if asked % CHUNK_ROWS or not largest <= asked <= MAX_ROWS_PER_SHARD:
+        raise CacheError(
+            f"rows per shard {asked}: must be a multiple of {CHUNK_ROWS}, at least {largest} (the largest system) "
+            f"and at most {MAX_ROWS_PER_SHARD}"
+        )
+    return asked
+
+
+def pack(n_atoms: NDArray[np.integer[Any]], rows_per_shard: int) -> tuple[Packing, Places]:
+    """Put systems, in stored order, into shards one after the other; a system that does not fit opens the next."""
+    ends = np.cumsum(n_atoms, dtype=np.int64)
+    shard = np.empty(len(n_atoms), dtype=np.int32)
+    first = [0]  # first system of each shard
+    while first[-1] < len(n_atoms):
+        before = ends[first[-1]] - n_atoms[first[-1]]
+        end = int(np.searchsorted(ends, before + rows_per_shard, side="right"))
+        assert end > first[-1]
+        shard[first[-1] : end] = len(first) - 1
+        first.append(end)
+    begin = np.array(first[:-1], dtype=np.int64)
+    systems_per_shard = int(np.diff(first).max())
+    offset = ends - n_atoms - (ends - n_atoms)[begin][shard]
+    places = Places(
+        shard=shard,
+        row=shard.astype(np.int64) * rows_per_shard + offset,
+        slot=shard.astype(np.int64) * systems_per_shard + np.arange(len(n_atoms)) - begin[shard],
+    )
+    return Packing(len(n_atoms), int(ends[-1]), len(begin), rows_per_shard, systems_per_shard), places
+
+
+# ----------------------------------------------------------------------------------------------- arrays
+
+
+@dataclass(frozen=True)
+class ArrayLayout:
+    """One array written shard by shard: a file is one shard's rows, on the atom axis followed by an index."""
+
+    path: str  # within data.zarr, "atoms/positions"
+    spec: FieldSpec
+    encoding: str
+    n_files: int
+    rows_per_file: int
+    chunk_rows: int
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Stored dtype."""
+        return np.dtype(ENCODINGS[self.encoding].dtype)
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether files hold several inner chunks and an index."""
+        return self.spec.axis == "atom"
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row."""
+        return int(np.prod(self.spec.shape, dtype=np.int64)) * self.dtype.itemsize
+
+    @property
+    def chunk_bytes(self) -> int:
+        """Bytes of one inner chunk."""
+        return self.row_bytes * self.chunk_rows
+
+    @property
+    def n_chunks(self) -> int:
+        """Inner chunks of a full file."""
+        return self.rows_per_file // self.chunk_rows
+
+    @property
+    def index_bytes(self) -> int:
+        """Bytes of the index at the end of a file: offset and length of each chunk, and a crc32c."""
+        return 16 * self.n_chunks + 4 if self.is_sharded else 0
+
+    def stored_chunks(self, n_rows: int) -> int:
+        """Inner chunks that a file with `n_rows` rows holds; the rest is marked missing."""
+        return -(-n_rows // self.chunk_rows)
+
+    def file_bytes(self, n_rows: int) -> int:
+        """Size of a file with `n_rows` rows."""
+        return self.stored_chunks(n_rows) * self.chunk_bytes + self.index_bytes
+
+    def file(self, shard: int) -> str:
+        """Return the path of a shard's file within the store."""
+        return f"{DATA}/{self.path}/c/{'/'.join([str(shard), *['0'] * len(self.spec.shape)])}"
+
+
+def signal_layout(group: str, spec: FieldSpec, encoding: str, packing: Packing) -> dict[str, ArrayLayout]:
+    """Return the arrays of a signal's group: ``values``."""
+    if spec.axis == "atom":
+        rows, chunk = packing.rows_per_shard, packing.chunk_rows
+    else:
+        rows = chunk = packing.systems_per_shard
+    return {"values": ArrayLayout(f"{group}/values", spec, encoding, packing.n_shards, rows, chunk)}
+
+
+def atoms_layout(packing: Packing) -> dict[str, ArrayLayout]:
+    """Return the arrays of the group ``atoms``."""
+    return {
+        name: ArrayLayout(
+            f"atoms/{name}",
+            spec,
+            exact_encoding(spec),
+            packing.n_shards,
+            packing.rows_per_shard,
+            packing.chunk_rows,
+        )
+        for name, spec in ATOM_FIELDS.items()
+    }
+
+
+def check_signal_spec(spec: FieldSpec, encoding: str) -> None:
+    """Refuse what format 1 cannot hold.
+
+    Raises
+    ------
+    CacheError
+        Naming the signal and what does not fit.
+    """
+    if spec.axis not in ("system", "atom"):
+        raise CacheError(
+            f"signal {spec.name}: axis {spec.axis!r} is not part of format {FORMAT}; ask for e2n or v2v"
+        )
+    if spec.dtype not in ("float32", "float64"):
+        raise CacheError(f"signal {spec.name}: dtype {spec.dtype}, expected float32 or float64")
+    if spec.symmetry not in ("invariant", "vector", "none"):
+        raise CacheError(f"signal {spec.name}: symmetry {spec.symmetry!r} is unknown")
+    if encoding not in ("fp64", "fp32", "fp16"):
+        raise CacheError(
+            f"signal {spec.name}: encoding {encoding!r}; choose fp32 or fp16 (fp64 for energies)"
+        )
+    if (
+        len(spec.shape) > 3
+        or any(n < 1 for n in spec.shape)
+        or np.prod(spec.shape, dtype=float) > MAX_ROW_VALUES
+    ):
+        raise CacheError(f"signal {spec.name}: shape {spec.shape}, expected 0 to 3 axes of at least 1")

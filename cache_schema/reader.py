@@ -1,0 +1,264 @@
+"""Read a store: structures, labels and teachers' signals by system, checked against the commit records."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from molkd.cache_schema.encoding import decode
+from molkd.cache_schema.errors import CacheError
+from molkd.cache_schema.fields import ATOM_FIELDS, SYSTEM_FIELDS, FieldSpec
+from molkd.cache_schema.groups import ATOMS, list_logged_teachers, list_signal_groups, list_teachers, teacher_provenance
+from molkd.cache_schema.layout import split_signal_group
+from molkd.cache_schema.manifest import load_states, require_complete
+from molkd.cache_schema.plan import Plan, Systems, read_plan, read_systems
+from molkd.cache_schema.shard_reader import ArrayReader, FileCache
+from molkd.cache_schema.state import GroupState
+from molkd.cache_schema.statistics import Statistics
+
+FIELDS = (*ATOM_FIELDS, *SYSTEM_FIELDS)
+
+
+@dataclass(frozen=True)
+class SignalEntry:
+    """One array of the store: a teacher's signal, or a field of the structures."""
+
+    spec: FieldSpec
+    encoding: str
+    missing_shards: tuple[int, ...]
+    statistics: Statistics | None  # None for integers and masks
+    max_abs: float
+    error_max_abs: float  # of decoded against given values, as the encoding left them
+    error_rms: float
+    n_bytes: int  # on disk
+
+    @property
+    def complete(self) -> bool:
+        """Whether every shard is committed."""
+        return not self.missing_shards
+
+
+@dataclass(frozen=True)
+class TeacherEntry:
+    """A teacher as the store knows it."""
+
+    provenance: dict[str, Any]
+    signals: dict[str, SignalEntry]
+
+
+class Cache:
+    """A store opened for reading.
+
+    All arrays are in stored order, which is random: any run of systems is a fair sample.
+
+    Attributes
+    ----------
+    path : the store's folder
+    n_systems, n_atoms : totals
+    ids : (S, 16)
+    system_n_atoms : (S,)
+    energy : (S,) eV, label, NaN where unknown
+    cell : (S, 3, 3) Angstrom
+    pbc : (S, 3)
+    source, source_row : (S,) where each system came from, `source_names[source]` and the number in it
+    fingerprint : of the dataset
+    dataset : provenance of structures and labels
+    fields : entries of the arrays under ``atoms``
+    teachers : entries by name
+    """
+
+    def __init__(self, root: Path, plan: Plan, systems: Systems, states: dict[str, GroupState]) -> None:
+        self.path, self.plan, self.systems = root, plan, systems
+        self._states = states
+        self.n_systems, self.n_atoms = plan.packing.n_systems, plan.packing.n_atoms
+        self.fingerprint, self.dataset = plan.fingerprint, plan.dataset
+        self.ids, self.system_n_atoms, self.energy = systems.id, systems.n_atoms, systems.energy
+        self.cell, self.pbc = systems.cell, systems.pbc
+        self.source, self.source_row, self.source_names = systems.source, systems.source_row, systems.source_names
+        self._files = FileCache()
+        self._arrays = {
+            (group, name): ArrayReader(root, state, name, self._files)
+            for group, state in states.items()
+            for name in state.group.layouts
+        }
+        self.fields = {name: _entry(states[ATOMS], name) for name in ATOM_FIELDS}
+        self.teachers: dict[str, TeacherEntry] = {
+            name: TeacherEntry(teacher_provenance(root, name) or {}, {}) for name in list_teachers(root)
+        }
+        for group, state in states.items():
+            if group != ATOMS:
+                teacher, signal = split_signal_group(group)
+                self.teachers[teacher].signals[signal] = _entry(state, "values")
+
+    @classmethod
+    def open(cls, path: str | Path, *, complete: bool = False) -> "Cache":
+        """Open a store.
+
+        Parameters
+        ----------
+        complete : refuse a store with missing shards in any group
+
+        Raises
+        ------
+        CacheError
+            If it is no store, has a newer format or an unknown encoding, or is not complete though asked to be.
+        IntegrityError
+            If plan, systems table, records or metadata are damaged.
+        """
+        root = Path(path)
+        plan = read_plan(root)
+        systems = read_systems(root, plan)
+        teachers = sorted({*list_teachers(root), *list_logged_teachers(root)})
+        names = [ATOMS, *(group for teacher in teachers for group in list_signal_groups(root, teacher))]
+        states = load_states(root, plan, systems, names)
+        if complete:
+            for state in states.values():
+                require_complete(root, state)
+        return cls(root, plan, systems, states)
+
+    def close(self) -> None:
+        """Let go of open files; reading opens them again."""
+        self._files.clear()
+
+    def __enter__(self) -> "Cache":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __len__(self) -> int:
+        return self.n_systems
+
+    def __getitem__(self, index: int) -> dict[str, NDArray[Any]]:
+        """Return one system for inspection: all fields, and under ``<teacher>/<signal>`` what is written of it."""
+        if not -self.n_systems <= index < self.n_systems:
+            raise IndexError(f"system {index} of {self.n_systems}")
+        index %= self.n_systems
+        system = self.read([index], FIELDS)
+        for teacher, entry in self.teachers.items():
+            for signal, one in entry.signals.items():
+                if int(self.systems.shard[index]) not in one.missing_shards:
+                    values = self.read([index], (), teacher=teacher, signals=(signal,))
+                    system[f"{teacher}/{signal}"] = values[f"teacher/{signal}"]
+        return system
+
+    def bad_systems(self, teacher: str) -> NDArray[np.int64]:
+        """Return the stored indices, sorted, of systems a teacher gave up; their signals read as NaN.
+
+        Raises
+        ------
+        CacheError
+            If there is no such teacher.
+        """
+        self._require_teacher(teacher)
+        bad: set[int] = set()
+        for group, state in self._states.items():
+            if group.startswith(f"teachers/{teacher}/"):
+                bad |= state.bad_systems
+        return np.array(sorted(bad), dtype=np.int64)
+
+    def require(self, teacher: str | None = None, signals: Sequence[str] = ()) -> None:
+        """Refuse what is not there, or not finished, before a run starts.
+
+        Raises
+        ------
+        CacheError
+            Naming the teachers or signals there are, or the shards that are missing.
+        """
+        require_complete(self.path, self._states[ATOMS])
+        if teacher is not None:
+            for signal in signals:
+                require_complete(self.path, self._states[self._signal_group(teacher, signal)])
+
+    def read(
+        self,
+        indices: ArrayLike,
+        fields: Sequence[str] = FIELDS,
+        teacher: str | None = None,
+        signals: Sequence[str] = (),
+    ) -> dict[str, NDArray[Any]]:
+        """Read systems in any order.
+
+        Parameters
+        ----------
+        indices : (n,) stored indices
+        fields : names of ATOM_FIELDS and SYSTEM_FIELDS
+        teacher, signals : whose signals, and which
+
+        Returns
+        -------
+        dict
+            ``n_atoms`` (n,), every field, and every signal as ``teacher/<signal>``. Arrays on the atom axis hold
+            the systems' rows one after the other.
+
+        Raises
+        ------
+        CacheError
+            If a name is unknown or a system's shard is not written.
+        IntegrityError
+            If stored bytes are damaged; no value is returned.
+        """
+        index = np.asarray(indices, dtype=np.int64).reshape(-1)
+        if len(index) and not (index.min() >= 0 and index.max() < self.n_systems):
+            raise CacheError(f"{self.path}: system index out of range, the store has {self.n_systems} systems")
+        out: dict[str, NDArray[Any]] = {"n_atoms": self.systems.n_atoms[index]}
+        for name in fields:
+            if name in ATOM_FIELDS:
+                out[name] = self._read(ATOMS, name, index)
+            elif name in SYSTEM_FIELDS:
+                out[name] = getattr(self.systems, name)[index]
+            else:
+                raise CacheError(f"{self.path}: no field {name}; there are {', '.join(FIELDS)}")
+        for signal in signals:
+            if teacher is None:
+                raise CacheError(f"{self.path}: signal {signal} asked for without naming a teacher")
+            out[f"teacher/{signal}"] = self._read(self._signal_group(teacher, signal), "values", index)
+        return out
+
+    def axis(self, name: str, teacher: str | None = None) -> str:
+        """Return the axis, "atom" or "system", of an array that `read` returns under this name."""
+        if name.startswith("teacher/") and teacher is not None:
+            return self._require_teacher(teacher).signals[name.removeprefix("teacher/")].spec.axis
+        return "atom" if name in ATOM_FIELDS else "system"
+
+    def _read(self, group: str, name: str, index: NDArray[np.int64]) -> NDArray[Any]:
+        array = self._arrays[group, name]
+        if array.layout.spec.axis == "atom":
+            begin, count = self.systems.row[index], self.systems.n_atoms[index].astype(np.int64)
+        else:
+            begin, count = self.systems.slot[index], np.ones(len(index), dtype=np.int64)
+        return decode(array.read(begin, count), array.layout.spec)
+
+    def _signal_group(self, teacher: str, signal: str) -> str:
+        known = self._require_teacher(teacher).signals
+        if signal not in known:
+            raise CacheError(
+                f"{self.path}: teacher {teacher} has no signal {signal} here; it has {', '.join(known) or 'none'}. "
+                "Add it with kd cache-teacher, or take one of these"
+            )
+        return f"teachers/{teacher}/{signal}"
+
+    def _require_teacher(self, teacher: str) -> TeacherEntry:
+        if teacher not in self.teachers:
+            raise CacheError(f"{self.path}: no teacher {teacher}; it has {', '.join(self.teachers) or 'none'}")
+        return self.teachers[teacher]
+
+
+def _entry(state: GroupState, name: str) -> SignalEntry:
+    layout, sums = state.group.layouts[name], state.moments.get(name)
+    return SignalEntry(
+        spec=layout.spec,
+        encoding=layout.encoding,
+        missing_shards=state.missing_shards,
+        statistics=sums.statistics() if sums else None,
+        max_abs=sums.max_abs if sums else 0.0,
+        error_max_abs=sums.error_max_abs if sums else 0.0,
+        error_rms=sums.error_rms if sums else 0.0,
+        n_bytes=sum(files[name].n_bytes for files in state.files.values()),
+    )

@@ -1,0 +1,300 @@
+"""One shard of one group, written row by row into temporary files and published at the end, or not at all."""
+
+import contextlib
+import os
+import struct
+from collections.abc import Collection
+from datetime import UTC, datetime
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from molkd.cache_schema.commit import Commit, FileRecord, rewrite_remedy
+from molkd.cache_schema.encoding import ENCODINGS, decode, encode
+from molkd.cache_schema.errors import CacheError
+from molkd.cache_schema.files import (
+    crc32c,
+    crc_hex,
+    fsync_folder,
+    host_name,
+    inside,
+    make_folder,
+    open_temporary,
+    publication_lock,
+    sweep,
+    write_error,
+    write_file,
+)
+from molkd.cache_schema.groups import Group, load_commit
+from molkd.cache_schema.jsonfile import seal
+from molkd.cache_schema.layout import ArrayLayout, record_path
+from molkd.cache_schema.plan import Plan, Systems
+from molkd.cache_schema.statistics import Moments
+
+MISSING = 0xFFFF_FFFF_FFFF_FFFF  # offset and length of a chunk that is not stored
+_BUFFER_BYTES = 1 << 20
+_LABELS = ("energy", "forces")  # a label that nobody knows is NaN
+
+
+class _ArrayFile:
+    """A temporary file that grows while its checksums grow with it."""
+
+    def __init__(self, layout: ArrayLayout, target: Path) -> None:
+        self.layout = layout
+        self.target = target
+        make_folder(target.parent)
+        sweep(target.parent)
+        self.temporary, fd = open_temporary(target)
+        self.handle = os.fdopen(fd, "wb", _BUFFER_BYTES)
+        self.rows = 0
+        self.size = 0
+        self.crc = 0
+        self.chunk_crcs: list[int] = []
+        self._filled = layout.chunk_bytes  # bytes in the chunk being written
+
+    def append(self, rows: NDArray[Any]) -> None:
+        data = rows.reshape(-1).view(np.uint8)
+        self._write(data)
+        self.rows += len(rows)
+        begin = 0
+        while begin < len(data):
+            if self._filled == self.layout.chunk_bytes:
+                self.chunk_crcs.append(0)
+                self._filled = 0
+            end = min(len(data), begin + self.layout.chunk_bytes - self._filled)
+            self.chunk_crcs[-1] = crc32c(data[begin:end], self.chunk_crcs[-1])
+            self._filled += end - begin
+            begin = end
+
+    def finish(self) -> FileRecord:
+        """Fill up the last chunk, add the index, make the file durable."""
+        rows = self.rows
+        n_fill = (-rows) % self.layout.chunk_rows
+        fill = np.nan if self.layout.dtype.kind == "f" else 0
+        self.append(np.full((n_fill, *self.layout.spec.shape), fill, dtype=self.layout.dtype))
+        if self.layout.is_sharded:
+            self._write(np.frombuffer(shard_index(self.layout, rows), dtype=np.uint8))
+        self.handle.flush()
+        os.fsync(self.handle.fileno())
+        return FileRecord(self.size, rows, crc_hex(self.crc), tuple(crc_hex(c) for c in self.chunk_crcs))
+
+    def discard(self) -> None:
+        with contextlib.suppress(OSError):  # a full disk also fails the last flush
+            self.handle.close()
+        with contextlib.suppress(OSError):
+            self.temporary.unlink(missing_ok=True)
+
+    def _write(self, data: NDArray[np.uint8]) -> None:
+        self.handle.write(data)
+        self.size += len(data)
+        self.crc = crc32c(data, self.crc)
+
+
+def shard_index(layout: ArrayLayout, n_rows: int) -> bytes:
+    """Return the index at the end of a shard's file: chunks lie one after the other, later ones are missing."""
+    stored = layout.stored_chunks(n_rows)
+    entries = np.full((layout.n_chunks, 2), MISSING, dtype="<u8")
+    entries[:stored, 0] = np.arange(stored, dtype=np.uint64) * np.uint64(layout.chunk_bytes)
+    entries[:stored, 1] = layout.chunk_bytes
+    raw = entries.tobytes()
+    return raw + struct.pack("<I", crc32c(raw))
+
+
+class ShardWriter:
+    """Appends the rows of one shard in stored order; leaving the ``with`` block without error publishes it."""
+
+    def __init__(self, root: Path, plan: Plan, systems: Systems, group: Group, shard: int) -> None:
+        self._root, self._plan, self._group, self.shard = root, plan, group, shard
+        self.n_rows = int(group.rows[shard])
+        self.systems = systems.in_shard(shard)
+        n_atoms = systems.n_atoms[self.systems.start : self.systems.stop]
+        self._is_atoms = next(iter(group.layouts.values())).spec.axis == "atom"
+        per_system = n_atoms if self._is_atoms else np.ones_like(n_atoms)
+        self._ptr = np.concatenate(
+            [[0], np.cumsum(per_system, dtype=np.int64)]
+        )  # rows of each system in the shard
+        self._bad: set[int] = set()
+        self._moments = {n: Moments.empty(x.spec) for n, x in group.layouts.items() if x.dtype.kind == "f"}
+        self._files: dict[str, _ArrayFile] = {}
+
+    def __enter__(self) -> "ShardWriter":
+        try:
+            log = inside(self._root, record_path(self._group.name, self.shard)).parent
+            make_folder(log)
+            sweep(log)
+            for name, layout in self._group.layouts.items():
+                self._files[name] = _ArrayFile(layout, inside(self._root, layout.file(self.shard)))
+        except OSError as error:
+            self._discard()
+            raise self._failure(error) from error
+        except BaseException:
+            self._discard()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        try:
+            if error is None:
+                self._publish()
+        except OSError as failure:
+            raise self._failure(failure) from failure
+        finally:
+            self._discard()
+
+    @property
+    def rows_written(self) -> int:
+        """Rows appended so far."""
+        return next(iter(self._files.values())).rows
+
+    def write(self, arrays: dict[str, NDArray[Any]], bad_systems: Collection[int] = ()) -> None:
+        """Append rows of every array of the group.
+
+        Parameters
+        ----------
+        arrays : name -> (n, *shape), the next n rows in stored order; a signal's one array is called "values"
+        bad_systems : stored indices of systems to give up; their rows become NaN and they are listed
+
+        Raises
+        ------
+        CacheError
+            If arrays or rows do not fit the group, a value is not finite or too large, or the disk is full.
+        """
+        n = self._check(arrays)
+        self._bad.update(self._check_bad(bad_systems))
+        bad_rows = self._bad_rows(self.rows_written, n)
+        encoded = {}
+        for name, layout in self._group.layouts.items():
+            values = np.asarray(arrays[name])
+            if bad_rows.any():
+                values = values.copy()
+                values[bad_rows] = np.nan
+            where = f"{self._group.name}/{name}, shard {self.shard}"
+            stored = encode(values, ENCODINGS[layout.encoding], where)
+            if layout.dtype.kind == "f":
+                self._check_known(stored, bad_rows, layout, where)
+                self._moments[name].add(values, decode(stored, layout.spec), layout.spec)
+            encoded[name] = stored.astype(stored.dtype.newbyteorder("<"), copy=False)
+        try:
+            for name, rows in encoded.items():
+                self._files[name].append(rows)
+        except OSError as error:
+            raise self._failure(error) from error
+
+    def _check(self, arrays: dict[str, NDArray[Any]]) -> int:
+        where = f"{self._group.name}, shard {self.shard}"
+        if set(arrays) != set(self._group.layouts):
+            expected = ", ".join(self._group.layouts)
+            raise CacheError(f"{where}: got arrays {', '.join(sorted(arrays))}; expected exactly {expected}")
+        counts = {name: len(values) for name, values in arrays.items()}
+        for name, layout in self._group.layouts.items():
+            if np.shape(arrays[name])[1:] != layout.spec.shape:
+                raise CacheError(
+                    f"{where}: {name} has rows of {np.shape(arrays[name])[1:]}, expected {layout.spec.shape}"
+                )
+        if len(set(counts.values())) != 1:
+            raise CacheError(f"{where}: arrays of unequal length: {counts}")
+        n = next(iter(counts.values()))
+        if self.rows_written + n > self.n_rows:
+            raise CacheError(f"{where}: {self.rows_written + n} rows given, the shard has {self.n_rows}")
+        return n
+
+    def _check_bad(self, bad_systems: Collection[int]) -> set[int]:
+        bad = {int(i) for i in bad_systems}
+        if not bad <= set(self.systems):
+            raise CacheError(
+                f"{self._group.name}, shard {self.shard}: bad systems {sorted(bad)} are not all in it"
+            )
+        if bad and any(x.dtype.kind != "f" for x in self._group.layouts.values()):
+            raise CacheError(
+                f"{self._group.name}: structures cannot be given up; leave such systems out of the store"
+            )
+        if any(self._ptr[i - self.systems.start] < self.rows_written for i in bad - self._bad):
+            raise CacheError(
+                f"{self._group.name}, shard {self.shard}: rows of a bad system are already written"
+            )
+        return bad
+
+    def _bad_rows(self, begin: int, n: int) -> NDArray[np.bool_]:
+        mask = np.zeros(n, dtype=bool)
+        for i in self._bad:
+            k = i - self.systems.start
+            mask[max(0, self._ptr[k] - begin) : max(0, self._ptr[k + 1] - begin)] = True
+        return mask
+
+    def _check_known(
+        self, stored: NDArray[Any], bad_rows: NDArray[np.bool_], layout: ArrayLayout, where: str
+    ) -> None:
+        if self._group.name == "atoms" and layout.spec.name in _LABELS:
+            return
+        unknown = np.isnan(stored)
+        if unknown.any():
+            unknown[bad_rows] = False
+        if unknown.any():
+            row = self.rows_written + int(np.argwhere(unknown)[0][0])
+            system = self.systems.start + int(np.searchsorted(self._ptr, row, side="right")) - 1
+            raise CacheError(
+                f"{where}: NaN in row {row}, which is stored system {system}; nothing is committed"
+            )
+
+    def _publish(self) -> None:
+        if self.rows_written != self.n_rows:
+            raise CacheError(
+                f"{self._group.name}, shard {self.shard}: {self.rows_written} of {self.n_rows} rows written; "
+                "nothing is committed"
+            )
+        commit = Commit(
+            group=self._group.name,
+            shard=self.shard,
+            files={name: file.finish() for name, file in self._files.items()},
+            moments=self._moments,
+            bad_systems=tuple(sorted(self._bad)),
+            host=host_name(),
+            pid=os.getpid(),
+            time=datetime.now(UTC).isoformat(timespec="seconds"),
+            weights_sha256=self._group.weights_sha256,
+            plan_sha256=self._plan.sha256,
+            metadata=self._group.metadata,
+        )
+        sealed = seal(commit.to_json())
+        record = inside(self._root, record_path(self._group.name, self.shard))
+        with publication_lock(record.parent):
+            other = self._committed()
+            if other is not None:
+                self._agree(commit, other)
+                return
+            for file in self._files.values():
+                file.temporary.replace(file.target)
+                fsync_folder(file.target.parent)
+            if write_file(record, sealed, replace=False):
+                return
+            other = self._committed()
+            if other is not None and other.checksums != commit.checksums:
+                # Lost a race on a file system without locks: the files are a mixture, so the record must go.
+                record.unlink(missing_ok=True)
+                raise CacheError(
+                    f"{record}: two writers published shard {self.shard} of {self._group.name} at once with different "
+                    f"values (the other: {other.writer}); the shard is left uncommitted, run one of them again"
+                )
+
+    def _committed(self) -> Commit | None:
+        return load_commit(self._root, self._plan, self._group, self.shard)
+
+    def _agree(self, ours: Commit, other: Commit) -> None:
+        if ours.checksums != other.checksums:
+            raise CacheError(
+                f"{self._root}: shard {self.shard} of {self._group.name} was already committed by {other.writer} with "
+                f"different values; it is kept. If that one is wrong, {rewrite_remedy(self._group.name, self.shard)}"
+            )
+
+    def _failure(self, error: OSError) -> CacheError:
+        needed = sum(x.file_bytes(self.n_rows) for x in self._group.layouts.values())
+        return write_error(Path(error.filename) if error.filename else self._root, error, needed)
+
+    def _discard(self) -> None:
+        for file in self._files.values():
+            file.discard()

@@ -1,0 +1,386 @@
+"""Make a store, add teachers and signals to it, and hand out writers of its shards."""
+
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from molkd.cache_schema import zarr_json
+from molkd.cache_schema.creation import SystemTable, build, describe_difference, match_order
+from molkd.cache_schema.errors import CacheError, IntegrityError
+from molkd.cache_schema.fields import FieldSpec
+from molkd.cache_schema.files import (
+    fsync_folder,
+    inside,
+    make_folder,
+    sweep,
+    temporary_path,
+    write_error,
+    write_file,
+)
+from molkd.cache_schema.groups import (
+    ATOMS,
+    Group,
+    committed_shards,
+    list_signal_groups,
+    list_teachers,
+    load_atoms,
+    load_signal,
+    read_zarr_json,
+    teacher_provenance,
+)
+from molkd.cache_schema.jsonfile import canonical, read_sealed
+from molkd.cache_schema.layout import (
+    DATA,
+    LOG,
+    MANIFEST,
+    MAX_MANIFEST_BYTES,
+    PLAN,
+    check_name,
+    check_signal_spec,
+    signal_group,
+    signal_layout,
+    split_signal_group,
+)
+from molkd.cache_schema.plan import Plan, Systems, read_plan, read_systems
+from molkd.cache_schema.shard_writer import ShardWriter
+
+# What makes two teachers of one name the same; the rest of the provenance may differ (dates, hosts, taps asked for).
+TEACHER_IDENTITY = (
+    "weights_sha256",
+    "architecture",
+    "config",
+    "neighbor_rule",
+    "precision",
+    "energy_reference",
+)
+
+
+class Store:
+    """A store opened to be written, or to ask what is missing in it; `reader.Cache` reads values.
+
+    Attributes
+    ----------
+    path : the store's folder
+    plan : packing, fingerprint and provenance of the dataset
+    systems : the systems table in stored order
+    input_index : (S,) for each stored system its row in the arrays given to `create_store`; None if only opened
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        mode: Literal["r", "a"],
+        plan: Plan,
+        systems: Systems,
+        input_index: NDArray[np.int64] | None,
+    ) -> None:
+        self.path, self.mode, self.plan, self.systems, self.input_index = (
+            path,
+            mode,
+            plan,
+            systems,
+            input_index,
+        )
+        self._groups: dict[str, Group] = {ATOMS: load_atoms(plan, systems)}
+        self._manifest_groups: set[str] | None = None
+
+    @classmethod
+    def open(cls, path: str | Path, mode: Literal["r", "a"] = "r") -> "Store":
+        """Open a store; mode "a" also removes what writers that died have left.
+
+        Raises
+        ------
+        CacheError
+            If there is no store, or one of a newer format.
+        IntegrityError
+            If plan or systems table are damaged.
+        """
+        root = Path(path)
+        plan = read_plan(root)
+        store = cls(root, mode, plan, read_systems(root, plan), None)
+        if mode == "a":
+            store._sweep()
+        return store
+
+    # ------------------------------------------------------------------------------------- teachers, signals
+
+    def add_teacher(self, name: str, provenance: dict[str, Any]) -> None:
+        """Describe a teacher; describing the same one again does nothing.
+
+        Parameters
+        ----------
+        provenance : plain JSON values; `weights_sha256` is compared, as are the other TEACHER_IDENTITY keys
+
+        Raises
+        ------
+        CacheError
+            If another teacher has that name, the name cannot be part of a path, or the disk is full.
+        """
+        self._require_writable()
+        check_name(name, "teacher")
+        if not isinstance(provenance.get("weights_sha256"), str):
+            raise CacheError(
+                f"teacher {name}: its provenance must name the sha256 of its weights (weights_sha256)"
+            )
+        canonical(provenance)
+        self._put_group(f"teachers/{name}", zarr_json.teacher_attributes(name, provenance))
+        known = teacher_provenance(self.path, name) or {}
+        differs = [k for k in TEACHER_IDENTITY if canonical(known.get(k)) != canonical(provenance.get(k))]
+        if differs:
+            shown = "; ".join(
+                f"{k} {_short(known.get(k))}, given {_short(provenance.get(k))}" for k in differs
+            )
+            raise CacheError(
+                f"{self.path}: its teacher {name} is another one ({shown}); "
+                "give this one another name, or take the teacher the store was made with"
+            )
+
+    def add_signal(self, teacher: str, spec: FieldSpec, encoding: str) -> str:
+        """Make room for a signal; asking for the same one again does nothing.
+
+        Returns
+        -------
+        str
+            The group's name for `shard_writer` and `missing_shards`.
+
+        Raises
+        ------
+        CacheError
+            If the teacher is unknown, or the signal exists with another shape or encoding.
+        """
+        self._require_writable()
+        check_signal_spec(spec, encoding)
+        group = signal_group(teacher, spec.name)
+        if teacher_provenance(self.path, teacher) is None:
+            raise CacheError(
+                f"{self.path}: no teacher {teacher}; it has {', '.join(self.teachers) or 'none'}"
+            )
+        for other in list_signal_groups(self.path, teacher):
+            if other.startswith(f"{group}/") or group.startswith(f"{other}/"):
+                raise CacheError(
+                    f"{self.path}: signal {spec.name} cannot lie inside or around {other}; rename one"
+                )
+        parts = group.split("/")
+        for k in range(3, len(parts)):
+            self._put_group("/".join(parts[:k]), {})
+        layout = signal_layout(group, spec, encoding, self.plan.packing)["values"]
+        if read_zarr_json(self.path, f"{group}/zarr.json") is None:
+            self._put(f"{layout.path}/zarr.json", zarr_json.array_document(layout))
+        self._put_group(group, zarr_json.signal_attributes(spec, encoding))
+        known = self._load(group).layouts["values"]
+        if (known.spec, known.encoding) != (spec, encoding):
+            raise CacheError(
+                f"{self.path}: signal {spec.name} of {teacher} is stored as {known.encoding} {known.spec.dtype} "
+                f"{known.spec.axis} {known.spec.shape} in {known.spec.unit} ({known.spec.symmetry}), asked for "
+                f"{encoding} {spec.dtype} {spec.axis} {spec.shape} in {spec.unit} ({spec.symmetry}); "
+                "ask for what is stored, or give the teacher another name"
+            )
+        return group
+
+    @property
+    def teachers(self) -> list[str]:
+        """Names of the teachers."""
+        return list_teachers(self.path)
+
+    @property
+    def groups(self) -> list[str]:
+        """Names of all groups: "atoms" and one a signal."""
+        return [ATOMS, *(g for t in self.teachers for g in list_signal_groups(self.path, t))]
+
+    # ------------------------------------------------------------------------------------------------ shards
+
+    def systems_of_shard(self, shard: int) -> range:
+        """Return the stored indices of a shard's systems."""
+        return self.systems.in_shard(shard)
+
+    def missing_shards(self, group: str) -> list[int]:
+        """Return the shards of a group that are not committed, in order."""
+        return sorted(set(range(self.plan.n_shards)) - committed_shards(self.path, self._load(group)))
+
+    def shard_writer(self, group: str, shard: int) -> ShardWriter:
+        """Return a context manager that writes and commits one shard.
+
+        Raises
+        ------
+        CacheError
+            If there is no such group or shard.
+        """
+        self._require_writable()
+        if not 0 <= shard < self.plan.n_shards:
+            raise CacheError(f"{self.path}: no shard {shard}, the store has {self.plan.n_shards}")
+        loaded = self._load(group)
+        self._drop_stale_manifest(loaded, shard)
+        return ShardWriter(self.path, self.plan, self.systems, loaded, shard)
+
+    # ----------------------------------------------------------------------------------------------- details
+
+    def _load(self, group: str) -> Group:
+        if group not in self._groups:
+            try:
+                teacher, _ = split_signal_group(group)
+            except ValueError as error:
+                raise CacheError(f"{self.path}: no group {group}; it has {', '.join(self.groups)}") from error
+            if group not in list_signal_groups(self.path, teacher):
+                raise CacheError(f"{self.path}: no group {group}; it has {', '.join(self.groups)}")
+            self._groups[group] = load_signal(self.path, self.plan, self.systems, group)
+        return self._groups[group]
+
+    def _put_group(self, name: str, attributes: dict[str, Any]) -> None:
+        self._put(f"{name}/zarr.json", zarr_json.group_document(attributes))
+
+    def _put(self, name: str, document: dict[str, Any]) -> None:
+        """Write a zarr.json unless there is one; of two writers at once one wins, both compare afterwards."""
+        raw = zarr_json.dump(document)
+        path = inside(self.path, f"{DATA}/{name}")
+        try:
+            make_folder(path.parent)
+            if not path.exists():
+                write_file(path, raw, replace=False)
+        except OSError as error:
+            raise write_error(path, error, len(raw)) from error
+
+    def _drop_stale_manifest(self, group: Group, shard: int) -> None:
+        """Remove a manifest that says this shard is finished though its record is gone."""
+        manifest = self.path / MANIFEST
+        if not manifest.exists() or shard in committed_shards(self.path, group):
+            return
+        if self._manifest_groups is None:
+            try:
+                document, _ = read_sealed(manifest, max_bytes=MAX_MANIFEST_BYTES, remedy="")
+                self._manifest_groups = set(document.get("groups", {}))
+            except IntegrityError:
+                self._manifest_groups = {group.name}  # damaged: it is made from the records again
+        if group.name in self._manifest_groups:
+            manifest.unlink(missing_ok=True)
+            self._manifest_groups = None
+
+    def _require_writable(self) -> None:
+        if self.mode != "a":
+            raise CacheError(f"{self.path}: opened for reading; open it with mode 'a' to write")
+
+    def _sweep(self) -> None:
+        sweep(self.path)
+        sweep(self.path / DATA)
+        for name in self.groups:
+            sweep(self.path / LOG / name)
+            sweep(self.path / DATA / name)
+            group = self._load(name)
+            for shard in self.missing_shards(name):
+                for layout in group.layouts.values():
+                    sweep((self.path / layout.file(shard)).parent)
+
+
+def create_store(
+    path: str | Path,
+    *,
+    ids: NDArray[np.uint8],
+    n_atoms: ArrayLike,
+    energy: ArrayLike,
+    cell: ArrayLike,
+    pbc: ArrayLike,
+    source: ArrayLike,
+    source_row: ArrayLike,
+    source_names: Sequence[str],
+    dataset: dict[str, Any],
+    seed: int = 0,
+    rows_per_shard: int | None = None,
+) -> Store:
+    """Create a store for these systems, or open the one that already holds exactly them.
+
+    The folder appears whole, with its plan, or not at all. A store that exists keeps its own seed, packing and
+    provenance.
+
+    Parameters
+    ----------
+    path : the new folder, NAME.kdcache
+    ids : (S, 16) from `identity.system_id`, all different
+    n_atoms : (S,)
+    energy : (S,) eV, NaN where unknown
+    cell : (S, 3, 3) Angstrom
+    pbc : (S, 3)
+    source : (S,) index into `source_names`
+    source_row : (S,) number of the system in its source
+    dataset : provenance kept in the plan: sources, licence, units, duplicates dropped; plain JSON values
+    seed : of the stored order
+    rows_per_shard : atom rows of a shard, a multiple of 1,024; chosen by the size of the dataset if None
+
+    Raises
+    ------
+    CacheError
+        If the arrays make no sense, or the folder exists and is no store, or one of other systems or labels.
+    """
+    root = Path(path)
+    table = SystemTable.check(
+        root,
+        ids=ids,
+        n_atoms=n_atoms,
+        energy=energy,
+        cell=cell,
+        pbc=pbc,
+        source=source,
+        source_row=source_row,
+        source_names=tuple(source_names),
+    )
+    if (root / PLAN).exists():
+        return _resume(root, table)
+    if root.exists() and (not root.is_dir() or any(root.iterdir())):
+        raise CacheError(
+            f"{root}: exists and is not a store (no {PLAN} in it); choose another name, or remove it"
+        )
+    temporary = temporary_path(root.absolute())
+    try:
+        make_folder(temporary.parent)
+        sweep(temporary.parent)
+        temporary.mkdir()
+        if root.exists():  # an empty folder made beforehand keeps its rights
+            _take_rights(temporary, root)
+        order = build(temporary, table, dataset, seed, rows_per_shard)
+        temporary.rename(root)
+        fsync_folder(root.absolute().parent)
+    except OSError as error:
+        if (root / PLAN).exists():  # another process was faster
+            return _resume(root, table)
+        raise write_error(root, error, int(table.id.size * 13)) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    plan = read_plan(root)
+    return Store(root, "a", plan, read_systems(root, plan), order)
+
+
+def _resume(root: Path, table: SystemTable) -> Store:
+    store = Store.open(root, "a")
+    if table.fingerprint != store.plan.fingerprint:
+        raise CacheError(
+            f"{root}: holds other systems: {describe_difference(table, store.systems.id)}; "
+            "choose another name for the store, or give the same data"
+        )
+    store.input_index = match_order(table, store.systems.id)
+    changed = ~_same(table.energy[store.input_index], store.systems.energy)
+    if changed.any():
+        raise CacheError(
+            f"{root}: {int(changed.sum())} of its systems have other energy labels than the ones given; "
+            "choose another name for the store, or give the same labels"
+        )
+    return store
+
+
+def _same(a: NDArray[np.float64], b: NDArray[np.float64]) -> NDArray[np.bool_]:
+    same: NDArray[np.bool_] = (a == b) | (np.isnan(a) & np.isnan(b))
+    return same
+
+
+def _take_rights(folder: Path, like: Path) -> None:
+    rights = like.stat()
+    if folder.stat().st_gid != rights.st_gid:
+        os.chown(folder, -1, rights.st_gid)
+    folder.chmod(rights.st_mode & 0o7777)
+
+
+def _short(value: object) -> str:
+    text = value if isinstance(value, str) else canonical(value)
+    return text if len(text) <= 20 else f"{text[:16]}..."
