@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from molkd.pipeline.errors import DataError
+from molkd.pipeline.evaluation.card import write_card
 from molkd.pipeline.evaluation.gap import FORMULA
 from molkd.pipeline.evaluation.groups import Group, comparisons, group_runs
 from molkd.pipeline.evaluation.parity_plots import Panel, plot_parity
@@ -50,7 +51,7 @@ class Report:
     remarks: list[str]
     plots: list[tuple[str | None, Path]]  # with the data set, None for learning curves
 
-    def to_text(self) -> str:
+    def text(self) -> str:
         """Return the tables for a terminal."""
         parts = [
             f"{name}\n{format_table([r.cells() for r in rows], columns(rows))}"
@@ -82,6 +83,7 @@ def write_report(
 ) -> Report:
     """Compare finished runs and write report.md, results.json, results.csv and plots/ into `out`.
 
+    Each run folder that holds its best.safetensors gets a card.md with the mean and spread of its group.
     Runs that differ in the seed only form a group; a group with KD is compared with the group without KD of
     the same student whose other settings differ least, and such differences are remarked upon.
 
@@ -111,11 +113,29 @@ def write_report(
     for dataset, name, figure in _figures(groups, tables, teacher, evaluations):
         plots.append((dataset, out / PLOTS / f"{name}.png"))
         save_figure(figure, plots[-1][1])
-    report = Report(out, tables, _remarks(groups, tables), plots)
+    remarks = _remarks(groups, tables) + _write_cards(groups, tables)
+    report = Report(out, tables, remarks, plots)
     write_atomic(out / "results.json", json.dumps(report.to_dict(), indent=1, ensure_ascii=False) + "\n")
     write_atomic(out / "results.csv", _csv(tables))
     write_atomic(out / "report.md", _markdown(report, groups))
     return report
+
+
+def _write_cards(groups: Sequence[Group], tables: dict[str, list[Row]]) -> list[str]:
+    """Write the model cards; a folder of somebody else's is left as it is and remarked upon."""
+    remarks = []
+    for group in groups:
+        over_seeds = {
+            name: row.metrics for name, rows in tables.items() for row in rows if row.name == group.name
+        }
+        for run in group.runs:
+            if not (run.path / "best.safetensors").exists():
+                continue
+            try:
+                write_card(run.path, run.summary, over_seeds)
+            except OSError as error:
+                remarks.append(f"{run.path / 'card.md'}: not written ({error.strerror})")
+    return remarks
 
 
 def _figures(

@@ -35,6 +35,7 @@ class Run:
     val: dict[str, float | None]  # energy_mae_meV, force_mae_meV_A, force_cos, efwt_percent
     test: dict[str, dict[str, float | None]]  # the same by name of the test set
     settings: dict[str, Any]  # config.yaml, flat ("training.lr"), without what may differ within a group
+    summary: dict[str, Any]  # metrics.json as it stands
     curves: dict[str, NDArray[np.float64]]  # columns of metrics.csv, NaN where not measured
 
 
@@ -67,6 +68,7 @@ def read_run(path: Path) -> Run:
             for key, value in flat.items()
             if key.partition(".")[0] not in _BOOKKEEPING | _IN_KD_NAME
         },
+        summary=final,
         curves=read_curves(path / "metrics.csv"),
     )
 

@@ -1,10 +1,7 @@
 """Reading run folders, also torn ones, and sorting runs into comparable groups."""
 
-import json
-
 import numpy as np
 import pytest
-import yaml
 
 from molkd.pipeline.errors import DataError
 from molkd.pipeline.evaluation.groups import baseline_of, group_runs
@@ -13,25 +10,8 @@ from molkd.pipeline.evaluation.runs import kd_setting, read_curves, read_run
 N2N = {"name": "n2n", "weight": "auto", "head": "linear", "loss": "mse"}
 
 
-def _run(folder, *, seed=0, kd=(), student="painn-small", store="acac.kdcache", lr=1e-3, **config):
-    folder.mkdir(parents=True)
-    settings = {
-        "store": store, "out": str(folder), "student": student, "seed": seed,
-        "training": {"lr": lr, "max_epochs": 5}, "kd": list(kd), **config,
-    }  # fmt: skip
-    (folder / "config.yaml").write_text(yaml.safe_dump(settings))
-    final = {
-        "best_step": 200, "seconds": 12.5, "n_parameters": 1000, "student": student, "seed": seed,
-        "label": "", "kd": {}, "val": {"force_mae_meV_A": 30.0},
-        "test": {"test_300K": {"force_mae_meV_A": 31.0}},
-    }  # fmt: skip
-    (folder / "metrics.json").write_text(json.dumps(final))
-    (folder / "metrics.csv").write_text("step,seconds,val_force_mae_meV_A\n100,1.5,\n200,3.0,30.0\n")
-    return folder
-
-
-def test_run_folder_is_read(tmp_path):
-    run = read_run(_run(tmp_path / "a", seed=3, kd=[N2N], label="x"))
+def test_run_folder_is_read(make_run):
+    run = read_run(make_run("a", seed=3, kd=[N2N], label="x", force=31.0))
     assert (run.student, run.kd, run.seed, run.n_parameters, run.seconds) == (
         "painn-small",
         "n2n=auto",
@@ -39,14 +19,15 @@ def test_run_folder_is_read(tmp_path):
         1000,
         12.5,
     )
-    assert run.test == {"test_300K": {"force_mae_meV_A": 31.0}}
+    assert run.test["test"]["force_mae_meV_A"] == 31.0
+    assert run.test["test"]["efwt_percent"] is None
     assert run.settings == {
         "store": "acac.kdcache",
         "training.lr": 1e-3,
         "training.max_epochs": 5,
         "student": "painn-small",
     }
-    np.testing.assert_array_equal(run.curves["val_force_mae_meV_A"], [np.nan, 30.0])
+    np.testing.assert_array_equal(run.curves["val_force_mae_meV_A"], [np.nan, 124.0, 62.0, 31.0])
 
 
 @pytest.mark.parametrize(
@@ -94,10 +75,10 @@ def test_foreign_csv_is_refused(tmp_path):
         read_curves(path)
 
 
-def test_unfinished_or_foreign_folders_say_what_to_do(tmp_path):
+def test_unfinished_or_foreign_folders_say_what_to_do(make_run, tmp_path):
     with pytest.raises(DataError, match=r"no config.yaml"):
         read_run(tmp_path)
-    folder = _run(tmp_path / "a")
+    folder = make_run("a")
     (folder / "metrics.json").write_text('{"val": ')
     with pytest.raises(DataError, match=r"metrics.json: damaged"):
         read_run(folder)
@@ -128,9 +109,9 @@ def test_kd_settings_have_names(config, name):
     assert kd_setting(config) == name
 
 
-def test_seeds_make_groups_and_the_baseline_comes_first(tmp_path):
-    runs = [read_run(_run(tmp_path / f"kd{s}", seed=s, kd=[N2N])) for s in (2, 0, 1)]
-    runs += [read_run(_run(tmp_path / f"no{s}", seed=s, device="cpu")) for s in (0, 1)]
+def test_seeds_make_groups_and_the_baseline_comes_first(make_run):
+    runs = [read_run(make_run(f"kd{s}", seed=s, kd=[N2N])) for s in (2, 0, 1)]
+    runs += [read_run(make_run(f"no{s}", seed=s, device="cpu")) for s in (0, 1)]
     groups = group_runs(runs)
     assert [g.name for g in groups] == ["painn-small, without KD", "painn-small, n2n=auto"]
     assert [run.seed for run in groups[1].runs] == [0, 1, 2]
@@ -138,9 +119,9 @@ def test_seeds_make_groups_and_the_baseline_comes_first(tmp_path):
     assert groups[1].differences == ()
 
 
-def test_runs_with_other_data_are_never_averaged_and_meet_their_own_baseline(tmp_path):
+def test_runs_with_other_data_are_never_averaged_and_meet_their_own_baseline(make_run):
     runs = [
-        read_run(_run(tmp_path / f"{store}{bool(kd)}", store=store, kd=kd))
+        read_run(make_run(f"{store}{bool(kd)}", store=store, kd=kd))
         for store in ("100.kdcache", "900.kdcache")
         for kd in ([], [N2N])
     ]
@@ -155,19 +136,17 @@ def test_runs_with_other_data_are_never_averaged_and_meet_their_own_baseline(tmp
     assert baseline_of(groups[3], groups) is groups[1]
 
 
-def test_unequal_budgets_are_named(tmp_path):
-    runs = [read_run(_run(tmp_path / "no")), read_run(_run(tmp_path / "kd", kd=[N2N], lr=5e-4))]
+def test_unequal_budgets_are_named(make_run):
+    runs = [read_run(make_run("no")), read_run(make_run("kd", kd=[N2N], lr=5e-4))]
     assert group_runs(runs)[1].differences == ("training.lr: 0.0005, without KD 0.001",)
 
 
-def test_another_student_is_no_baseline(tmp_path):
-    groups = group_runs(
-        [read_run(_run(tmp_path / "a", student="schnet")), read_run(_run(tmp_path / "b", kd=[N2N]))]
-    )
+def test_another_student_is_no_baseline(make_run):
+    groups = group_runs([read_run(make_run("a", student="schnet")), read_run(make_run("b", kd=[N2N]))])
     assert baseline_of(groups[0], groups) is None
 
 
-def test_the_same_seed_twice_is_refused(tmp_path):
-    runs = [read_run(_run(tmp_path / "a")), read_run(_run(tmp_path / "b"))]
+def test_the_same_seed_twice_is_refused(make_run):
+    runs = [read_run(make_run("a")), read_run(make_run("b"))]
     with pytest.raises(DataError, match=r"the same run \(seed 0\)"):
         group_runs(runs)
