@@ -7,6 +7,8 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Protocol
 
+from molkd.cache_schema.layout import PLAN
+from molkd.cache_schema.reader import Cache
 from molkd.pipeline.data.ase_source import AseDatabaseReader, AseFileReader
 from molkd.pipeline.data.aselmdb import AseLmdbReader, is_aselmdb
 from molkd.pipeline.data.extxyz import COMPRESSIONS, ExtxyzReader
@@ -14,6 +16,7 @@ from molkd.pipeline.data.lmdb_file import is_lmdb
 from molkd.pipeline.data.npz import NpzReader
 from molkd.pipeline.data.oc20_lmdb import Oc20LmdbReader
 from molkd.pipeline.data.records import Reader, Record, build_system
+from molkd.pipeline.data.store_source import StoreSource
 from molkd.pipeline.data.system import System
 from molkd.pipeline.errors import DataError
 
@@ -48,7 +51,8 @@ def open_source(path: str | Path, *, energy_key: str | None = None, forces_key: 
     """Open structures for reading, the format chosen by suffix and content.
 
     Formats: extended xyz (also .xz, .gz, .bz2, .zst), OC20 S2EF LMDB and ASE-LMDB (a file, or a folder of
-    shards in the order of their names), COLL npz, ASE databases (.db, .json), and what else ``ase.io`` reads.
+    shards in the order of their names), COLL npz, ASE databases (.db, .json), stores, and what else ``ase.io``
+    reads.
 
     Parameters
     ----------
@@ -62,6 +66,8 @@ def open_source(path: str | Path, *, energy_key: str | None = None, forces_key: 
         If the file is missing, damaged, empty or of an unknown format, or has no label of the given name.
     """
     path = Path(path)
+    if (path / PLAN).exists():
+        return StoreSource(Cache.open(path))
     reader = _open_reader(path)
     try:
         if len(reader) == 0:
