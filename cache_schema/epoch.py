@@ -78,7 +78,9 @@ def iterate_epoch(
         )
     chosen = np.arange(cache.n_systems) if subset is None else np.flatnonzero(_check_mask(cache, subset))
     if len(chosen) < world_size:
-        raise CacheError(f"{cache.path}: {len(chosen)} systems to read for {world_size} ranks; each needs at least one")
+        raise CacheError(
+            f"{cache.path}: {len(chosen)} systems to read for {world_size} ranks; each needs at least one"
+        )
     generator = np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, epoch])))
     order, block_ptr = _permute_blocks(chosen, cache.system_n_atoms[chosen], block_atoms, generator)
 
@@ -119,7 +121,9 @@ def _batch_ptr(n: int, counts: list[int], batch_size: int, drop_last: bool) -> N
 
 def _check_mask(cache: Cache, subset: NDArray[np.bool_]) -> NDArray[np.bool_]:
     if subset.shape != (cache.n_systems,) or subset.dtype != np.bool_:
-        raise CacheError(f"{cache.path}: subset {subset.dtype} {subset.shape}, expected a mask of {cache.n_systems} systems")
+        raise CacheError(
+            f"{cache.path}: subset {subset.dtype} {subset.shape}, expected a mask of {cache.n_systems} systems"
+        )
     return subset
 
 
@@ -201,4 +205,6 @@ class _Window:
         count = self.arrays["n_atoms"][place]
         shift = self.atoms_ptr[place] - (np.cumsum(count, dtype=np.int64) - count)
         rows = np.arange(int(count.sum())) + np.repeat(shift, count)
-        return {n: values.take(rows if n in self.on_atoms else place, axis=0) for n, values in self.arrays.items()}
+        return {
+            n: values.take(rows if n in self.on_atoms else place, axis=0) for n, values in self.arrays.items()
+        }

@@ -85,7 +85,9 @@ def load_signal(root: Path, plan: Plan, systems: Systems, group: str) -> Group:
         If its metadata are missing, damaged or do not fit the plan.
     """
     teacher, signal = split_signal_group(group)
-    names = [f"teachers/{teacher}/zarr.json", f"{group}/zarr.json", f"{group}/values/zarr.json"]
+    parts = group.split("/")
+    above = [f"{'/'.join(parts[:k])}/zarr.json" for k in range(3, len(parts))]  # layer, of layer/U4
+    names = [f"teachers/{teacher}/zarr.json", f"{group}/zarr.json", f"{group}/values/zarr.json", *above]
     raws = {}
     for name in names:
         raw = read_zarr_json(root, name)

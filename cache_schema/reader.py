@@ -12,12 +12,17 @@ from numpy.typing import ArrayLike, NDArray
 from molkd.cache_schema.encoding import decode
 from molkd.cache_schema.errors import CacheError
 from molkd.cache_schema.fields import ATOM_FIELDS, SYSTEM_FIELDS, FieldSpec
-from molkd.cache_schema.groups import ATOMS, list_logged_teachers, list_signal_groups, list_teachers, teacher_provenance
+from molkd.cache_schema.groups import (
+    ATOMS,
+    list_logged_teachers,
+    list_signal_groups,
+    list_teachers,
+    teacher_provenance,
+)
 from molkd.cache_schema.layout import split_signal_group
-from molkd.cache_schema.manifest import load_states, require_complete
 from molkd.cache_schema.plan import Plan, Systems, read_plan, read_systems
 from molkd.cache_schema.shard_reader import ArrayReader, FileCache
-from molkd.cache_schema.state import GroupState
+from molkd.cache_schema.state import GroupState, load_states, require_complete
 from molkd.cache_schema.statistics import Statistics
 
 FIELDS = (*ATOM_FIELDS, *SYSTEM_FIELDS)
@@ -78,7 +83,11 @@ class Cache:
         self.fingerprint, self.dataset = plan.fingerprint, plan.dataset
         self.ids, self.system_n_atoms, self.energy = systems.id, systems.n_atoms, systems.energy
         self.cell, self.pbc = systems.cell, systems.pbc
-        self.source, self.source_row, self.source_names = systems.source, systems.source_row, systems.source_names
+        self.source, self.source_row, self.source_names = (
+            systems.source,
+            systems.source_row,
+            systems.source_names,
+        )
         self._files = FileCache()
         self._arrays = {
             (group, name): ArrayReader(root, state, name, self._files)
@@ -206,7 +215,9 @@ class Cache:
         """
         index = np.asarray(indices, dtype=np.int64).reshape(-1)
         if len(index) and not (index.min() >= 0 and index.max() < self.n_systems):
-            raise CacheError(f"{self.path}: system index out of range, the store has {self.n_systems} systems")
+            raise CacheError(
+                f"{self.path}: system index out of range, the store has {self.n_systems} systems"
+            )
         out: dict[str, NDArray[Any]] = {"n_atoms": self.systems.n_atoms[index]}
         for name in fields:
             if name in ATOM_FIELDS:
@@ -246,7 +257,9 @@ class Cache:
 
     def _require_teacher(self, teacher: str) -> TeacherEntry:
         if teacher not in self.teachers:
-            raise CacheError(f"{self.path}: no teacher {teacher}; it has {', '.join(self.teachers) or 'none'}")
+            raise CacheError(
+                f"{self.path}: no teacher {teacher}; it has {', '.join(self.teachers) or 'none'}"
+            )
         return self.teachers[teacher]
 
 

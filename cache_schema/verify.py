@@ -1,0 +1,337 @@
+"""Check a store: sizes and presence (quick), or every byte of it, and say which shard of which array is wrong."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from molkd.cache_schema.commit import FileRecord, rewrite_remedy
+from molkd.cache_schema.errors import CacheError, IntegrityError
+from molkd.cache_schema.files import TMP_PREFIX, crc32c, crc_hex, inside
+from molkd.cache_schema.groups import (
+    ATOMS,
+    Group,
+    committed_shards,
+    list_logged_teachers,
+    list_signal_groups,
+    list_teachers,
+    load_commit,
+)
+from molkd.cache_schema.identity import system_id
+from molkd.cache_schema.layout import DATA, MANIFEST, PLAN, ArrayLayout, record_path
+from molkd.cache_schema.plan import (
+    SYSTEM_ARRAYS,
+    Plan,
+    Systems,
+    read_metadata,
+    read_plan,
+    read_system_array,
+    read_systems,
+    system_file,
+)
+from molkd.cache_schema.state import load_group, read_manifest
+
+Progress = Callable[[int, int], None]  # bytes done, bytes in all
+
+# Left by writers that were stopped, or by hand; nothing that is read depends on them.
+HARMLESS = ("temporary", "uncommitted", "unfinished", "orphan")
+_COPY = "restore the file from a copy of the store"
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One finding."""
+
+    kind: str  # plan, systems, metadata, record, manifest, missing, size, checksum, identity, or one of HARMLESS
+    path: str  # within the store
+    message: str
+    remedy: str
+    array: str = ""  # "atoms/positions"
+    shard: int | None = None
+    chunk: int | None = None  # inner chunk; None if it is the index or unknown
+
+    @property
+    def is_damage(self) -> bool:
+        """Whether something stored is not what was written."""
+        return self.kind not in HARMLESS
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.message}; {self.remedy}"
+
+
+@dataclass
+class Report:
+    """What was found."""
+
+    quick: bool
+    problems: list[Problem] = field(default_factory=list)
+    n_files: int = 0
+    n_bytes: int = 0
+
+    @property
+    def damage(self) -> list[Problem]:
+        """Problems that make values wrong or unreadable."""
+        return [p for p in self.problems if p.is_damage]
+
+    @property
+    def ok(self) -> bool:
+        """Whether all that is committed is as it was written (in a quick check: there, and of the right size)."""
+        return not self.damage
+
+
+def verify(path: str | Path, quick: bool = False, progress: Progress | None = None) -> Report:
+    """Check a store and report every problem.
+
+    Parameters
+    ----------
+    quick : look at sizes and presence, the records and the plan, but read no array data
+    progress : called with bytes done and bytes in all
+
+    Raises
+    ------
+    CacheError
+        If the folder is no store, or one of a newer format.
+    """
+    return _Verifier(Path(path), quick, progress).run()
+
+
+class _Verifier:
+    def __init__(self, root: Path, quick: bool, progress: Progress | None) -> None:
+        self.root, self.quick, self.progress = root, quick, progress
+        self.report = Report(quick)
+        self.expected: set[str] = {PLAN}  # files that belong to the store
+        self.total = 0
+
+    def run(self) -> Report:
+        try:
+            plan = read_plan(self.root)
+        except IntegrityError as error:
+            self._add("plan", PLAN, str(error), "restore it from a copy, or create the store again")
+            return self.report
+        self.total = sum(p.stat().st_size for p in (self.root / DATA).rglob("*") if p.is_file())
+        self._count((self.root / PLAN).stat().st_size)
+        systems = self._systems(plan)
+        if systems is None:
+            return self.report  # without the table nobody knows which rows a shard has
+        for name in self._group_names():
+            self._group(plan, systems, name)
+        self._strangers()
+        return self.report
+
+    # --------------------------------------------------------------------------------- plan, table, metadata
+
+    def _systems(self, plan: Plan) -> Systems | None:
+        for name in plan.metadata:
+            path = f"{DATA}/{name}"
+            self.expected.add(path)
+            try:
+                self._count(len(read_metadata(self.root, plan, name)))
+            except IntegrityError as error:
+                self._add("metadata", path, str(error), _COPY, array=name.removesuffix("/zarr.json"))
+        sound = True
+        for name in SYSTEM_ARRAYS:
+            path = system_file(name)
+            self.expected.add(path)
+            try:
+                self._count(read_system_array(self.root, plan, name).nbytes)
+            except IntegrityError as error:
+                sound = False
+                self._add("systems", path, str(error), _COPY, array=f"systems/{name}")
+        if not sound:
+            return None
+        try:
+            return read_systems(self.root, plan)
+        except IntegrityError as error:
+            self._add("systems", f"{DATA}/systems", str(error), _COPY, array="systems")
+            return None
+
+    def _group_names(self) -> list[str]:
+        names = [ATOMS]
+        for teacher in sorted({*list_teachers(self.root), *list_logged_teachers(self.root)}):
+            self.expected.add(f"{DATA}/teachers/{teacher}/zarr.json")
+            try:
+                names += list_signal_groups(self.root, teacher)
+            except (CacheError, OSError) as error:
+                self._add(
+                    "metadata", f"{DATA}/teachers/{teacher}", str(error), _COPY, array=f"teachers/{teacher}"
+                )
+        return names
+
+    # ------------------------------------------------------------------------------------------------ shards
+
+    def _group(self, plan: Plan, systems: Systems, name: str) -> None:
+        try:
+            group = load_group(self.root, plan, systems, name)
+        except CacheError as error:
+            self._add("metadata", f"{DATA}/{name}", str(error), _COPY, array=name)
+            return
+        self.expected.update(f"{DATA}/{m}" for m in group.metadata)
+        listed = self._manifest_files(plan, group)
+        committed = committed_shards(self.root, group)
+        for shard in range(plan.n_shards):
+            record = record_path(name, shard)
+            files = listed.get(shard)
+            if shard in committed:
+                self.expected.add(record)
+                self._count((self.root / record).stat().st_size)
+                try:
+                    commit = load_commit(self.root, plan, group, shard)
+                except CacheError as error:
+                    remedy = rewrite_remedy(name, shard)
+                    self._add("record", record, str(error), remedy, array=name, shard=shard)
+                    commit = None
+                if commit is not None:
+                    if files is not None and files != commit.files:
+                        self._add(
+                            "manifest", MANIFEST, f"differs from {record}", "delete it and finish again"
+                        )
+                    files = commit.files
+            elif files is not None:
+                remedy = "delete manifest.json and run the command that wrote the shard again"
+                self._add("record", record, "the commit record is missing", remedy, array=name, shard=shard)
+            if files is None:
+                self._uncommitted(group, shard, shard in committed)
+                continue
+            sound = [self._file(group, array, shard, files[array]) for array in group.layouts]
+            if name == ATOMS and all(sound) and not self.quick:
+                self._identity(group, systems, shard)
+
+    def _manifest_files(self, plan: Plan, group: Group) -> dict[int, dict[str, FileRecord]]:
+        path = self.root / MANIFEST
+        if not path.is_file():
+            return {}
+        if MANIFEST not in self.expected:
+            self.expected.add(MANIFEST)
+            self._count(path.stat().st_size)
+        try:
+            manifest = read_manifest(self.root, plan)
+            if manifest is None or group.name not in manifest.groups:
+                return {}
+            return manifest.state(self.root, plan, group).files
+        except CacheError as error:
+            if not any(p.kind == "manifest" for p in self.report.problems):
+                self._add("manifest", MANIFEST, str(error), "delete it and finish the store again")
+            return {}
+
+    def _uncommitted(self, group: Group, shard: int, has_record: bool) -> None:
+        if not has_record:
+            message = f"shard {shard} of {group.name} is not written yet"
+            remedy = "run the command that writes it again"
+            self._add(
+                "unfinished", record_path(group.name, shard), message, remedy, array=group.name, shard=shard
+            )
+        for layout in group.layouts.values():
+            relative = layout.file(shard)
+            if (self.root / relative).exists():
+                self.expected.add(relative)
+                message = "written, but not committed; it is never read"
+                remedy = "run the command that wrote it again"
+                self._add("uncommitted", relative, message, remedy, array=layout.path, shard=shard)
+
+    def _file(self, group: Group, array: str, shard: int, record: FileRecord) -> bool:
+        layout = group.layouts[array]
+        relative, remedy = layout.file(shard), rewrite_remedy(group.name, shard)
+        self.expected.add(relative)
+        before = len(self.report.problems)
+        try:
+            path = inside(self.root, relative)
+            size = path.stat().st_size
+        except FileNotFoundError:
+            message = f"shard {shard} of {layout.path} is missing"
+            self._add("missing", relative, message, remedy, array=layout.path, shard=shard)
+            return False
+        except CacheError as error:
+            self._add("missing", relative, str(error), remedy, array=layout.path, shard=shard)
+            return False
+        if size != record.n_bytes:
+            message = f"shard {shard} of {layout.path} has {size} bytes, expected {record.n_bytes}"
+            self._add("size", relative, message, remedy, array=layout.path, shard=shard)
+        elif self.quick:
+            self.report.n_files += 1
+        else:
+            self._checksums(path, layout, shard, record, relative, remedy)
+            self._count(size)
+        return len(self.report.problems) == before
+
+    def _checksums(
+        self, path: Path, layout: ArrayLayout, shard: int, record: FileRecord, relative: str, remedy: str
+    ) -> None:
+        total = 0
+        with path.open("rb") as handle:
+            for chunk, expected in enumerate(record.chunk_crc32c):
+                data = handle.read(layout.chunk_bytes)
+                total = crc32c(data, total)
+                if crc_hex(crc32c(data)) != expected:
+                    message = f"chunk {chunk} of shard {shard} of {layout.path} is damaged (crc32c differs)"
+                    self._add(
+                        "checksum", relative, message, remedy, array=layout.path, shard=shard, chunk=chunk
+                    )
+            total = crc32c(handle.read(), total)
+        if crc_hex(total) != record.crc32c and not any(
+            p.path == relative and p.kind == "checksum" for p in self.report.problems
+        ):
+            message = f"the index of shard {shard} of {layout.path} is damaged (crc32c of the file differs)"
+            self._add("checksum", relative, message, remedy, array=layout.path, shard=shard)
+
+    def _identity(self, group: Group, systems: Systems, shard: int) -> None:
+        n_rows, rows = int(group.rows[shard]), {}
+        for name in ("atomic_numbers", "positions"):
+            layout = group.layouts[name]
+            n_values = n_rows * layout.row_bytes // layout.dtype.itemsize
+            raw = np.fromfile(self.root / layout.file(shard), layout.dtype.newbyteorder("<"), n_values)
+            rows[name] = raw.reshape(n_rows, *layout.spec.shape)
+        begin = 0
+        wrong = []
+        for i in systems.in_shard(shard):
+            end = begin + int(systems.n_atoms[i])
+            own = system_id(
+                rows["atomic_numbers"][begin:end],
+                rows["positions"][begin:end],
+                systems.cell[i],
+                systems.pbc[i],
+            )
+            if own != systems.id[i].tobytes():
+                wrong.append(i)
+            begin = end
+        if wrong:
+            message = f"{len(wrong)} systems of shard {shard} have other ids than their atoms give (first: {wrong[0]})"
+            remedy = rewrite_remedy(ATOMS, shard)
+            self._add("identity", record_path(ATOMS, shard), message, remedy, array=ATOMS, shard=shard)
+
+    # -------------------------------------------------------------------------------------------------- rest
+
+    def _strangers(self) -> None:
+        for path in sorted(self.root.rglob("*")):
+            if path.is_dir() and not path.is_symlink():
+                continue
+            relative = path.relative_to(self.root).as_posix()
+            if path.name.startswith(TMP_PREFIX):
+                message = "left by a writer that was stopped, or one that is still at work"
+                self._add("temporary", relative, message, "it is removed when the store is next written to")
+            elif relative not in self.expected:
+                self._add(
+                    "orphan",
+                    relative,
+                    "belongs to nothing in this store",
+                    "delete it if you did not put it there",
+                )
+
+    def _add(
+        self,
+        kind: str,
+        path: str,
+        message: str,
+        remedy: str,
+        *,
+        array: str = "",
+        shard: int | None = None,
+        chunk: int | None = None,
+    ) -> None:
+        self.report.problems.append(Problem(kind, path, message, remedy, array, shard, chunk))
+
+    def _count(self, n_bytes: int) -> None:
+        self.report.n_files += 1
+        self.report.n_bytes += n_bytes
+        if self.progress is not None:
+            self.progress(min(self.report.n_bytes, self.total), self.total)
