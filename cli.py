@@ -41,14 +41,16 @@ def kd(debug: bool, quiet: bool) -> None:
 @click.option("--energy-key", help="Name of the energy in the files (eV).")
 @click.option("--forces-key", help="Name of the forces in the files (eV/A).")
 @click.option("--require-labels", is_flag=True, help="Refuse systems without an energy.")
-@click.option("--on-conflict", type=click.Choice(["error", "first"]), help="Same structure, different labels.")
+@click.option(
+    "--on-conflict", type=click.Choice(["error", "first"]), help="Same structure, different labels."
+)
 @click.option("--seed", type=int, help="Of the order on disk.")
 @click.option("--shard-atoms", type=int, help="Atom rows a shard (multiple of 1024).")
 @click.option("--licence", help="Of the data; kept in the store.")
 @click.option("--citation", help="Of the data; kept in the store.")
 @as_json
 def ingest(as_json: bool, **flags: Any) -> None:
-    """Put structures and labels of DATA... into STORE, without a teacher.
+    r"""Put structures and labels of DATA... into STORE, without a teacher.
 
     DATA are extxyz files (.xz, .gz, .zst too), anything ase.io reads, ASE databases, OC20 LMDBs or folders of
     them, .aselmdb files, COLL's npz, or other stores. A missing label stays missing.
@@ -79,10 +81,10 @@ def ingest(as_json: bool, **flags: Any) -> None:
 @click.option("--dry-run", is_flag=True, help="Price disk and time from a short probe; write nothing.")
 @as_json
 def cache_teacher(as_json: bool, data: Path, store: Path | None, dry_run: bool, **flags: Any) -> None:
-    """Run the teacher once over DATA and keep its signals in STORE.
+    r"""Run the teacher once over DATA and keep its signals in STORE.
 
     DATA is a store of structures (then STORE may be left out: the signals are added to it) or anything that
-    `kd ingest` takes. The same command continues after an interruption; with other --signals it adds to the store.
+    `kd ingest` takes. The same command continues after an interruption; other --signals add to the store.
 
     \b
     Example:
@@ -108,7 +110,7 @@ def cache() -> None:
 @click.argument("store", type=PATH)
 @as_json
 def cache_info(as_json: bool, store: Path) -> None:
-    """Show what is inside STORE: systems, teachers, signals, encodings, sizes, provenance.
+    r"""Show what is inside STORE: systems, teachers, signals, encodings, sizes, provenance.
 
     \b
     Example:
@@ -124,7 +126,7 @@ def cache_info(as_json: bool, store: Path) -> None:
 @click.option("--quick", is_flag=True, help="Presence and sizes only, no checksums.")
 @as_json
 def cache_verify(as_json: bool, store: Path, quick: bool) -> None:
-    """Check every byte of STORE against its checksums; exit code 3 if something is wrong.
+    r"""Check every byte of STORE against its checksums; exit code 3 if something is wrong.
 
     \b
     Example:
@@ -141,9 +143,13 @@ def cache_verify(as_json: bool, store: Path, quick: bool) -> None:
 @kd.command("train-student")
 @click.argument("store", type=PATH)
 @click.option("--student", required=True, help="Preset: painn-small, painn-big, schnet, painn-tiny, ...")
-@click.option("--kd", "kd_terms", multiple=True, help="none, or LOSS=LAMBDA with n2n, v2v, vanilla1, vanilla2.")
+@click.option(
+    "--kd", "kd_terms", multiple=True, help="none, or LOSS=LAMBDA with n2n, v2v, vanilla1, vanilla2."
+)
 @click.option("--out", required=True, type=PATH, help="Run folder.")
-@click.option("--kd-head", type=click.Choice(["identity", "linear", "mlp"]), default="linear", show_default=True)
+@click.option(
+    "--kd-head", type=click.Choice(["identity", "linear", "mlp"]), default="linear", show_default=True
+)
 @click.option("--kd-loss", type=click.Choice(["mse", "mae"]), default="mse", show_default=True)
 @click.option("--teacher", help="Which one, if the store has several.")
 @click.option("--pseudo-labels", is_flag=True, default=None, help="Missing labels come from the teacher.")
@@ -160,10 +166,14 @@ def cache_verify(as_json: bool, store: Path, quick: bool) -> None:
 @click.option("--tensorboard", is_flag=True, default=None, help="Also write TensorBoard events.")
 @click.option("--label", help="Name in reports.")
 @click.option("--config", "config_file", type=PATH, help="YAML file of settings.")
-@click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="Any setting: training.lr=1e-4")
+@click.option(
+    "--set", "assignments", multiple=True, metavar="KEY=VALUE", help="Any setting: training.lr=1e-4"
+)
 @as_json
-def train_student(as_json: bool, config_file: Path | None, assignments: tuple[str, ...], **flags: Any) -> None:
-    """Train a student on STORE; --kd says what it learns from the cached teacher.
+def train_student(
+    as_json: bool, config_file: Path | None, assignments: tuple[str, ...], **flags: Any
+) -> None:
+    r"""Train a student on STORE; --kd says what it learns from the cached teacher.
 
     LAMBDA is the paper's weight, or auto: then the term starts as large as the loss on the labels. With
     --kd none this is ordinary training, also the way to train a teacher. The same command continues.
@@ -189,7 +199,7 @@ def train_student(as_json: bool, config_file: Path | None, assignments: tuple[st
 @click.option("--device", default="auto", show_default=True)
 @as_json
 def evaluate(as_json: bool, **flags: Any) -> None:
-    """Measure MODEL (a run, a model file or any teacher) on the labels of DATA.
+    r"""Measure MODEL (a run, a model file or any teacher) on the labels of DATA.
 
     \b
     Example:
@@ -208,7 +218,7 @@ def evaluate(as_json: bool, **flags: Any) -> None:
 @click.option("--device", default="auto", show_default=True)
 @as_json
 def report(as_json: bool, **flags: Any) -> None:
-    """Compare RUNS: table with mean and spread over seeds, gap closed, learning curves, parity plots, cards.
+    r"""Compare RUNS: table with mean and spread over seeds, gap closed, learning curves, parity plots, cards.
 
     \b
     Example:
@@ -223,7 +233,7 @@ def report(as_json: bool, **flags: Any) -> None:
 @click.argument("folder", type=PATH, default=Path())
 @as_json
 def doctor(as_json: bool, folder: Path) -> None:
-    """Show versions, devices, teachers that can be used, and rights on a cache FOLDER.
+    r"""Show versions, devices, teachers that can be used, and rights on a cache FOLDER.
 
     \b
     Example:
@@ -238,7 +248,7 @@ def doctor(as_json: bool, folder: Path) -> None:
 @click.option("--out", type=PATH, default=Path("kd-demo"), show_default=True, help="Folder for everything.")
 @as_json
 def demo(as_json: bool, out: Path) -> None:
-    """Run both stages on bundled molecules in under three minutes and write a report.
+    r"""Run both stages on bundled molecules in under three minutes and write a report.
 
     \b
     Example:
@@ -256,7 +266,11 @@ def _given(flags: Mapping[str, Any]) -> dict[str, Any]:
 
 def _show(result: Any, as_json: bool) -> None:
     """Print a summary: JSON, or its own text, or one line a field."""
-    plain = dataclasses.asdict(result) if dataclasses.is_dataclass(result) and not isinstance(result, type) else result
+    plain = (
+        dataclasses.asdict(result)
+        if dataclasses.is_dataclass(result) and not isinstance(result, type)
+        else result
+    )
     if as_json:
         click.echo(json.dumps(plain, indent=2, default=str))
     elif hasattr(result, "text"):
@@ -296,7 +310,10 @@ def main() -> None:
         if "--debug" in sys.argv:
             traceback.print_exc()
         elif not isinstance(error, MolkdError):
-            click.echo(f"unexpected {type(error).__name__}: {error}; run again with kd --debug and report it", err=True)
+            click.echo(
+                f"unexpected {type(error).__name__}: {error}; run again with kd --debug and report it",
+                err=True,
+            )
             sys.exit(1)
         click.echo(f"error: {error}", err=True)
         sys.exit(error.exit_code if isinstance(error, MolkdError) else 1)

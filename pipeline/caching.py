@@ -5,12 +5,13 @@ gave to the host, checks it and writes it. Shards are done one after another; a 
 """
 
 import logging
-import queue
-import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -20,24 +21,32 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
+from molkd.cache_schema.encoding import encoding_for
 from molkd.cache_schema.fields import FieldSpec
+from molkd.cache_schema.layout import PLAN
+from molkd.cache_schema.manifest import finalize
 from molkd.cache_schema.reader import Cache
+from molkd.cache_schema.shard_writer import ShardWriter
 from molkd.cache_schema.writer import Store
-from molkd.pipeline.config import CacheConfig
+from molkd.pipeline.config import CacheConfig, IngestConfig
+from molkd.pipeline.data.sources import open_source
 from molkd.pipeline.device import choose_device
-from molkd.pipeline.errors import DataError, TeacherError
+from molkd.pipeline.errors import TeacherError
+from molkd.pipeline.forecast import Forecast, forecast, row_bytes
 from molkd.pipeline.graphs.batch import Batch, make_batch, to_device
 from molkd.pipeline.graphs.neighbors import NeighborRule
+from molkd.pipeline.ingest import ingest
+from molkd.pipeline.prefetch import prefetch
 from molkd.pipeline.teachers.interface import Teacher
 from molkd.pipeline.teachers.load import load_teacher
 
 log = logging.getLogger(__name__)
 
 _FIELDS = ("atomic_numbers", "positions", "tags", "fixed", "cell", "pbc")
-_NARROW = {"energy": "fp64", "forces": "fp32", "atomic_energies": "fp64"}  # labels keep their precision
 _BATCH_ATOMS = {"cpu": 1024, "cuda": 16_384}
 _BATCH_EDGES = {"cpu": 60_000, "cuda": 1_000_000}
-_PREFETCH = 3
+_PREFETCH = 3  # batches
+_PROBE_SYSTEMS = 256
 
 
 @dataclass(frozen=True)
@@ -80,34 +89,70 @@ def cache_teacher(config: CacheConfig) -> CacheSummary:
     check_elements(teacher, cache)
     store = Store.open(config.store, mode="a")
     name = config.name or teacher.info.name
-    encodings = {signal: _NARROW.get(signal, config.encoding) for signal in config.signals}
+    encodings = choose_encodings(teacher, config)
     store.add_teacher(name, provenance(teacher))
-    for signal, encoding in encodings.items():
-        store.add_signal(name, teacher.signals[signal], encoding)
-    groups = {signal: f"teachers/{name}/{signal}" for signal in config.signals}
+    groups = {s: store.add_signal(name, teacher.signals[s], e) for s, e in encodings.items()}
     missing = {signal: set(store.missing_shards(group)) for signal, group in groups.items()}
     shards = sorted(set().union(*missing.values()))
     if not shards:
-        log.info("%s: every shard of %s is there, nothing to do", config.store, ", ".join(groups))
-    n_computed, n_bytes, bad = 0, 0, list[int]()
+        log.info("%s: all of %s is there, nothing to do", config.store, ", ".join(groups))
     n_systems = sum(len(store.systems_of_shard(s)) for s in shards)
+    n_bytes, bad = 0, set[int]()
     with tqdm(total=n_systems, desc="teacher", unit="system", disable=None) as progress:
         for shard in shards:
             wanted = {signal: group for signal, group in groups.items() if shard in missing[signal]}
-            bad += _cache_shard(teacher, cache, store, shard, wanted, config, progress.update)
-            n_computed += len(store.systems_of_shard(shard))
-    if store.complete():
-        store.finalize()
+            bad |= _cache_shard(teacher, cache, store, shard, wanted, config, progress.update)
+            n_bytes += sum(_shard_bytes(store, shard, teacher.signals[s], encodings[s]) for s in wanted)
+    finalize(store)
     return CacheSummary(
         store=str(config.store),
         teacher=name,
         signals=encodings,
         n_systems=cache.n_systems,
         n_atoms=cache.n_atoms,
-        n_computed=n_computed,
+        n_computed=n_systems,
         seconds=time.perf_counter() - began,
         bytes_written=n_bytes,
-        bad_systems=[cache.source_of(i) for i in bad],
+        bad_systems=[source_of(cache, i) for i in sorted(bad)],
+    )
+
+
+def choose_encodings(teacher: Teacher, config: CacheConfig) -> dict[str, str]:
+    """Return signal -> encoding; energies and forces keep their precision, features are narrowed."""
+    return {s: encoding_for(teacher.signals[s], config.encoding) for s in dict.fromkeys(config.signals)}
+
+
+def prepare_store(config: CacheConfig, data: Path) -> CacheConfig:
+    """Make sure that the store holds the structures of `data`; a store given as data is used as it is."""
+    if (data / PLAN).exists() and data.resolve() == config.store.resolve():
+        return config
+    if (config.store / PLAN).exists() and data.resolve() == config.store.resolve():
+        return config
+    ingest(IngestConfig(data=(data,), store=config.store))
+    return config
+
+
+def plan_teacher(config: CacheConfig, data: Path) -> Forecast:
+    """Price stage one without writing anything but a probe file that is removed again."""
+    teacher = open_teacher(config)
+    source = open_source(data)
+    try:
+        rng = np.random.default_rng(0)
+        chosen = rng.choice(len(source), size=min(len(source), _PROBE_SYSTEMS), replace=False)
+        sample = [source.read(int(i)) for i in chosen]
+        n_systems = len(source)
+    finally:
+        source.close()
+    atoms = sum(s.n_atoms for s in sample) / len(sample)
+    budget = config.batch_atoms or _BATCH_ATOMS.get(teacher.device.type, _BATCH_ATOMS["cpu"])
+    return forecast(
+        config.store,
+        teacher,
+        sample,
+        n_systems,
+        choose_encodings(teacher, config),
+        batch_size=max(1, int(budget / atoms)),
+        new_store=not (config.store / PLAN).exists(),
     )
 
 
@@ -118,7 +163,8 @@ def open_teacher(config: CacheConfig) -> Teacher:
     unknown = [s for s in config.signals if s not in teacher.signals]
     if unknown:
         raise TeacherError(
-            f"{config.teacher}: gives no signal {', '.join(unknown)}; it has {', '.join(sorted(teacher.signals))}"
+            f"{config.teacher}: gives no signal {', '.join(unknown)}; "
+            f"it has {', '.join(sorted(teacher.signals))}"
         )
     return teacher
 
@@ -134,6 +180,144 @@ def check_elements(teacher: Teacher, cache: Cache) -> None:
             atom = int(np.flatnonzero(numbers == unknown[0])[0])
             system = int(np.searchsorted(np.cumsum(cache.system_n_atoms[part]), atom, side="right"))
             raise TeacherError(
-                f"{cache.source_of(int(part[system]))}: element with atomic number {unknown[0]}, which "
+                f"{source_of(cache, int(part[system]))}: element with atomic number {unknown[0]}, which "
                 f"{teacher.info.name} does not know; leave such systems out, or take another teacher"
             )
+
+
+def provenance(teacher: Teacher) -> dict[str, Any]:
+    """Return what tells two teachers apart, or shows that they are the same."""
+    info = teacher.info
+    return {
+        "name": info.name,
+        "architecture": info.architecture,
+        "weights_sha256": info.weights_sha256,
+        "config": info.config,
+        "taps": info.taps,
+        "licence": info.licence,
+        "citation": info.citation,
+        "energy_reference": info.energy_reference,
+        "units_inside": info.units_inside,
+        "precision": str(teacher.dtype).removeprefix("torch."),
+        "neighbor_rule": teacher.neighbor_rule.to_dict(),
+        "code": f"molkd {version('molkd')}, torch {torch.__version__}",
+        **info.extra,
+    }
+
+
+def make_work(
+    cache: Cache,
+    indices: NDArray[np.int64],
+    rule: NeighborRule,
+    dtype: torch.dtype,
+    max_atoms: int,
+    max_edges: int,
+) -> Iterator[Work]:
+    """Cut consecutive systems into batches within budgets of atoms and edges; one system always fits."""
+    n_atoms = cache.system_n_atoms[indices].astype(np.int64)
+    begin = 0
+    while begin < len(indices):
+        fits = np.searchsorted(np.cumsum(n_atoms[begin:]), max_atoms, side="right")
+        end = begin + max(int(fits), 1)
+        yield from _split_by_edges(cache, indices[begin:end], n_atoms[begin:end], rule, dtype, max_edges)
+        begin = end
+
+
+def _split_by_edges(
+    cache: Cache,
+    indices: NDArray[np.int64],
+    n_atoms: NDArray[np.int64],
+    rule: NeighborRule,
+    dtype: torch.dtype,
+    max_edges: int,
+) -> Iterator[Work]:
+    arrays = cache.read(indices, _FIELDS)
+    batch = make_batch(**{name: arrays[name] for name in _FIELDS}, n_atoms=n_atoms, rule=rule, dtype=dtype)
+    if len(indices) == 1 or batch.edge_index.shape[1] <= max_edges:
+        yield Work(indices, batch, n_atoms)
+        return
+    half = len(indices) // 2
+    yield from _split_by_edges(cache, indices[:half], n_atoms[:half], rule, dtype, max_edges)
+    yield from _split_by_edges(cache, indices[half:], n_atoms[half:], rule, dtype, max_edges)
+
+
+def _cache_shard(
+    teacher: Teacher,
+    cache: Cache,
+    store: Store,
+    shard: int,
+    groups: dict[str, str],
+    config: CacheConfig,
+    on_systems: Callable[[int], object],
+) -> set[int]:
+    """Compute and commit the given signals of one shard; return the systems that were given up."""
+    kind = teacher.device.type
+    works = make_work(
+        cache,
+        np.asarray(store.systems_of_shard(shard), dtype=np.int64),
+        teacher.neighbor_rule,
+        teacher.dtype,
+        config.batch_atoms or _BATCH_ATOMS.get(kind, _BATCH_ATOMS["cpu"]),
+        config.batch_edges or _BATCH_EDGES.get(kind, _BATCH_EDGES["cpu"]),
+    )
+    bad: set[int] = set()
+    with ExitStack() as stack, ThreadPoolExecutor(1, "kd-write") as pool:
+        writers = {s: stack.enter_context(store.shard_writer(group, shard)) for s, group in groups.items()}
+        pending: deque[Future[None]] = deque()
+        for work in prefetch(works, _PREFETCH):
+            signals = teacher.compute(to_device(work.batch, teacher.device), tuple(groups))
+            pending.append(pool.submit(_write, writers, work, signals, cache, bad, skip_bad=config.skip_bad))
+            while len(pending) > _PREFETCH or (pending and pending[0].done()):
+                pending.popleft().result()
+            on_systems(len(work.indices))
+        for future in pending:
+            future.result()
+    return bad
+
+
+def _write(
+    writers: dict[str, ShardWriter],
+    work: Work,
+    signals: dict[str, Tensor],
+    cache: Cache,
+    bad: set[int],
+    *,
+    skip_bad: bool,
+) -> None:
+    """Copy to the host (this waits for the device, off the main thread), check and append."""
+    arrays = {name: signals[name].cpu().numpy() for name in writers}
+    broken = _non_finite_systems(arrays, work)
+    if len(broken) and not skip_bad:
+        raise TeacherError(
+            f"{source_of(cache, int(broken[0]))}: the teacher gives non-finite numbers for this system; "
+            "look at the structure, or quarantine such systems with --skip-bad"
+        )
+    for index in broken:
+        log.warning("%s: non-finite teacher output, quarantined", source_of(cache, int(index)))
+    bad.update(int(i) for i in broken)
+    for name, writer in writers.items():
+        writer.write({"values": arrays[name]}, bad_systems=[int(i) for i in broken])
+
+
+def _non_finite_systems(arrays: dict[str, NDArray[Any]], work: Work) -> NDArray[np.int64]:
+    """Return the stored indices of systems with a NaN or an infinity in any signal."""
+    broken = np.zeros(len(work.indices), dtype=bool)
+    owner = np.repeat(np.arange(len(work.indices)), work.n_atoms)
+    for values in arrays.values():
+        # A sum is finite unless a value is not (or the sum overflows, which float64 excludes here).
+        if np.isfinite(values.sum(dtype=np.float64)):
+            continue
+        rows = ~np.isfinite(values.reshape(len(values), -1)).all(axis=1)
+        broken[rows if len(values) == len(broken) and len(values) != len(owner) else owner[rows]] = True
+    return work.indices[broken]
+
+
+def _shard_bytes(store: Store, shard: int, spec: FieldSpec, encoding: str) -> int:
+    systems = store.systems_of_shard(shard)
+    rows = store.systems.rows_in_shard(shard) if spec.axis == "atom" else len(systems)
+    return rows * row_bytes(spec, encoding)
+
+
+def source_of(cache: Cache, index: int) -> str:
+    """Return where a stored system came from, as a person would look for it."""
+    return f"{cache.source_names[int(cache.source[index])]}#{int(cache.source_row[index])}"

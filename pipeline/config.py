@@ -180,7 +180,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def dump_yaml(config: Settings) -> str:
-    """Return the resolved settings as YAML that `read_yaml` and `make_config` turn back into the same object."""
+    """Return the resolved settings as YAML that `read_yaml` and `make_config` turn back into them."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
 
 

@@ -4,6 +4,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -134,10 +135,14 @@ def _read(source: Source, row: int, *, keep_labels: bool) -> System:
     )
 
 
-def _without_duplicates(table: _Table, on_conflict: str) -> tuple[NDArray[np.int64], int]:
+def _without_duplicates(table: _Table, on_conflict: Literal["error", "first"]) -> tuple[NDArray[np.int64], int]:
     """Return the rows to keep and how many were dropped."""
     keep = resolve_duplicates(
-        _id_array(table.ids), np.array(table.energy), np.array(table.has_forces), table.names, on_conflict=on_conflict
+        _id_array(table.ids),
+        np.array(table.energy),
+        np.array(table.has_forces),
+        table.names,
+        on_conflict=on_conflict,
     )
     rows = np.flatnonzero(keep)
     n_dropped = len(table.ids) - len(rows)
@@ -176,14 +181,18 @@ def _create(
 def _write_shards(store: Store, sources: Sequence[Source], unlabelled: set[int]) -> None:
     missing = store.missing_shards("atoms")
     if missing and len(missing) < store.plan.n_shards:
-        log.info("continuing: %d of %d shards are there", store.plan.n_shards - len(missing), store.plan.n_shards)
+        log.info(
+            "continuing: %d of %d shards are there", store.plan.n_shards - len(missing), store.plan.n_shards
+        )
     for shard in tqdm(missing, desc="write", unit="shard", disable=None):
         with store.shard_writer("atoms", shard) as writer:
             for index in store.systems_of_shard(shard):
-                k, row = int(store.source[index]), int(store.source_row[index])
+                k, row = int(store.systems.source[index]), int(store.systems.source_row[index])
                 system = _read(sources[k], row, keep_labels=k not in unlabelled)
-                if system.id != store.ids[index].tobytes():
-                    raise DataError(f"{system.source}: changed while it was being read; run the command again")
+                if system.id != store.systems.id[index].tobytes():
+                    raise DataError(
+                        f"{system.source}: changed while it was being read; run the command again"
+                    )
                 writer.write(
                     {
                         "atomic_numbers": system.atomic_numbers,

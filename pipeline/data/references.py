@@ -14,7 +14,9 @@ from molkd.pipeline.errors import DataError
 _log = logging.getLogger(__name__)
 
 N_ELEMENTS = 119  # a column per atomic number, 0 unused
+MIN_STD = 1e-6  # eV, eV/A; below, labels are equal up to rounding, and dividing would blow the rounding up
 _ROWS_PER_BLOCK = 65536
+_RANK_TOLERANCE = 1e-9  # compositions are whole numbers: smaller singular values are rounding of the QR factor
 
 ScaleMode = Literal["energy", "forces", "none"]
 
@@ -62,13 +64,16 @@ def fit_references(counts: NDArray[np.number], energies: ArrayLike) -> dict[int,
         residual = target[rows[begin : begin + _ROWS_PER_BLOCK]] - mean_per_atom * block.sum(axis=1)
         stacked = np.vstack([factor, np.column_stack([block, residual])])
         factor = np.asarray(np.linalg.qr(stacked, mode="r"))
-    correction, _, rank, _ = np.linalg.lstsq(factor[:, :-1], factor[:, -1], rcond=None)
+    correction, _, rank, _ = np.linalg.lstsq(factor[:, :-1], factor[:, -1], rcond=_RANK_TOLERANCE)
     if rank < len(elements):
         _log.warning(
-            "energy references: the compositions of %d systems tell only %d of %d elements apart; the rest is "
-            "chosen closest to the mean of %.3f eV per atom. Give references if new compositions will be predicted.",
-            len(rows), rank, len(elements), mean_per_atom,
-        )  # fmt: skip
+            "energy references: the %d systems tell only %d of %d elements apart; the rest is chosen closest to the "
+            "mean of %.3f eV per atom. Give references if new compositions will be predicted.",
+            len(rows),
+            rank,
+            len(elements),
+            mean_per_atom,
+        )
     return {int(z): float(mean_per_atom + c) for z, c in zip(elements, correction, strict=True)}
 
 
@@ -166,7 +171,7 @@ def fit_label_scale(
     energies: ArrayLike,
     force_rms: float,
     mode: ScaleMode,
-    references: Mapping[int, float] | None = None,
+    references: Mapping[int, float] | Literal["fit", "none"] = "none",
 ) -> LabelScale:
     """Measure mean and standard deviation of the labels of training systems.
 
@@ -177,26 +182,33 @@ def fit_label_scale(
     force_rms : root mean square of the force components, eV/A
     mode : "energy" takes the std of the referenced energies for both (OC20), "forces" takes `force_rms` for
         both, which also works where energies are few, "none" leaves labels as they are
-    references : atomic number -> eV, subtracted first; None subtracts nothing
+    references : atomic number -> eV, subtracted before anything else; "fit" fits them to the energies, if any
 
     Raises
     ------
     DataError
         If the labels that `mode` needs are missing.
     """
-    given = dict(references or {})
-    if mode == "none":
-        return LabelScale(references=given)
     target = np.asarray(energies, dtype=np.float64)
     labelled = np.isfinite(target)
-    referenced = target[labelled] - sum_references(counts[labelled], given)
+    if references == "fit":
+        subtracted = fit_references(counts, target) if labelled.any() else {}
+    else:
+        subtracted = {} if references == "none" else dict(references)
+    if mode == "none":
+        return LabelScale(references=subtracted)
+    referenced = target[labelled] - sum_references(counts[labelled], subtracted)
     if mode == "energy" and len(referenced) == 0:
         raise DataError(
             "labels cannot be scaled by energies, no system has one. Scale by forces, or not at all."
         )
     mean = float(referenced.mean()) if len(referenced) else 0.0
     std = float(referenced.std()) if mode == "energy" else float(force_rms)
-    if not np.isfinite(std) or std <= 0:
-        what = "energies do not vary" if mode == "energy" else "force labels are missing or all zero"
+    if not std > MIN_STD:
+        what = (
+            f"energies vary by {std:.1e} eV only"
+            if mode == "energy"
+            else "force labels are missing or all zero"
+        )
         raise DataError(f"labels cannot be scaled by {mode}: {what}. Choose another normalisation.")
-    return LabelScale(mean, std, std, given)
+    return LabelScale(mean, std, std, subtracted)

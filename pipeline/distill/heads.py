@@ -71,13 +71,15 @@ def make_head(term: KDTerm, student: dict[str, FieldSpec], teacher: dict[str, Fi
     if feature not in student:
         have = ", ".join(sorted(s for s in student if s in STUDENT_FEATURE.values()))
         raise ConfigError(
-            f"--kd {term.name} needs vector features, this student has only: {have}; take n2n, or a PaiNN student"
+            f"--kd {term.name} needs vector features, this student has only: {have}; "
+            "take n2n, or a PaiNN student"
         )
     n_in, n_out = student[feature].shape[-1], teacher[feature].shape[-1]
     if term.head == "identity":
         if n_in != n_out:
             raise ConfigError(
-                f"--kd {term.name}: head identity needs equal widths, student {n_in}, teacher {n_out}; take head linear"
+                f"--kd {term.name}: head identity needs equal widths, student {n_in}, teacher {n_out}; "
+                "take head linear"
             )
         return nn.Identity()
     if term.head == "mlp":

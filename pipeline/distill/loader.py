@@ -1,7 +1,5 @@
 """Batches of a store for training: one prefetch thread reads, builds neighbours and normalises labels."""
 
-import queue
-import threading
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -12,15 +10,14 @@ from torch import Tensor
 
 from molkd.cache_schema.epoch import read_epoch
 from molkd.cache_schema.reader import Cache
-from molkd.pipeline.data.references import LabelScale
+from molkd.pipeline.data.references import LabelScale, reference_table
 from molkd.pipeline.distill.losses import Targets
 from molkd.pipeline.graphs.batch import Batch, make_batch, to_device
 from molkd.pipeline.graphs.neighbors import NeighborRule
-from molkd.pipeline.models.potential import N_ELEMENTS
+from molkd.pipeline.prefetch import prefetch
 
 _FIELDS = ("atomic_numbers", "positions", "tags", "fixed", "cell", "pbc", "energy", "forces")
 _PREFETCH = 4  # batches ready ahead of the step
-_END = object()
 
 
 class Sample(NamedTuple):
@@ -66,9 +63,7 @@ class CacheLoader:
         self.pin = pin
         self.epoch = 0
         self.batch_in_epoch = 0  # the next batch to deliver
-        self._references = np.zeros(N_ELEMENTS)
-        for atomic_number, energy in scale.references.items():
-            self._references[atomic_number] = energy
+        self._references = reference_table(scale.references)  # (119,) eV
 
     @property
     def batches_per_epoch(self) -> int:
@@ -91,48 +86,27 @@ class CacheLoader:
             self.batch_in_epoch = 0
 
     def _rest_of_epoch(self) -> Iterator[Sample]:
-        ready: queue.Queue[Any] = queue.Queue(_PREFETCH)
-        stop = threading.Event()
-        thread = threading.Thread(
-            target=self._produce,
-            args=(self.epoch, self.batch_in_epoch, ready, stop),
-            name="kd-prefetch",
-            daemon=True,
-        )
-        thread.start()
+        samples = prefetch(self._read(self.epoch, self.batch_in_epoch), _PREFETCH)
         try:
-            while (item := ready.get()) is not _END:
-                if isinstance(item, BaseException):
-                    raise item
+            for sample in samples:
                 self.batch_in_epoch += 1
-                yield item
+                yield sample
         finally:
-            stop.set()
-            while thread.is_alive():
-                _drain(ready)
-                thread.join(timeout=0.05)
+            samples.close()
 
-    def _produce(
-        self, epoch: int, start_batch: int, ready: "queue.Queue[Any]", stop: threading.Event
-    ) -> None:
-        try:
-            for _, arrays in read_epoch(
-                self.cache,
-                fields=_FIELDS,
-                teacher=self.teacher,
-                signals=self.signals,
-                subset=self.subset,
-                batch_size=self.batch_size,
-                seed=self.seed,
-                epoch=epoch,
-                start_batch=start_batch,
-            ):
-                if stop.is_set():
-                    return
-                ready.put(self.make_sample(arrays))
-            ready.put(_END)
-        except BaseException as error:  # handed to the training thread, which raises it  # noqa: BLE001
-            ready.put(error)
+    def _read(self, epoch: int, start_batch: int) -> Iterator[Sample]:
+        for _, arrays in read_epoch(
+            self.cache,
+            fields=_FIELDS,
+            teacher=self.teacher,
+            signals=self.signals,
+            subset=self.subset,
+            batch_size=self.batch_size,
+            seed=self.seed,
+            epoch=epoch,
+            start_batch=start_batch,
+        ):
+            yield self.make_sample(arrays)
 
     def make_sample(self, arrays: dict[str, NDArray[Any]]) -> Sample:
         """Build neighbours and normalised targets from the concatenated arrays of one batch."""
@@ -203,11 +177,3 @@ def _pin(sample: Sample) -> Sample:
 
 def _float32(values: NDArray[np.floating]) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32))
-
-
-def _drain(ready: "queue.Queue[Any]") -> None:
-    while True:
-        try:
-            ready.get_nowait()
-        except queue.Empty:
-            return

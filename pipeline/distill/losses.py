@@ -39,7 +39,7 @@ def energy_loss(predicted: Float[Tensor, " S"], target: Float[Tensor, " S"]) -> 
 def forces_loss(
     predicted: Float[Tensor, "N 3"], target: Float[Tensor, "N 3"], free: Bool[Tensor, " N"]
 ) -> Tensor:
-    """L_F of Eq. 1: mean over free atoms with a label of the Euclidean norm of the force error; 0 if none has.
+    """L_F of Eq. 1: mean over free labelled atoms of the Euclidean norm of the force error; 0 if none is.
 
     The mean runs over the atoms of the whole batch, so large systems weigh more, as in the official code.
     """

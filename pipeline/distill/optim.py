@@ -23,21 +23,20 @@ def make_optimizer(parameters: Iterable[nn.Parameter], config: TrainingConfig) -
 def lr_factor(schedule: ScheduleConfig, step: int, total_steps: int) -> float:
     """Return what the initial learning rate is multiplied by at `step` (0 is the first).
 
-    Warm-up rises linearly from `warmup_factor` to 1. Afterwards the exponential schedule is
-    ``decay_rate ** (step / decay_steps)``, the milestones one ``gamma ** (milestones passed)``.
+    The product of a warm-up that rises linearly from `warmup_factor` to 1 and, by kind, of
+    ``decay_rate ** (step / decay_steps)`` or ``gamma ** (milestones passed)``.
     """
-    if step < schedule.warmup_steps:
-        done = step / schedule.warmup_steps
-        return schedule.warmup_factor + (1 - schedule.warmup_factor) * done
+    done = min(1.0, step / schedule.warmup_steps) if schedule.warmup_steps else 1.0
+    factor = schedule.warmup_factor + (1 - schedule.warmup_factor) * done
     if schedule.kind == "warmup_exponential":
-        return schedule.decay_rate ** (step / (schedule.decay_steps or total_steps))
-    if schedule.kind == "warmup_milestones":
-        return schedule.gamma ** sum(step >= milestone for milestone in schedule.milestones)
-    return 1.0
+        factor *= schedule.decay_rate ** (step / (schedule.decay_steps or total_steps))
+    elif schedule.kind == "warmup_milestones":
+        factor *= schedule.gamma ** sum(step >= milestone for milestone in schedule.milestones)
+    return factor
 
 
 def make_ema(model: nn.Module, decay: float) -> AveragedModel:
-    """Moving average of the weights; young averages forget faster: decay is at most (1 + n) / (10 + n)."""
+    """Return a moving average of the weights; a young one forgets faster: decay <= (1 + n) / (10 + n)."""
 
     def average(averaged: list[Tensor], current: list[Tensor], n_averaged: Tensor | int) -> None:
         n = int(n_averaged)

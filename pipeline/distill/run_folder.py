@@ -1,4 +1,4 @@
-"""The folder of one training run: config.yaml, log.txt, metrics.csv, metrics.json, last.pt, best.safetensors."""
+"""The folder of one training run: settings, log, metrics, last.pt to go on from, best.safetensors to keep."""
 
 import csv
 import io

@@ -6,8 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from molkd.cache_schema.reader import Cache
-from molkd.pipeline.data.references import LabelScale
-from molkd.pipeline.models.potential import N_ELEMENTS
+from molkd.pipeline.data.references import N_ELEMENTS, LabelScale, count_elements, reference_table
 
 _MAX_SYSTEMS = 100_000  # stored order is random, so the first ones are a fair sample
 _CHUNK = 2_000
@@ -43,8 +42,9 @@ def label_statistics(cache: Cache, subset: NDArray[np.bool_], teacher: str | Non
         arrays = cache.read(
             part, ("atomic_numbers", "energy", "forces", "fixed"), teacher=teacher, signals=signals
         )
-        system = np.repeat(np.arange(begin, begin + len(part)), cache.system_n_atoms[part])
-        np.add.at(counts, (system, arrays["atomic_numbers"]), 1)
+        counts[begin : begin + len(part)] = count_elements(
+            arrays["atomic_numbers"], cache.system_n_atoms[part]
+        )
         energies[begin : begin + len(part)] = arrays[f"{prefix}energy"]
         forces = arrays[f"{prefix}forces"].astype(np.float64)
         forces = forces[np.isfinite(forces).all(axis=1) & ~arrays["fixed"].astype(bool)]
@@ -64,9 +64,7 @@ def mean_atomic_energy(cache: Cache, teacher: str, scale: LabelScale) -> float:
     """Return the mean absolute value of the teacher's atomic energies in normalised units, from a sample."""
     sample = np.arange(min(cache.n_systems, _CHUNK))
     arrays = cache.read(sample, ("atomic_numbers",), teacher=teacher, signals=("atomic_energies",))
-    table = np.zeros(N_ELEMENTS)
-    for atomic_number, energy in scale.references.items():
-        table[atomic_number] = energy
+    table = reference_table(scale.references)
     share = np.repeat(scale.energy_mean / cache.system_n_atoms[sample], cache.system_n_atoms[sample])
     residual = arrays["teacher/atomic_energies"] - table[arrays["atomic_numbers"]] - share
     return float(np.nanmean(np.abs(residual))) / scale.energy_std

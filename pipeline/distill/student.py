@@ -54,7 +54,15 @@ def choose_teacher(cache: Cache, config: TrainConfig) -> str | None:
 def choose_systems(
     cache: Cache, config: TrainConfig, teacher: str | None, signals: tuple[str, ...]
 ) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
-    """Return masks (S,) of training and validation systems; incomplete signals and quarantined systems are refused or left out."""
+    """Return masks (S,) of training and validation systems.
+
+    Quarantined systems are left out.
+
+    Raises
+    ------
+    CacheError
+        If a signal is unfinished.
+    """
     val = np.zeros(cache.n_systems, dtype=bool)
     if config.val is None and config.val_fraction:
         val = split_mask(cache.ids, config.val_fraction)
@@ -64,7 +72,8 @@ def choose_systems(
             entry = cache.teachers[teacher].signals.get(name)
             if entry is not None and not entry.complete:
                 raise CacheError(
-                    f"{cache.path}: signal {name} of {teacher} is unfinished ({len(entry.missing_shards)} shards missing); "
+                    f"{cache.path}: signal {name} of {teacher} is unfinished, "
+                    f"{len(entry.missing_shards)} shards are missing; "
                     "run the same kd cache-teacher command again, it continues"
                 )
         bad = cache.bad_systems(teacher)
@@ -84,16 +93,14 @@ def prepare(cache: Cache, config: TrainConfig, device: torch.device) -> Setup:
     statistics = label_statistics(cache, train)
     _check_labels(cache, config, statistics)
     if statistics.n_energies == 0 and np.isnan(statistics.forces_rms) and teacher:
-        log.info(
-            "no labels in the training systems: references and scale come from the teacher's energies and forces"
-        )
+        log.info("no labels in the training systems: references and scale come from the teacher")
         statistics = label_statistics(cache, train, teacher)
     scale = _fit_scale(config, statistics)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        model = build_model(config.model)
+        model: Any = build_model(config.model)
         specs = _teacher_specs(cache, teacher)
-        weights = {t.name: _weight(t, cache, teacher, statistics, scale, config) for t in config.kd}
+        weights: dict[str, float] = {t.name: _weight(t, cache, teacher, statistics, scale, config) for t in config.kd}
         objective = Objective(
             config.kd,
             weights,
@@ -147,10 +154,7 @@ def _fit_scale(config: TrainConfig, statistics: LabelStatistics) -> LabelScale:
 
 def zero_model_loss(statistics: LabelStatistics, scale: LabelScale, config: TrainConfig) -> float:
     """Return L_0 (Eq. 1) of a model that always predicts zero, in normalised units."""
-    table = np.zeros(statistics.counts.shape[1])
-    for atomic_number, energy in scale.references.items():
-        table[atomic_number] = energy
-    normalised = (statistics.energies - statistics.counts @ table - scale.energy_mean) / scale.energy_std
+    normalised = scale.normalize_energy(statistics.energies, statistics.counts)
     known = normalised[np.isfinite(normalised)]
     energy = float(np.abs(known).mean()) if len(known) else 0.0
     forces = 0.0 if np.isnan(statistics.mean_force_norm) else statistics.mean_force_norm / scale.forces_std

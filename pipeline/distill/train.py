@@ -363,8 +363,8 @@ def _interruptible() -> Iterator[Any]:
     try:
         yield lambda: bool(caught)
     finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+        for caught_number, handler in handlers.items():
+            signal.signal(caught_number, handler)
 
 
 def _tensorboard(config: TrainConfig, run: RunFolder) -> Any:

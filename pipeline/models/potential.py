@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as safetensors_bytes
-from torch import Tensor, nn
+from torch import Tensor
 
-from molkd.pipeline.data.references import LabelScale
+from molkd.pipeline.data.references import LabelScale, reference_table
 from molkd.pipeline.errors import ModelError
 from molkd.pipeline.files import write_atomic
 from molkd.pipeline.graphs.batch import Batch
@@ -20,7 +20,6 @@ from molkd.pipeline.graphs.neighbors import NeighborRule
 from molkd.pipeline.models.registry import build_model
 
 FORMAT = 1
-N_ELEMENTS = 119  # atomic numbers 0 to 118
 _METADATA_KEY = "molkd"
 
 
@@ -28,7 +27,7 @@ _METADATA_KEY = "molkd"
 class Potential:
     """Energy in eV and forces in eV/A from a model that was trained on normalised labels."""
 
-    model: nn.Module
+    model: Any  # nn.Module that follows interface.Model
     scale: LabelScale
     metadata: dict[str, Any] = field(default_factory=dict)  # model (config), scale, provenance
     weights_sha256: str = ""
@@ -36,7 +35,7 @@ class Potential:
     @property
     def neighbor_rule(self) -> NeighborRule:
         """The rule that batches for this potential must be built with."""
-        return self.model.neighbor_rule  # type: ignore[return-value]
+        return self.model.neighbor_rule
 
     @property
     def elements(self) -> frozenset[int]:
@@ -55,9 +54,9 @@ class Potential:
         return self
 
     def predict(self, batch: Batch, taps: Collection[str] = ()) -> dict[str, Tensor]:
-        """Return energy (S,) eV float64, forces (N, 3) eV/A, atomic_energies (N,) eV float64 and the features."""
+        """Return energy (S,) and atomic_energies (N,) in eV (float64), forces (N, 3) in eV/A, and features."""
         out = dict(self.model(batch, taps))
-        table = reference_table(self.scale, batch.positions.device)
+        table = torch.from_numpy(reference_table(self.scale.references)).to(batch.positions.device)
         references = table[batch.atomic_numbers]  # (N,)
         n_atoms = batch.atoms_ptr.diff()
         offset = references.new_zeros(batch.n_systems).index_add(0, batch.system_idx, references)
@@ -114,10 +113,3 @@ class Potential:
         scale = LabelScale.from_dict(metadata.pop("scale"))
         return cls(model, scale, metadata, hashlib.sha256(path.read_bytes()).hexdigest())
 
-
-def reference_table(scale: LabelScale, device: torch.device | str = "cpu") -> Tensor:
-    """Return energy references in eV by atomic number, (119,) float64, zero where there is none."""
-    table = torch.zeros(N_ELEMENTS, dtype=torch.float64)
-    for atomic_number, energy in scale.references.items():
-        table[atomic_number] = energy
-    return table.to(device)
