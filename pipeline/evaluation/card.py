@@ -151,7 +151,7 @@ def _strategy(provenance: Mapping[str, Any], teacher: Mapping[str, Any]) -> str:
         return "None: trained on the labels alone (`--kd none`)."
     lines = [
         f"- loss {term['name']}: weight {_short(term.get('weight'))}"
-        + "".join(f", {key} {term[key]}" for key in ("head", "loss") if key in term)
+        + "".join(f", {key} {term[key]}" for key in _choices(term))
         for term in terms
     ]
     if provenance.get("pseudo_labels"):
@@ -161,13 +161,18 @@ def _strategy(provenance: Mapping[str, Any], teacher: Mapping[str, Any]) -> str:
             "teacher": teacher.get("name"),
             "its architecture": teacher.get("architecture"),
             "its weights": f"sha256 {teacher['weights_sha256']}" if teacher.get("weights_sha256") else None,
-            "its features": _inline(teacher.get("taps", {})),
+            "its features": _inline({k: v for k, v in teacher.get("taps", {}).items() if "/" not in k}),
             "its energies": teacher.get("energy_reference"),
             "its precision": teacher.get("precision"),
             "its licence": teacher.get("licence") or "not recorded",
         }
     )
     return "\n".join([*lines, about])
+
+
+def _choices(term: Mapping[str, Any]) -> list[str]:
+    """Return the settings that mean something for a loss: the vanilla ones have neither head nor choice."""
+    return [] if str(term["name"]).startswith("vanilla") else [key for key in ("head", "loss") if key in term]
 
 
 def _units(scale: Mapping[str, Any]) -> str:
@@ -180,7 +185,7 @@ def _units(scale: Mapping[str, Any]) -> str:
             "energies": "totals, as in the training labels",
             "reference per element (eV)": _inline(references) or "none",
             "normalisation": (
-                f"energy mean {scale.get('energy_mean', 0.0):.6f} eV, "
+                f"energy mean {round(scale.get('energy_mean', 0.0), 6) + 0.0:.6f} eV, "
                 f"energy scale {scale.get('energy_std', 1.0):.6f} eV, "
                 f"forces scale {scale.get('forces_std', 1.0):.6f} eV/Angstrom; undone on output"
             ),

@@ -50,7 +50,8 @@ def evaluate(
 
     Parameters
     ----------
-    predict : from a batch on `device` to at least energy (S,) in eV and forces (N, 3) in eV/A
+    predict : from a batch on `device` to at least energy (S,) in eV and forces (N, 3) in eV/A; called with
+        gradients off, a model that needs them turns them on for itself
     systems : read once, in order; a missing label is NaN
     rule : neighbour rule that batches are built with
     batch_size : systems a batch; results do not depend on it, throughput does
@@ -80,9 +81,10 @@ def evaluate(
     n_done = 0
     for chunk in _chunks(systems, batch_size):
         batch = to_device(batch_from_systems(chunk, rule, dtype), device)
-        if n_done == 0 and measure_throughput:
-            predict(batch)
-        output, seconds = _timed(predict, batch, device)
+        with torch.no_grad():
+            if n_done == 0 and measure_throughput:
+                predict(batch)
+            output, seconds = _timed(predict, batch, device)
         rates.append((len(chunk), len(chunk) / seconds))
         energy_pred, forces_pred = _checked(output, chunk)
         _collect(chunk, energy_pred, forces_pred, sums, energies, forces)

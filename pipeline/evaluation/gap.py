@@ -46,7 +46,7 @@ def gap_closed(
     """
     w, k = without.mean, with_kd.mean
     if w is None or k is None or teacher is None:
-        return GapClosed(None, None, "not measured on all three")
+        return GapClosed(None, None, "not measured for all three")
     if not (math.isfinite(w) and math.isfinite(k) and math.isfinite(teacher)):
         return GapClosed(None, None, "a value is not finite")
     difference = w - teacher

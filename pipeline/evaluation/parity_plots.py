@@ -25,6 +25,7 @@ _POINT_COLOR = "#0072B2"
 _LINE_COLOR = "#D55E00"
 _TITLE_WIDTH = 30
 _N_HEXAGONS = 60
+_BACKGROUND = {"facecolor": "white", "edgecolor": "none", "alpha": 0.7, "pad": 1.5}  # of text over points
 _MARGIN = 0.04
 _SHOWN = 0.998  # share of a panel's errors that the error axis holds at least
 
@@ -51,6 +52,7 @@ def plot_parity(panels: Sequence[Panel], quantity: Quantity) -> "Figure":
     with one colour scale. The MAE in a panel is that of the whole data set, per atom for energies.
     """
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     points = [_points(panel.evaluation, quantity) for panel in panels]
     labels = np.concatenate([p.label for p in points])
@@ -79,7 +81,14 @@ def plot_parity(panels: Sequence[Panel], quantity: Quantity) -> "Figure":
             _draw(top, x, y, (*limits, *limits), 1.0),
             _draw(bottom, x, error, (*limits, -error_limit, error_limit), 2.7),
         ]
-        top.text(0.04, 0.96, _mae_text(panel.evaluation, quantity), transform=top.transAxes, va="top")
+        top.text(
+            0.04,
+            0.96,
+            _mae_text(panel.evaluation, quantity),
+            transform=top.transAxes,
+            va="top",
+            bbox=_BACKGROUND,
+        )
         n_outside = int((np.abs(error) > error_limit).sum())
         if n_outside:
             bottom.text(
@@ -94,6 +103,7 @@ def plot_parity(panels: Sequence[Panel], quantity: Quantity) -> "Figure":
         for ax in (top, bottom):
             ax.spines[["top", "right"]].set_visible(False)
             ax.tick_params(labelsize=9)
+    axes[1, 0].xaxis.set_major_locator(MaxNLocator(nbins=5))
     axes[0, 0].set_xlim(limits)
     axes[0, 0].set_ylim(limits)
     axes[1, 0].set_ylim(-error_limit, error_limit)

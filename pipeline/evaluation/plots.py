@@ -27,7 +27,7 @@ _CURVES = {"force_mae_meV_A": "validation force MAE (meV/Å)", "energy_mae_meV":
 _DPI = 150
 
 
-def color_of(index: int) -> str:
+def _color_of(index: int) -> str:
     """Return the colour of the group at this place in the report."""
     return _COLORS[index % len(_COLORS)]
 
@@ -50,6 +50,8 @@ def plot_learning_curves(groups: Sequence[Group]) -> "Figure | None":
     drawn = [(i, g, c) for i, g, c in drawn if any(curve is not None for curve in c.values())]
     if not drawn:
         return None
+    from matplotlib.ticker import MaxNLocator
+
     figure = _figure(9.0, 6.4 + 0.22 * len(drawn))
     axes = figure.subplots(2, 2, sharey="row", sharex="col")
     for row, (key, title) in zip(axes, _CURVES.items(), strict=True):
@@ -65,9 +67,10 @@ def plot_learning_curves(groups: Sequence[Group]) -> "Figure | None":
             style = _STYLES[index // len(_COLORS) % len(_STYLES)]
             for ax, x in zip(row, (curve.steps, curve.seconds), strict=True):
                 label = f"{group.name} ({_seeds(group)})"
-                ax.plot(x, curve.mean, style, color=color_of(index), lw=1.6, label=label)
-                ax.fill_between(x, curve.lowest, curve.highest, color=color_of(index), alpha=0.18, lw=0)
+                ax.plot(x, curve.mean, style, color=_color_of(index), lw=1.6, label=label)
+                ax.fill_between(x, curve.lowest, curve.highest, color=_color_of(index), alpha=0.18, lw=0)
     axes[1, 0].set_xlabel("step")
+    axes[1, 0].xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
     axes[1, 1].set_xlabel("training time (s)")
     handles, labels = axes[0, 0].get_legend_handles_labels()
     if not handles:
@@ -113,8 +116,14 @@ def mean_curve(runs: Sequence[Run], key: str) -> Curve | None:
     return Curve(grid, seconds.mean(axis=0), values.mean(axis=0), values.min(axis=0), values.max(axis=0))
 
 
-def plot_errors(rows: Sequence[Row], keys: Sequence[str] = ("energy_mae_meV", "force_mae_meV_A")) -> "Figure":
-    """Draw every group's errors: small points for seeds, a large one for the mean, a line for the teacher."""
+def plot_errors(rows: Sequence[Row]) -> "Figure | None":
+    """Draw the error of every group; None if nothing was measured.
+
+    Small points are seeds, a large one their mean, a bar the spread, a line the teacher.
+    """
+    keys = [key for key in ("energy_mae_meV", "force_mae_meV_A") if any(row.values.get(key) for row in rows)]
+    if not keys:
+        return None
     students = [row for row in rows if row.role != "teacher"]
     teachers = [row for row in rows if row.role == "teacher"]
     figure = _figure(9.0, 1.5 + 0.5 * max(len(students), 2))

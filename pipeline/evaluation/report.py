@@ -149,7 +149,9 @@ def _figures(
     if curves is not None:
         yield None, "learning_curves", curves
     for dataset, rows in tables.items():
-        yield dataset, f"errors_{_slug(dataset)}", plot_errors(rows)
+        errors = plot_errors(rows)
+        if errors is not None:
+            yield dataset, f"errors_{_slug(dataset)}", errors
         sheets = list(_parity_sheets(groups, dataset, teacher, evaluations))
         for number, panels in enumerate(sheets, start=1):
             suffix = f"_{number}" if len(sheets) > 1 else ""

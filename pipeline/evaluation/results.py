@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -97,14 +97,12 @@ def build_rows(
     if teacher is not None:
         rows.append(_teacher_row(teacher, known))
     for baseline, with_kd in comparisons(groups):
-        base_row = _group_row(baseline, "without KD", dataset, evaluations, {}) if baseline else None
+        base_row = _group_row(baseline, "without KD", dataset, evaluations) if baseline else None
         if base_row is not None:
             rows.append(base_row)
         for group in with_kd:
-            row = _group_row(group, "with KD", dataset, evaluations, {})
-            if teacher is not None:
-                row.gaps.update(_gaps(base_row, row, known))
-            rows.append(row)
+            row = _group_row(group, "with KD", dataset, evaluations)
+            rows.append(replace(row, gaps=_gaps(base_row, row, known)) if teacher is not None else row)
     return rows
 
 
@@ -130,9 +128,7 @@ def _teacher_row(teacher: TeacherResult, known: Mapping[str, float | None]) -> R
     )
 
 
-def _group_row(
-    group: Group, role: str, dataset: str, evaluations: Evaluations, gaps: dict[str, GapClosed]
-) -> Row:
+def _group_row(group: Group, role: str, dataset: str, evaluations: Evaluations) -> Row:
     measured = [run_values(run, dataset, evaluations) for run in group.runs]
     values = {key: [v for m in measured if (v := m.get(key)) is not None] for key in REPORTED}
     return Row(
@@ -140,7 +136,7 @@ def _group_row(
         role=role,
         metrics={key: SeedStat.of(values[key]) for key in REPORTED},
         values=values,
-        gaps=gaps,
+        gaps={},
         seconds=SeedStat.of(run.seconds for run in group.runs),
         systems_per_second=SeedStat.of(m.get(_THROUGHPUT) for m in measured),
         n_parameters=group.runs[0].n_parameters,
@@ -149,8 +145,9 @@ def _group_row(
 
 
 def _gaps(without: Row | None, with_kd: Row, teacher: Mapping[str, float | None]) -> dict[str, GapClosed]:
+    measured = [key for key in GAPS if with_kd.metrics[key].mean is not None]
     if without is None:
-        return {key: GapClosed(None, None, "no runs of this student without KD") for key in GAPS}
+        return {key: GapClosed(None, None, "no runs of this student without KD") for key in measured}
     return {
         key: gap_closed(
             without.metrics[key],
@@ -158,7 +155,7 @@ def _gaps(without: Row | None, with_kd: Row, teacher: Mapping[str, float | None]
             teacher.get(key),
             larger_is_better=REPORTED[key].larger_is_better,
         )
-        for key in GAPS
+        for key in measured
     }
 
 

@@ -114,11 +114,8 @@ def kd_setting(config: Mapping[str, Any]) -> str:
     """Name the distillation of a config: "none", or for example "n2n=auto + v2v=1 from painn"."""
     terms = []
     for term in config.get("kd") or ():
-        extras = [
-            term[key]
-            for key, default in (("head", "linear"), ("loss", "mse"))
-            if term.get(key, default) != default
-        ]
+        choices = () if term["name"].startswith("vanilla") else (("head", "linear"), ("loss", "mse"))
+        extras = [term[key] for key, default in choices if term.get(key, default) != default]
         weight = term.get("weight", "auto")
         value = weight if isinstance(weight, str) else f"{weight:g}"
         terms.append(f"{term['name']}={value}" + (f" ({', '.join(extras)})" if extras else ""))

@@ -42,7 +42,7 @@ def make_run(tmp_path):
             "label": "", "kd": {}, "val": values, "test": dict.fromkeys(tests, values),
         }  # fmt: skip
         lines = [
-            f"{100 * i},{i},0.001,{2.0 * i},1.0,{energy * f},{force * f},0.9,"
+            f"{100 * i},{i},0.001,{2.0 * i},1.0,{energy * f},{force * f if force else ''},0.9,"
             for i, f in ((1, 4), (2, 2), (3, 1))
         ]
         (folder / "config.yaml").write_text(yaml.safe_dump(settings))

@@ -35,7 +35,7 @@ def _system(n_atoms: int, index: int, energy: float | None = None, labelled: boo
 
 def _predict(batch):
     """Energy: number of atoms + 0.25 eV; forces: positions + (0.5, 0, 0) eV/A."""
-    shift = torch.tensor([0.5, 0.0, 0.0])
+    shift = batch.positions.new_tensor([0.5, 0.0, 0.0])
     return {"energy": batch.atoms_ptr.diff().double() + 0.25, "forces": batch.positions + shift}
 
 
@@ -80,6 +80,22 @@ def test_throughput_counts_full_batches_after_one_warm_up_call():
         is None
     )
     assert calls == [10, 10, 3]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_cuda_gives_the_same():
+    on_cpu, on_gpu = (evaluate(_predict, _systems(), RULE, batch_size=5, device=d) for d in ("cpu", "cuda"))
+    assert vars(on_gpu.metrics) == pytest.approx(vars(on_cpu.metrics), rel=FLOAT32)
+    assert on_gpu.systems_per_second > 0
+
+
+def test_models_run_without_gradients():
+    def checking(batch):
+        assert not torch.is_grad_enabled()
+        return _predict(batch)
+
+    evaluate(checking, _systems(), RULE)
 
 
 def test_fixed_atoms_and_missing_labels_leave_the_parity_sample():

@@ -162,6 +162,17 @@ def test_learning_curves_show_every_group_on_log_axes(runs):
     assert {line.get_color() for line in axes[0].lines} != {axes[0].lines[0].get_color()}
 
 
+def test_what_no_run_measured_is_left_out(make_run, tmp_path):
+    nan = {"energy": 50.0, "force": None}
+    report = write_report(
+        [make_run("no", **nan), make_run("kd", kd=[N2N], **nan)], tmp_path / "out", teacher=TEACHER
+    )
+    row = report.tables["test"][2]
+    assert set(row.gaps) == {"energy_mae_meV"}
+    assert "forces (%)" not in report.text()
+    assert len(plot_errors([r for r in report.tables["test"] if r.role != "teacher"]).axes) == 1
+
+
 def test_without_validation_there_are_no_curves(runs):
     (runs[0] / "metrics.csv").unlink()
     assert plot_learning_curves(group_runs([read_run(runs[0])])) is None
