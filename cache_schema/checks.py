@@ -12,7 +12,7 @@ _MAX_PROBLEMS_SHOWN = 5
 
 
 class Checks:
-    """Collects problems while a document is taken apart; a value that is wrong is replaced by a harmless one."""
+    """Collects problems while a document is taken apart; a wrong value is replaced by a harmless one."""
 
     def __init__(self, where: str) -> None:
         self.where = where

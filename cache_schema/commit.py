@@ -1,4 +1,4 @@
-"""Commit records: one small sealed file a shard and group says what was written; without it nothing counts."""
+"""Commit records: one small sealed file a shard and group; what has none was never written."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,7 +84,8 @@ class Commit:
 
 def rewrite_remedy(group: str, shard: int) -> str:
     """Say how to have one shard written again."""
-    return f"delete {record_path(group, shard)} and run the command that wrote it again, only this shard is redone"
+    record = record_path(group, shard)
+    return f"delete {record} and run the command that wrote it again; only that shard is redone"
 
 
 def read_commit(

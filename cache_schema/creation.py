@@ -100,7 +100,8 @@ class SystemTable:
         repeated = order[1:][(self.id[order][1:] == self.id[order][:-1]).all(axis=1)]
         if len(repeated):
             raise CacheError(
-                f"{where}: {len(repeated)} systems are given twice ({self._names(np.sort(repeated))}); drop duplicates"
+                f"{where}: {len(repeated)} systems are given twice ({self._names(np.sort(repeated))}); "
+                "drop duplicates"
             )
 
     def _names(self, rows: NDArray[np.integer[Any]]) -> str:

@@ -1,4 +1,4 @@
-"""How values are narrowed on disk: name, stored dtype and documented formula of every encoding of format 1."""
+"""How values are narrowed on disk: name, stored dtype and formula of every encoding of format 1."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +12,7 @@ from molkd.cache_schema.fields import FieldSpec
 
 @dataclass(frozen=True)
 class Encoding:
-    """One way to store an array. Formulas with further arrays (steps, scales, a basis) get new names later."""
+    """One way to store an array; ways that need further arrays (steps, a basis) will get new names."""
 
     name: str
     dtype: str  # numpy dtype on disk, little-endian

@@ -1,10 +1,11 @@
 """One pass over a subset in random order: permuted blocks, shuffled within a window, cut into batches.
 
-The store's order is random already, so this is as good as a full shuffle, and each block is one contiguous read.
+The store's order is random already, so this is as good as a full shuffle, and every block is one run of rows.
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -39,7 +40,7 @@ class EpochPlan:
     @property
     def windows(self) -> list[NDArray[np.int64]]:
         """The systems that are read together."""
-        return [self.order[b:e] for b, e in zip(self.window_ptr[:-1], self.window_ptr[1:], strict=True)]
+        return [self.order[b:e] for b, e in pairwise(self.window_ptr)]
 
 
 def iterate_epoch(
@@ -73,13 +74,13 @@ def iterate_epoch(
     """
     if batch_size < 1 or block_atoms < 1 or window_blocks < 1 or not 0 <= rank < world_size:
         raise CacheError(
-            f"batch size {batch_size}, block {block_atoms} atoms, window {window_blocks} blocks, rank {rank} of "
-            f"{world_size}: sizes must be positive and the rank below the number of ranks"
+            f"batch size {batch_size}, block {block_atoms} atoms, window {window_blocks} blocks, "
+            f"rank {rank} of {world_size}: sizes must be positive and the rank below the number of ranks"
         )
     chosen = np.arange(cache.n_systems) if subset is None else np.flatnonzero(_check_mask(cache, subset))
     if len(chosen) < world_size:
         raise CacheError(
-            f"{cache.path}: {len(chosen)} systems to read for {world_size} ranks; each needs at least one"
+            f"{cache.path}: {len(chosen)} systems for {world_size} ranks; each needs at least one"
         )
     generator = np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, epoch])))
     order, block_ptr = _permute_blocks(chosen, cache.system_n_atoms[chosen], block_atoms, generator)
@@ -90,7 +91,7 @@ def iterate_epoch(
     window_ptr = np.append(block_ptr[:-1:window_blocks], block_ptr[-1])
     order = order[begin:end].copy()
     own = np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, epoch, rank])))
-    for first, last in zip(window_ptr[:-1], window_ptr[1:], strict=True):
+    for first, last in pairwise(window_ptr):
         own.shuffle(order[first:last])
     counts = [len(chosen) * (r + 1) // world_size - len(chosen) * r // world_size for r in range(world_size)]
     return EpochPlan(order, window_ptr, _batch_ptr(end - begin, counts, batch_size, drop_last))
@@ -99,7 +100,7 @@ def iterate_epoch(
 def _permute_blocks(
     chosen: NDArray[np.int64], n_atoms: NDArray[np.int32], block_atoms: int, generator: np.random.Generator
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Cut systems into blocks of about `block_atoms` and permute these; return systems and where blocks begin."""
+    """Cut systems into blocks of about `block_atoms` and permute these; return systems and block borders."""
     middle = np.cumsum(n_atoms, dtype=np.int64) - n_atoms / 2
     block = (middle // block_atoms).astype(np.int64)
     begins = np.flatnonzero(np.diff(block, prepend=-1))
@@ -122,7 +123,7 @@ def _batch_ptr(n: int, counts: list[int], batch_size: int, drop_last: bool) -> N
 def _check_mask(cache: Cache, subset: NDArray[np.bool_]) -> NDArray[np.bool_]:
     if subset.shape != (cache.n_systems,) or subset.dtype != np.bool_:
         raise CacheError(
-            f"{cache.path}: subset {subset.dtype} {subset.shape}, expected a mask of {cache.n_systems} systems"
+            f"{cache.path}: subset is {subset.dtype} {subset.shape}, expected bool {(cache.n_systems,)}"
         )
     return subset
 

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all: temporary names, fsync, exclusive publication, sweeping, checksums."""
+"""Files that appear whole or not at all: temporary names, fsync, publication, sweeping, checksums."""
 
 import contextlib
 import errno

@@ -1,4 +1,4 @@
-"""Who a system is: a content hash that survives files, formats and row numbers (docs/cache-format.md, Identity)."""
+"""Who a system is: a content hash that survives files, formats and row numbers."""
 
 import hashlib
 
@@ -10,11 +10,12 @@ _PREFIX = b"molkd-system-1\0"
 
 
 def system_id(atomic_numbers: ArrayLike, positions: ArrayLike, cell: ArrayLike, pbc: ArrayLike) -> bytes:
-    """Return the 16-byte id of a system from what makes it physically that system.
+    r"""Return the 16-byte id of a system from what makes it physically that system.
 
-    The first 16 bytes of sha256 over: the prefix ``molkd-system-1\\0``, the number of atoms (uint32),
+    The first 16 bytes of sha256 over: the prefix ``molkd-system-1\0``, the number of atoms (uint32),
     atomic numbers (uint8), positions in Angstrom (float32), cell rows in Angstrom (float32; all zero if no
-    axis is periodic) and pbc (3 x uint8), everything little-endian and in C order. Negative zero counts as zero.
+    axis is periodic) and pbc (3 x uint8), everything little-endian and in C order. Negative zero counts
+    as zero.
 
     Parameters
     ----------

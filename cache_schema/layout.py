@@ -49,7 +49,8 @@ def check_name(name: str, what: str, *, parts: bool = False) -> str:
     if len(pieces) > 4 or not all(_NAME.fullmatch(p) and p not in _RESERVED for p in pieces):
         raise CacheError(
             f"{what} {name!r}: names are letters, digits, '_', '.', '-', begin with a letter or digit, "
-            f"have at most 64 characters{' a part' if parts else ''} and are none of {', '.join(sorted(_RESERVED))}"
+            f"have at most 64 characters{' a part' if parts else ''}, and are none of "
+            f"{', '.join(sorted(_RESERVED))}"
         )
     return name
 
@@ -99,8 +100,8 @@ class Places:
 def stored_order(ids: NDArray[np.uint8], seed: int) -> NDArray[np.int64]:
     """Return the random permutation (S,) in which systems with these ids (S, 16) are stored.
 
-    Systems are sorted by a 64-bit key mixed from seed and id, so the order does not depend on the order of the
-    input, nor on any library's generator: docs/cache-format.md has the formula.
+    Systems are sorted by a 64-bit key mixed from seed and id (docs/cache-format.md, Order), so the result
+    depends neither on the order of the input nor on a library's generator.
     """
     low, high = (half.astype(np.uint64) for half in np.ascontiguousarray(ids).view("<u8").T)
     key = _mix(_mix(low ^ _mix(np.array([seed], dtype=np.uint64))) ^ high)
@@ -131,14 +132,14 @@ def choose_rows_per_shard(n_atoms: NDArray[np.integer[Any]], asked: int | None =
         return max(min(share, DEFAULT_ROWS_PER_SHARD), MIN_ROWS_PER_SHARD, largest)
     if asked % CHUNK_ROWS or not largest <= asked <= MAX_ROWS_PER_SHARD:
         raise CacheError(
-            f"rows per shard {asked}: must be a multiple of {CHUNK_ROWS}, at least {largest} (the largest system) "
-            f"and at most {MAX_ROWS_PER_SHARD}"
+            f"rows per shard {asked}: must be a multiple of {CHUNK_ROWS}, at least {largest} "
+            f"(the largest system) and at most {MAX_ROWS_PER_SHARD}"
         )
     return asked
 
 
 def pack(n_atoms: NDArray[np.integer[Any]], rows_per_shard: int) -> tuple[Packing, Places]:
-    """Put systems, in stored order, into shards one after the other; a system that does not fit opens the next."""
+    """Put systems into shards in stored order; one that does not fit opens the next shard."""
     ends = np.cumsum(n_atoms, dtype=np.int64)
     shard = np.empty(len(n_atoms), dtype=np.int32)
     first = [0]  # first system of each shard

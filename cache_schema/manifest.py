@@ -1,4 +1,4 @@
-"""Finish a store: all commits folded into one sealed file, so that opening reads one file; and describe it."""
+"""Finish a store by folding all commits into one sealed file, and describe what it holds."""
 
 from pathlib import Path
 from typing import Any
@@ -28,12 +28,7 @@ def finalize(store: Store) -> Path:
     root, plan = store.path, store.plan
     groups: dict[str, Any] = {}
     for name in store.groups:
-        group = (
-            load_atoms(plan, store.systems)
-            if name == "atoms"
-            else load_signal(root, plan, store.systems, name)
-        )
-        state = read_log(root, plan, group)
+        state = read_log(root, plan, load_group(root, plan, store.systems, name))
         require_complete(root, state)
         groups[name] = _group_entry(state)
     document = {

@@ -114,7 +114,7 @@ class Cache:
         Raises
         ------
         CacheError
-            If it is no store, has a newer format or an unknown encoding, or is not complete though asked to be.
+            If it is no store, has a newer format or an unknown encoding, or lacks shards though it must not.
         IntegrityError
             If plan, systems table, records or metadata are damaged.
         """
@@ -145,7 +145,7 @@ class Cache:
         return self.n_systems
 
     def __getitem__(self, index: int) -> dict[str, NDArray[Any]]:
-        """Return one system for inspection: all fields, and under ``<teacher>/<signal>`` what is written of it."""
+        """Return one system for inspection: all fields, and what is written as ``<teacher>/<signal>``."""
         if not -self.n_systems <= index < self.n_systems:
             raise IndexError(f"system {index} of {self.n_systems}")
         index %= self.n_systems
@@ -203,8 +203,8 @@ class Cache:
         Returns
         -------
         dict
-            ``n_atoms`` (n,), every field, and every signal as ``teacher/<signal>``. Arrays on the atom axis hold
-            the systems' rows one after the other.
+            ``n_atoms`` (n,), every field, and every signal as ``teacher/<signal>``. Arrays on the atom axis
+            hold the systems' rows one after the other.
 
         Raises
         ------
@@ -250,8 +250,8 @@ class Cache:
         known = self._require_teacher(teacher).signals
         if signal not in known:
             raise CacheError(
-                f"{self.path}: teacher {teacher} has no signal {signal} here; it has {', '.join(known) or 'none'}. "
-                "Add it with kd cache-teacher, or take one of these"
+                f"{self.path}: teacher {teacher} has no signal {signal} here; "
+                f"it has {', '.join(known) or 'none'}. Add it with kd cache-teacher, or take one of these"
             )
         return f"teachers/{teacher}/{signal}"
 

@@ -1,10 +1,11 @@
-"""Rows out of shard files: one `preadv` a run of rows, every inner chunk checked the first time it is touched."""
+"""Rows out of shard files: one `preadv` a run of rows; a chunk is checked when it is first touched."""
 
 import os
 import struct
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,7 @@ class ArrayReader:
         """
         layout = self.layout
         out = np.empty((int(count.sum()), *layout.spec.shape), dtype=layout.dtype)
-        target = memoryview(out.reshape(-1).view(np.uint8))
+        target = out.reshape(-1).view(np.uint8).data
         place = np.concatenate([[0], np.cumsum(count)]) * layout.row_bytes  # of each run in `out`
         order = np.argsort(begin, kind="stable")
         begin, count, place_end = begin[order], count[order], place[1:][order]
@@ -66,7 +67,7 @@ class ArrayReader:
         # Runs that follow one another in the file are fetched together, each to its own place.
         breaks = np.flatnonzero((begin[1:] != begin[:-1] + count[:-1]) | (shard[1:] != shard[:-1])) + 1
         edges = [0, *breaks.tolist(), len(begin)]
-        for first, last in zip(edges[:-1], edges[1:], strict=True):
+        for first, last in pairwise(edges):
             buffers = _merge(target, place[first:last].tolist(), place_end[first:last].tolist())
             n_rows = int(count[first:last].sum())
             self._fetch(int(shard[first]), int(begin[first]) % layout.rows_per_file, n_rows, buffers)
@@ -138,7 +139,7 @@ class ArrayReader:
             return
         buffer = np.empty(layout.chunk_bytes, dtype=np.uint8)
         for chunk in np.flatnonzero(~checked[first:last]) + first:
-            self._pread(file, shard, [memoryview(buffer)], int(chunk) * layout.chunk_bytes)
+            self._pread(file, shard, [buffer.data], int(chunk) * layout.chunk_bytes)
             if crc_hex(crc32c(buffer)) != record.chunk_crc32c[chunk]:
                 raise self._damaged(shard, f"is damaged in chunk {chunk}")
             checked[chunk] = True

@@ -88,13 +88,13 @@ class _ArrayFile:
             self.temporary.unlink(missing_ok=True)
 
     def _write(self, data: NDArray[np.uint8]) -> None:
-        self.handle.write(data)
+        self.handle.write(data.data)
         self.size += len(data)
         self.crc = crc32c(data, self.crc)
 
 
 def shard_index(layout: ArrayLayout, n_rows: int) -> bytes:
-    """Return the index at the end of a shard's file: chunks lie one after the other, later ones are missing."""
+    """Return the index that ends a shard's file: stored chunks in order, the rest marked missing."""
     stored = layout.stored_chunks(n_rows)
     entries = np.full((layout.n_chunks, 2), MISSING, dtype="<u8")
     entries[:stored, 0] = np.arange(stored, dtype=np.uint64) * np.uint64(layout.chunk_bytes)
@@ -104,7 +104,7 @@ def shard_index(layout: ArrayLayout, n_rows: int) -> bytes:
 
 
 class ShardWriter:
-    """Appends the rows of one shard in stored order; leaving the ``with`` block without error publishes it."""
+    """Appends rows of one shard in stored order; leaving the ``with`` block without error publishes it."""
 
     def __init__(self, root: Path, plan: Plan, systems: Systems, group: Group, shard: int) -> None:
         self._root, self._plan, self._group, self.shard = root, plan, group, shard
@@ -277,8 +277,9 @@ class ShardWriter:
                 # Lost a race on a file system without locks: the files are a mixture, so the record must go.
                 record.unlink(missing_ok=True)
                 raise CacheError(
-                    f"{record}: two writers published shard {self.shard} of {self._group.name} at once with different "
-                    f"values (the other: {other.writer}); the shard is left uncommitted, run one of them again"
+                    f"{record}: two writers published shard {self.shard} of {self._group.name} at once with "
+                    f"different values (the other: {other.writer}); the shard is left uncommitted, "
+                    "run one of them again"
                 )
 
     def _committed(self) -> Commit | None:
@@ -287,8 +288,9 @@ class ShardWriter:
     def _agree(self, ours: Commit, other: Commit) -> None:
         if ours.checksums != other.checksums:
             raise CacheError(
-                f"{self._root}: shard {self.shard} of {self._group.name} was already committed by {other.writer} with "
-                f"different values; it is kept. If that one is wrong, {rewrite_remedy(self._group.name, self.shard)}"
+                f"{self._root}: shard {self.shard} of {self._group.name} was already committed by "
+                f"{other.writer} with different values; it is kept. If that one is wrong, "
+                f"{rewrite_remedy(self._group.name, self.shard)}"
             )
 
     def _failure(self, error: OSError) -> CacheError:

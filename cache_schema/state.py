@@ -183,6 +183,6 @@ def require_complete(root: Path, state: GroupState) -> None:
     if missing:
         shown = ", ".join(map(str, missing[:5])) + (", ..." if len(missing) > 5 else "")
         raise CacheError(
-            f"{root}: {state.group.name} is not finished, {len(missing)} of {len(state.group.rows)} shards are missing "
-            f"({shown}); run the command that wrote it again, finished shards are kept"
+            f"{root}: {state.group.name} is not finished, {len(missing)} of {len(state.group.rows)} shards "
+            f"are missing ({shown}); run the command that wrote it again, finished shards are kept"
         )

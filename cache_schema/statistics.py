@@ -23,7 +23,7 @@ class Statistics:
 
 @dataclass
 class Moments:
-    """What a commit record keeps of the decoded values of one array; bad systems and missing labels left out."""
+    """Sums over the decoded values of one array; bad systems and missing labels are left out."""
 
     sum: NDArray[np.float64]  # (C,)
     sum_squares: NDArray[np.float64]  # (C,)
@@ -94,7 +94,7 @@ class Moments:
 
 
 def n_channels(spec: FieldSpec) -> int:
-    """Return the length of the channel axis: the last one; a plain vector (3,) and a number have one channel."""
+    """Return the length of the last axis, the channels; a plain vector (3,) and a number have one."""
     if spec.shape == () or (spec.symmetry == "vector" and len(spec.shape) == 1):
         return 1
     return spec.shape[-1]

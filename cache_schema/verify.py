@@ -1,4 +1,4 @@
-"""Check a store: sizes and presence (quick), or every byte of it, and say which shard of which array is wrong."""
+"""Check a store, sizes only or every byte, and say which shard of which array is wrong."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from molkd.cache_schema.commit import FileRecord, rewrite_remedy
+from molkd.cache_schema.commit import Commit, FileRecord, read_commit, rewrite_remedy
 from molkd.cache_schema.errors import CacheError, IntegrityError
 from molkd.cache_schema.files import TMP_PREFIX, crc32c, crc_hex, inside
 from molkd.cache_schema.groups import (
@@ -16,7 +16,6 @@ from molkd.cache_schema.groups import (
     list_logged_teachers,
     list_signal_groups,
     list_teachers,
-    load_commit,
 )
 from molkd.cache_schema.identity import system_id
 from molkd.cache_schema.layout import DATA, MANIFEST, PLAN, ArrayLayout, record_path
@@ -43,18 +42,14 @@ _COPY = "restore the file from a copy of the store"
 class Problem:
     """One finding."""
 
-    kind: str  # plan, systems, metadata, record, manifest, missing, size, checksum, identity, or one of HARMLESS
+    # plan, systems, metadata, record, manifest, missing, size, checksum, identity, or one of HARMLESS
+    kind: str
     path: str  # within the store
     message: str
     remedy: str
     array: str = ""  # "atoms/positions"
     shard: int | None = None
     chunk: int | None = None  # inner chunk; None if it is the index or unknown
-
-    @property
-    def is_damage(self) -> bool:
-        """Whether something stored is not what was written."""
-        return self.kind not in HARMLESS
 
     def __str__(self) -> str:
         return f"{self.path}: {self.message}; {self.remedy}"
@@ -65,19 +60,15 @@ class Report:
     """What was found."""
 
     quick: bool
-    problems: list[Problem] = field(default_factory=list)
+    problems: list[Problem] = field(default_factory=list)  # what is committed is missing or not as written
+    notes: list[Problem] = field(default_factory=list)  # harmless: unfinished, left over, foreign
     n_files: int = 0
     n_bytes: int = 0
 
     @property
-    def damage(self) -> list[Problem]:
-        """Problems that make values wrong or unreadable."""
-        return [p for p in self.problems if p.is_damage]
-
-    @property
     def ok(self) -> bool:
-        """Whether all that is committed is as it was written (in a quick check: there, and of the right size)."""
-        return not self.damage
+        """Whether all that is committed is as it was written; a quick check looks at sizes only."""
+        return not self.problems
 
 
 def verify(path: str | Path, quick: bool = False, progress: Progress | None = None) -> Report:
@@ -101,6 +92,7 @@ class _Verifier:
         self.root, self.quick, self.progress = root, quick, progress
         self.report = Report(quick)
         self.expected: set[str] = {PLAN}  # files that belong to the store
+        self.damaged: set[str] = set()  # metadata files reported already
         self.total = 0
 
     def run(self) -> Report:
@@ -149,7 +141,6 @@ class _Verifier:
     def _group_names(self) -> list[str]:
         names = [ATOMS]
         for teacher in sorted({*list_teachers(self.root), *list_logged_teachers(self.root)}):
-            self.expected.add(f"{DATA}/teachers/{teacher}/zarr.json")
             try:
                 names += list_signal_groups(self.root, teacher)
             except (CacheError, OSError) as error:
@@ -166,7 +157,9 @@ class _Verifier:
         except CacheError as error:
             self._add("metadata", f"{DATA}/{name}", str(error), _COPY, array=name)
             return
-        self.expected.update(f"{DATA}/{m}" for m in group.metadata)
+        for path in {f"{DATA}/{m}" for m in group.metadata} - self.expected:
+            self.expected.add(path)
+            self._count((self.root / path).stat().st_size)
         listed = self._manifest_files(plan, group)
         committed = committed_shards(self.root, group)
         for shard in range(plan.n_shards):
@@ -175,12 +168,7 @@ class _Verifier:
             if shard in committed:
                 self.expected.add(record)
                 self._count((self.root / record).stat().st_size)
-                try:
-                    commit = load_commit(self.root, plan, group, shard)
-                except CacheError as error:
-                    remedy = rewrite_remedy(name, shard)
-                    self._add("record", record, str(error), remedy, array=name, shard=shard)
-                    commit = None
+                commit = self._commit(plan, group, shard)
                 if commit is not None:
                     if files is not None and files != commit.files:
                         self._add(
@@ -196,6 +184,23 @@ class _Verifier:
             sound = [self._file(group, array, shard, files[array]) for array in group.layouts]
             if name == ATOMS and all(sound) and not self.quick:
                 self._identity(group, systems, shard)
+
+    def _commit(self, plan: Plan, group: Group, shard: int) -> Commit | None:
+        record = record_path(group.name, shard)
+        try:
+            commit = read_commit(self.root, plan, group.name, shard, group.layouts, int(group.rows[shard]))
+        except CacheError as error:
+            remedy = rewrite_remedy(group.name, shard)
+            self._add("record", record, str(error), remedy, array=group.name, shard=shard)
+            return None
+        for name, digest in group.metadata.items():
+            path = f"{DATA}/{name}"
+            if commit is not None and commit.metadata.get(name) != digest and path not in self.damaged:
+                self.damaged.add(path)
+                self._add(
+                    "metadata", path, f"differs from {record}", _COPY, array=name.removesuffix("/zarr.json")
+                )
+        return commit
 
     def _manifest_files(self, plan: Plan, group: Group) -> dict[int, dict[str, FileRecord]]:
         path = self.root / MANIFEST
@@ -295,7 +300,9 @@ class _Verifier:
                 wrong.append(i)
             begin = end
         if wrong:
-            message = f"{len(wrong)} systems of shard {shard} have other ids than their atoms give (first: {wrong[0]})"
+            message = (
+                f"{len(wrong)} systems of shard {shard} (first: {wrong[0]}) have ids their atoms do not give"
+            )
             remedy = rewrite_remedy(ATOMS, shard)
             self._add("identity", record_path(ATOMS, shard), message, remedy, array=ATOMS, shard=shard)
 
@@ -328,7 +335,8 @@ class _Verifier:
         shard: int | None = None,
         chunk: int | None = None,
     ) -> None:
-        self.report.problems.append(Problem(kind, path, message, remedy, array, shard, chunk))
+        found = self.report.notes if kind in HARMLESS else self.report.problems
+        found.append(Problem(kind, path, message, remedy, array, shard, chunk))
 
     def _count(self, n_bytes: int) -> None:
         self.report.n_files += 1

@@ -49,7 +49,7 @@ from molkd.cache_schema.layout import (
 from molkd.cache_schema.plan import Plan, Systems, read_plan, read_systems
 from molkd.cache_schema.shard_writer import ShardWriter
 
-# What makes two teachers of one name the same; the rest of the provenance may differ (dates, hosts, taps asked for).
+# What makes two teachers of one name the same; the rest of the provenance may differ (dates, hosts, taps).
 TEACHER_IDENTITY = (
     "weights_sha256",
     "architecture",
@@ -68,7 +68,7 @@ class Store:
     path : the store's folder
     plan : packing, fingerprint and provenance of the dataset
     systems : the systems table in stored order
-    input_index : (S,) for each stored system its row in the arrays given to `create_store`; None if only opened
+    input_index : (S,) for each stored system its row in the arrays `create_store` got; None if only opened
     """
 
     def __init__(
@@ -175,9 +175,8 @@ class Store:
         known = self._load(group).layouts["values"]
         if (known.spec, known.encoding) != (spec, encoding):
             raise CacheError(
-                f"{self.path}: signal {spec.name} of {teacher} is stored as {known.encoding} {known.spec.dtype} "
-                f"{known.spec.axis} {known.spec.shape} in {known.spec.unit} ({known.spec.symmetry}), asked for "
-                f"{encoding} {spec.dtype} {spec.axis} {spec.shape} in {spec.unit} ({spec.symmetry}); "
+                f"{self.path}: signal {spec.name} of {teacher} is stored as "
+                f"{_words(known.spec, known.encoding)}, asked for {_words(spec, encoding)}; "
                 "ask for what is stored, or give the teacher another name"
             )
         return group
@@ -292,8 +291,8 @@ def create_store(
 ) -> Store:
     """Create a store for these systems, or open the one that already holds exactly them.
 
-    The folder appears whole, with its plan, or not at all. A store that exists keeps its own seed, packing and
-    provenance.
+    The folder appears whole, with its plan, or not at all. A store that exists keeps its own seed, packing
+    and provenance.
 
     Parameters
     ----------
@@ -379,6 +378,10 @@ def _take_rights(folder: Path, like: Path) -> None:
     if folder.stat().st_gid != rights.st_gid:
         os.chown(folder, -1, rights.st_gid)
     folder.chmod(rights.st_mode & 0o7777)
+
+
+def _words(spec: FieldSpec, encoding: str) -> str:
+    return f"{encoding} {spec.dtype} {spec.axis} {spec.shape} in {spec.unit} ({spec.symmetry})"
 
 
 def _short(value: object) -> str:

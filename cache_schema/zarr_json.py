@@ -140,7 +140,7 @@ def check_array(document: dict[str, Any], layout: ArrayLayout, where: str) -> No
     wrong = [key for key in _GEOMETRY if document.get(key) != expected[key]]
     if wrong:
         raise IntegrityError(
-            f"{where}: {', '.join(wrong)} differ from plan and signal; restore the file from a copy of the store"
+            f"{where}: {', '.join(wrong)} differ from plan and signal; restore it from a copy of the store"
         )
 
 
