@@ -146,7 +146,7 @@ def plot_errors(rows: Sequence[Row]) -> "Figure | None":
                     handlelength=1.6,
                 )
         ax.set_xlabel(REPORTED[key].title)
-        ax.set_xlim(0, 1.12 * _largest(rows, key))
+        ax.set_xlim(0, 1.08 * _largest(rows, key))
         ax.set_ylim(len(students) - 0.5, -0.5)
         _tidy(ax, grid_axis="x")
     axes[0].set_yticks(places, [textwrap.fill(row.name, 30) for row in students])
@@ -154,8 +154,10 @@ def plot_errors(rows: Sequence[Row]) -> "Figure | None":
 
 
 def _largest(rows: Sequence[Row], key: str) -> float:
-    values = [v for row in rows for v in row.values.get(key, []) if np.isfinite(v)]
-    return max(values, default=0.0) or 1.0
+    """Return where the longest error bar or the largest point ends."""
+    ends = [v for row in rows for v in row.values.get(key, [])]
+    ends += [(row.metrics[key].mean or 0.0) + (row.metrics[key].spread or 0.0) for row in rows]
+    return max((v for v in ends if np.isfinite(v)), default=0.0) or 1.0
 
 
 def _draw_seeds(ax: "Axes", y: float, row: Row, key: str) -> None:
