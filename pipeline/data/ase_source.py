@@ -22,7 +22,8 @@ from molkd.pipeline.errors import DataError
 ENERGY_KEYS = ("energy", "REF_energy", "ref_energy", "dft_energy", "DFT_energy")
 FORCES_KEYS = ("forces", "REF_forces", "ref_forces", "dft_forces", "DFT_forces")
 _SQLITE_MAGIC = b"SQLite format 3\0"
-_DATABASE_ERRORS: tuple[type[Exception], ...] = (*PARSER_ERRORS, sqlite3.Error)
+_SQLITE_HEADER_BYTES = 100
+_DATABASE_ERRORS: tuple[type[Exception], ...] = (*PARSER_ERRORS, sqlite3.Error, UnknownFileTypeError)
 _FORMAT_ERRORS: tuple[type[Exception], ...] = (*PARSER_ERRORS, UnknownFileTypeError)
 
 
@@ -79,10 +80,16 @@ class AseDatabaseReader(Reader):
     def __init__(self, path: Path) -> None:
         self.path = path
         self._rows: dict[int, Any] = {}
-        is_sqlite = _first_bytes(path) == _SQLITE_MAGIC
+        with path.open("rb") as file:
+            header = file.read(_SQLITE_HEADER_BYTES)
+        is_sqlite = header.startswith(_SQLITE_MAGIC)
         if path.suffix.lower() == ".db" and not is_sqlite:
             raise DataError(
                 f"{path}: not an SQLite file. Give an ASE database, or rename the file to its usual suffix."
+            )
+        if is_sqlite and path.stat().st_size < _sqlite_size(header):
+            raise DataError(
+                f"{path}: cut off, an SQLite file of {_sqlite_size(header)} bytes. Copy it again."
             )
         try:
             self._database = ase.db.connect(path, type="db" if is_sqlite else "json", use_lock_file=False)
@@ -151,6 +158,8 @@ def _fixed_atoms(atoms: Atoms) -> NDArray[np.bool_]:
     return fixed
 
 
-def _first_bytes(path: Path) -> bytes:
-    with path.open("rb") as file:
-        return file.read(len(_SQLITE_MAGIC))
+def _sqlite_size(header: bytes) -> int:
+    """Return the length that an SQLite header claims, 0 if an old library has left it out of date."""
+    page_size, n_pages = int.from_bytes(header[16:18]), int.from_bytes(header[28:32])
+    is_current = header[24:28] == header[92:96]  # counter of changes, and its value when n_pages was written
+    return (65536 if page_size == 1 else page_size) * n_pages if is_current else 0

@@ -1,7 +1,8 @@
 """The same structure met twice: keep one, prefer labels, refuse contradictions."""
 
+import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -9,21 +10,10 @@ from numpy.typing import NDArray
 from molkd.cache_schema.identity import ID_BYTES
 from molkd.pipeline.errors import DataError
 
+_log = logging.getLogger(__name__)
+
 ENERGY_TOLERANCE = 1e-6  # eV; the same calculation written with different numbers of digits
 _N_SHOWN = 5
-
-
-@dataclass(frozen=True)
-class DuplicateReport:
-    """What was left out; goes into the store's provenance."""
-
-    n_same: int  # copies with the same labels, or with none on either side
-    n_unlabelled: int  # copies with fewer labels than the one kept
-
-    @property
-    def n_dropped(self) -> int:
-        """Number of systems left out."""
-        return self.n_same + self.n_unlabelled
 
 
 def resolve_duplicates(
@@ -31,7 +21,8 @@ def resolve_duplicates(
     energies: NDArray[np.float64],
     has_forces: NDArray[np.bool_],
     sources: Sequence[str],
-) -> tuple[NDArray[np.bool_], DuplicateReport]:
+    on_conflict: Literal["error", "first"] = "error",
+) -> NDArray[np.bool_]:
     """Choose one system of each content id: the one with most labels, among equals the first.
 
     Parameters
@@ -40,49 +31,46 @@ def resolve_duplicates(
     energies : (S,), eV, NaN where missing
     has_forces : (S,), whether force labels exist
     sources : S names for messages
+    on_conflict : what to do if labels contradict each other: refuse, or go on as if they did not
 
     Returns
     -------
     keep_mask : (S,)
-    report : counts of what was left out
 
     Raises
     ------
     DataError
-        If systems of one id have different energies, or one has only the energy and the other only forces.
+        If systems of one id have different energies, or one has only the energy and the other only forces,
+        unless `on_conflict` is "first".
     """
     rows = np.ascontiguousarray(ids, dtype=np.uint8).reshape(-1, ID_BYTES)
     keep = np.ones(len(rows), dtype=bool)
+    if len(rows) == 0:
+        return keep
     keys = rows.view(f"V{ID_BYTES}").reshape(-1)
-    order = np.argsort(keys, kind="stable")  # equal ids together, each group in file order
+    order = np.argsort(keys, kind="stable")  # equal ids together, each group in the order given
     begins = np.flatnonzero(np.concatenate([[True], keys[order][1:] != keys[order][:-1]]))
     sizes = np.diff(np.append(begins, len(rows)))
-    n_same = n_unlabelled = 0
+    n_fewer_labels = 0
     conflicts: list[str] = []
     for begin, size in zip(begins[sizes > 1], sizes[sizes > 1], strict=True):
         group = order[begin : begin + size]
         has_energy = np.isfinite(energies[group])
-        labels = 2 * has_energy + has_forces[group]  # 3 both, 2 energy, 1 forces, 0 none
+        n_labels = 2 * has_energy + has_forces[group]  # 3 both, 2 energy, 1 forces, 0 none
         conflict = _conflict(energies[group], has_energy, has_forces[group])
         if conflict is not None:
-            first, second = (group[i] for i in conflict)
+            pair = (group[i] for i in conflict)
             conflicts.append(
-                " and ".join(f"{sources[i]} ({_labels(energies[i], has_forces[i])})" for i in (first, second))
+                " and ".join(f"{sources[i]} ({_describe(energies[i], has_forces[i])})" for i in pair)
             )
-            continue
-        chosen = int(np.argmax(labels))
         keep[group] = False
-        keep[group[chosen]] = True
-        n_fewer = int((labels < labels[chosen]).sum())
-        n_unlabelled += n_fewer
-        n_same += size - 1 - n_fewer
+        keep[group[np.argmax(n_labels)]] = True
+        n_fewer_labels += int((n_labels < n_labels.max()).sum())
     if conflicts:
-        more = f" and {len(conflicts) - _N_SHOWN} more" if len(conflicts) > _N_SHOWN else ""
-        raise DataError(
-            f"structures that occur twice with different labels: {'; '.join(conflicts[:_N_SHOWN])}{more}. Remove "
-            "one of each pair, or do not mix data of different reference methods."
-        )
-    return keep, DuplicateReport(n_same=int(n_same), n_unlabelled=n_unlabelled)
+        _report(conflicts, on_conflict)
+    if n_fewer_labels:
+        _log.info("%d of the duplicates had fewer labels than the system kept", n_fewer_labels)
+    return keep
 
 
 def _conflict(
@@ -91,17 +79,25 @@ def _conflict(
     """Return two members of a group whose labels cannot be reconciled, or None."""
     labelled = np.flatnonzero(has_energy)
     if len(labelled):
-        off = np.abs(energies[labelled] - energies[labelled[0]]) > ENERGY_TOLERANCE
-        if off.any():
-            return int(labelled[0]), int(labelled[np.argmax(off)])
+        differs = np.abs(energies[labelled] - energies[labelled[0]]) > ENERGY_TOLERANCE
+        if differs.any():
+            return int(labelled[0]), int(labelled[np.argmax(differs)])
     if has_energy.any() and has_forces.any() and not (has_energy & has_forces).any():
-        return int(np.argmax(has_energy)), int(
-            np.argmax(has_forces)
-        )  # keeping one would lose the other's labels
+        return int(np.argmax(has_energy)), int(np.argmax(has_forces))  # either choice would lose labels
     return None
 
 
-def _labels(energy: float, has_forces: bool) -> str:
-    return (
-        f"{f'{energy:.6f} eV' if np.isfinite(energy) else 'no energy'}, {'' if has_forces else 'no '}forces"
-    )
+def _report(conflicts: list[str], on_conflict: Literal["error", "first"]) -> None:
+    more = f"; and {len(conflicts) - _N_SHOWN} more" if len(conflicts) > _N_SHOWN else ""
+    text = f"structures that occur twice with different labels: {'; '.join(conflicts[:_N_SHOWN])}{more}"
+    if on_conflict == "error":
+        raise DataError(
+            f"{text}. Remove one of each pair, do not mix data of different reference methods, or let the "
+            "first one count (on_conflict: first)."
+        )
+    _log.warning("%s. The first one with most labels counts.", text)
+
+
+def _describe(energy: float, has_forces: bool) -> str:
+    energy_text = f"{energy:.6f} eV" if np.isfinite(energy) else "no energy"
+    return f"{energy_text}, {'' if has_forces else 'no '}forces"

@@ -22,12 +22,12 @@ from molkd.pipeline.data.ase_source import ENERGY_KEYS, FORCES_KEYS, record_from
 from molkd.pipeline.data.records import PARSER_ERRORS, Reader, Record
 from molkd.pipeline.errors import DataError
 
-COMPRESSIONS: dict[str, Callable[[Path], Any]] = {
+_OPENERS: dict[str, Callable[[Path], Any]] = {
     ".gz": gzip.open,
     ".bz2": bz2.open,
     ".xz": lzma.open,
-    ".zst": zstandard.open,
 }
+COMPRESSIONS = {*_OPENERS, ".zst"}
 _COPY_BYTES = 1 << 20
 
 
@@ -72,10 +72,14 @@ class ExtxyzReader(Reader):
 
 def _decompress(path: Path) -> BinaryIO:
     """Unpack into a temporary file without a name; the system removes it even after a crash."""
+    suffix = path.suffix.lower()
     plain = cast("BinaryIO", tempfile.TemporaryFile())  # noqa: SIM115, the reader closes it
     try:
-        with COMPRESSIONS[path.suffix.lower()](path) as packed:
-            shutil.copyfileobj(packed, plain, _COPY_BYTES)
+        if suffix == ".zst":
+            _decompress_zst(path, plain)
+        else:
+            with _OPENERS[suffix](path) as packed:
+                shutil.copyfileobj(packed, plain, _COPY_BYTES)
     except (EOFError, ValueError, zlib.error, lzma.LZMAError, zstandard.ZstdError, gzip.BadGzipFile) as error:
         plain.close()
         raise DataError(f"{path}: damaged or cut off compressed file ({error}). Copy it again.") from error
@@ -86,6 +90,20 @@ def _decompress(path: Path) -> BinaryIO:
             "that disk is full, set TMPDIR to a folder with space."
         ) from error
     return plain
+
+
+def _decompress_zst(path: Path, plain: BinaryIO) -> None:
+    """Unpack all frames of a zstd file; the library's own file object is silent about one that is cut off."""
+    with path.open("rb") as packed:
+        unpacker = None
+        while data := packed.read(_COPY_BYTES):
+            while data:
+                unpacker = unpacker or zstandard.ZstdDecompressor().decompressobj()
+                plain.write(unpacker.decompress(data))
+                data = unpacker.unused_data if unpacker.eof else b""
+                unpacker = None if unpacker.eof else unpacker
+    if unpacker is not None:
+        raise EOFError("it ends inside a zstd frame")
 
 
 def _index_frames(file: BinaryIO, path: Path) -> "array[int]":
@@ -101,15 +119,14 @@ def _index_frames(file: BinaryIO, path: Path) -> "array[int]":
         if line.lstrip().startswith(b"VEC") and offsets:  # old style: cell vectors behind the atoms
             position = file.tell()
             continue
-        try:
-            n_atoms = int(line)
-        except ValueError:
+        n_atoms = int(line) if line.strip().isdigit() else None
+        if n_atoms is None:
             raise DataError(
                 f"{path}, system {index}: expected a number of atoms at byte {position}, found "
                 f"{line[:40]!r}. Correct the file: a frame is a count, a comment line and one line per atom."
-            ) from None
-        n_lines = sum(1 for _ in islice(file, n_atoms + 1)) if n_atoms >= 0 else -1
-        if n_lines < n_atoms + 1:
+            )
+        n_lines = sum(1 for _ in islice(file, n_atoms + 1))
+        if n_lines <= n_atoms:
             raise DataError(
                 f"{path}, system {index}: the file ends after {max(n_lines - 1, 0)} of {n_atoms} atoms. "
                 "It is cut off; copy or write it again."

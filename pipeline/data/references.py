@@ -16,7 +16,7 @@ _log = logging.getLogger(__name__)
 N_ELEMENTS = 119  # a column per atomic number, 0 unused
 MIN_STD = 1e-6  # eV, eV/A; below, labels are equal up to rounding, and dividing would blow the rounding up
 _ROWS_PER_BLOCK = 65536
-_RANK_TOLERANCE = 1e-9  # compositions are whole numbers: smaller singular values are rounding of the QR factor
+_RANK_TOLERANCE = 1e-9  # compositions are whole numbers; smaller singular values are rounding of the QR
 
 ScaleMode = Literal["energy", "forces", "none"]
 
@@ -67,8 +67,8 @@ def fit_references(counts: NDArray[np.number], energies: ArrayLike) -> dict[int,
     correction, _, rank, _ = np.linalg.lstsq(factor[:, :-1], factor[:, -1], rcond=_RANK_TOLERANCE)
     if rank < len(elements):
         _log.warning(
-            "energy references: the %d systems tell only %d of %d elements apart; the rest is chosen closest to the "
-            "mean of %.3f eV per atom. Give references if new compositions will be predicted.",
+            "energy references: the %d systems tell only %d of %d elements apart; the rest is chosen closest "
+            "to the mean of %.3f eV per atom. Give references if new compositions will be predicted.",
             len(rows),
             rank,
             len(elements),

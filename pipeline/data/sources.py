@@ -51,8 +51,8 @@ def open_source(path: str | Path, *, energy_key: str | None = None, forces_key: 
     """Open structures for reading, the format chosen by suffix and content.
 
     Formats: extended xyz (also .xz, .gz, .bz2, .zst), OC20 S2EF LMDB and ASE-LMDB (a file, or a folder of
-    shards in the order of their names), COLL npz, ASE databases (.db, .json), stores, and what else ``ase.io``
-    reads.
+    shards in the order of their names), COLL npz, ASE databases (.db, .json), stores of ours, and what else
+    ``ase.io`` reads.
 
     Parameters
     ----------
