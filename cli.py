@@ -205,7 +205,7 @@ def evaluate(as_json: bool, **flags: Any) -> None:
     Example:
       kd evaluate runs/n2n test.extxyz --predictions predicted.extxyz
     """
-    from molkd.pipeline.evaluation_command import evaluate_model
+    from molkd.pipeline.evaluating import evaluate_model
 
     _show(evaluate_model(**flags), as_json)
 
@@ -214,7 +214,7 @@ def evaluate(as_json: bool, **flags: Any) -> None:
 @click.argument("runs", nargs=-1, required=True, type=PATH)
 @click.option("--out", required=True, type=PATH, help="Folder for report.md, tables and pictures.")
 @click.option("--teacher", help="Evaluated too; needed for the share of the gap closed.")
-@click.option("--test", type=PATH, help="Data that every run and the teacher are measured on.")
+@click.option("--test", multiple=True, type=PATH, help="More data that runs and teacher are measured on.")
 @click.option("--device", default="auto", show_default=True)
 @as_json
 def report(as_json: bool, **flags: Any) -> None:
@@ -224,7 +224,7 @@ def report(as_json: bool, **flags: Any) -> None:
     Example:
       kd report runs/* --out report --teacher teacher.safetensors --test test.extxyz
     """
-    from molkd.pipeline.evaluation_command import report_runs
+    from molkd.pipeline.evaluating import report_runs
 
     _show(report_runs(**flags), as_json)
 
@@ -266,11 +266,12 @@ def _given(flags: Mapping[str, Any]) -> dict[str, Any]:
 
 def _show(result: Any, as_json: bool) -> None:
     """Print a summary: JSON, or its own text, or one line a field."""
-    plain = (
-        dataclasses.asdict(result)
-        if dataclasses.is_dataclass(result) and not isinstance(result, type)
-        else result
-    )
+    if hasattr(result, "to_dict"):
+        plain = result.to_dict()
+    elif dataclasses.is_dataclass(result) and not isinstance(result, type):
+        plain = dataclasses.asdict(result)
+    else:
+        plain = result
     if as_json:
         click.echo(json.dumps(plain, indent=2, default=str))
     elif hasattr(result, "text"):

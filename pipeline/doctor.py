@@ -91,7 +91,9 @@ def _folder_rights(folder: Path) -> tuple[dict[str, str], list[str]]:
     finally:
         probe.unlink(missing_ok=True)
     if umask & 0o040:
-        problems.append(f"umask {umask:04o}: colleagues cannot read what you cache; run umask 0027 or 0002 first")
+        problems.append(
+            f"umask {umask:04o}: colleagues cannot read what you cache; run umask 0027 or 0002 first"
+        )
     return rights, problems
 
 

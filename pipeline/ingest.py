@@ -135,7 +135,9 @@ def _read(source: Source, row: int, *, keep_labels: bool) -> System:
     )
 
 
-def _without_duplicates(table: _Table, on_conflict: Literal["error", "first"]) -> tuple[NDArray[np.int64], int]:
+def _without_duplicates(
+    table: _Table, on_conflict: Literal["error", "first"]
+) -> tuple[NDArray[np.int64], int]:
     """Return the rows to keep and how many were dropped."""
     keep = resolve_duplicates(
         _id_array(table.ids),

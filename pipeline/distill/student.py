@@ -2,6 +2,7 @@
 
 import logging
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +101,9 @@ def prepare(cache: Cache, config: TrainConfig, device: torch.device) -> Setup:
         torch.manual_seed(config.seed)
         model: Any = build_model(config.model)
         specs = _teacher_specs(cache, teacher)
-        weights: dict[str, float] = {t.name: _weight(t, cache, teacher, statistics, scale, config) for t in config.kd}
+        weights: dict[str, float] = {
+            t.name: _weight(t, cache, teacher, statistics, scale, config) for t in config.kd
+        }
         objective = Objective(
             config.kd,
             weights,
@@ -213,7 +216,10 @@ def _provenance(
         "label": config.label,
         "elements": list(statistics.elements),
         "dataset_fingerprint": cache.fingerprint,
-        "store": str(cache.path),
+        "store": Path(cache.path).name,
+        "data": {k: v for k in ("licence", "citation") if (v := cache.dataset.get(k))},
+        "code": f"molkd {version('molkd')}, torch {torch.__version__}",
+        "n_training_systems": len(statistics.energies),
         "n_training_energies": statistics.n_energies,
         "teacher": parent,
         "kd": [t.model_dump() | {"weight": weights[t.name]} for t in config.kd],

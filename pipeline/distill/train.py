@@ -7,7 +7,7 @@ import logging
 import math
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -32,7 +32,7 @@ from molkd.pipeline.distill.run_folder import RunFolder
 from molkd.pipeline.distill.student import Setup, prepare
 from molkd.pipeline.errors import ModelError
 from molkd.pipeline.evaluation.evaluate import evaluate
-from molkd.pipeline.evaluation.metrics import Metrics
+from molkd.pipeline.evaluation.result import FOLDER, Evaluation
 from molkd.pipeline.models.potential import Potential
 
 log = logging.getLogger(__name__)
@@ -319,7 +319,7 @@ def _validate(
         averaged.save(run.best)
         return {}
     model.eval()
-    metrics = evaluate_potential(averaged, systems, device)
+    metrics = _evaluate(averaged, systems, device, measure_throughput=False).metrics
     model.train()
     score = metrics.force_mae if metrics.n_force_atoms else metrics.energy_mae
     report = metrics.to_report()
@@ -330,23 +330,33 @@ def _validate(
     return {f"val_{key}": value for key, value in report.items() if value is not None}
 
 
-def evaluate_potential(potential: Potential, systems: list[System], device: torch.device) -> Metrics:
-    """Return the metrics of a potential on labelled systems."""
-    with torch.no_grad():
-        return evaluate(
-            potential.predict, systems, potential.neighbor_rule, batch_size=_EVALUATION_BATCH, device=device
-        ).metrics
+def _evaluate(
+    potential: Potential, systems: Iterable[System], device: torch.device, *, measure_throughput: bool
+) -> Evaluation:
+    return evaluate(
+        potential.predict,
+        systems,
+        potential.neighbor_rule,
+        batch_size=_EVALUATION_BATCH,
+        device=device,
+        measure_throughput=measure_throughput,
+    )
 
 
 def _test(config: TrainConfig, run: RunFolder, device: torch.device) -> dict[str, dict[str, float | None]]:
+    if not config.test:
+        return {}
+    best = Potential.load(run.best, device)
     results = {}
     for name, path in config.test.items():
         source = open_source(path)
         try:
-            systems = [source.read(i) for i in range(len(source))]
+            systems = (source.read(i) for i in range(len(source)))
+            evaluation = _evaluate(best, systems, device, measure_throughput=True)
         finally:
             source.close()
-        results[name] = evaluate_potential(Potential.load(run.best, device), systems, device).to_report()
+        evaluation.save(run.path / FOLDER / f"{name}.npz")
+        results[name] = evaluation.to_report()
     return results
 
 

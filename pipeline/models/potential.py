@@ -54,7 +54,7 @@ class Potential:
         return self
 
     def predict(self, batch: Batch, taps: Collection[str] = ()) -> dict[str, Tensor]:
-        """Return energy (S,) and atomic_energies (N,) in eV (float64), forces (N, 3) in eV/A, and features."""
+        """Return energy (S,), atomic_energies (N,) in eV (float64), forces (N, 3) in eV/A, and features."""
         out = dict(self.model(batch, taps))
         table = torch.from_numpy(reference_table(self.scale.references)).to(batch.positions.device)
         references = table[batch.atomic_numbers]  # (N,)
@@ -112,4 +112,3 @@ class Potential:
         model.eval().to(device)
         scale = LabelScale.from_dict(metadata.pop("scale"))
         return cls(model, scale, metadata, hashlib.sha256(path.read_bytes()).hexdigest())
-
