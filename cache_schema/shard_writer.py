@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from molkd.cache_schema.commit import Commit, FileRecord, rewrite_remedy
-from molkd.cache_schema.encoding import ENCODINGS, decode, encode
+from molkd.cache_schema.encoding import ENCODINGS, all_finite, encode
 from molkd.cache_schema.errors import CacheError
 from molkd.cache_schema.files import (
     crc32c,
@@ -177,7 +177,7 @@ class ShardWriter:
             stored = encode(values, ENCODINGS[layout.encoding], where)
             if layout.dtype.kind == "f":
                 self._check_known(stored, bad_rows, layout, where)
-                self._moments[name].add(values, decode(stored, layout.spec), layout.spec)
+                self._moments[name].add(values, stored, layout.spec)
             encoded[name] = stored.astype(stored.dtype.newbyteorder("<"), copy=False)
         try:
             for name, rows in encoded.items():
@@ -231,9 +231,10 @@ class ShardWriter:
     ) -> None:
         if self._group.name == "atoms" and layout.spec.name in _LABELS:
             return
+        if all_finite(stored):
+            return
         unknown = np.isnan(stored)
-        if unknown.any():
-            unknown[bad_rows] = False
+        unknown[bad_rows] = False
         if unknown.any():
             row = self.rows_written + int(np.argwhere(unknown)[0][0])
             system = self.systems.start + int(np.searchsorted(self._ptr, row, side="right")) - 1

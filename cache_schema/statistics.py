@@ -6,9 +6,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from molkd.cache_schema.encoding import decode
 from molkd.cache_schema.fields import FieldSpec
 
-_SLICE_ROWS = 1024  # float64 copies of this many rows stay in the processor's cache
+_SLICE_VALUES = 1 << 15  # a float64 copy of so many values stays in the processor's cache
 
 
 @dataclass(frozen=True)
@@ -38,27 +39,29 @@ class Moments:
         n = n_channels(spec)
         return cls(np.zeros(n), np.zeros(n))
 
-    def add(self, values: NDArray[Any], decoded: NDArray[Any], spec: FieldSpec) -> None:
-        """Add rows: `values` as given and `decoded` as a reader gets them, both (n, *spec.shape)."""
+    def add(self, values: NDArray[Any], stored: NDArray[Any], spec: FieldSpec) -> None:
+        """Add rows, `values` as given and as `stored`, both (n, *spec.shape)."""
         channels = n_channels(spec)
-        for begin in range(0, len(values), _SLICE_ROWS):
-            rows = slice(begin, begin + _SLICE_ROWS)
-            x = decoded[rows].astype(np.float64).reshape(len(decoded[rows]), -1)
-            y = np.asarray(values[rows], dtype=np.float64).reshape(len(x), -1)
-            known = np.isfinite(x.sum(axis=1))
-            if not known.all():
-                x, y = x[known], y[known]
-            if not len(x):
-                continue
-            error = x - y
-            flat = error.reshape(-1)
-            self.error_sum_squares += float(flat @ flat)
-            self.error_max_abs = max(self.error_max_abs, float(flat.max()), -float(flat.min()))
-            self.max_abs = max(self.max_abs, float(x.max()), -float(x.min()))
-            x = x.reshape(-1, channels)
-            self.count += len(x)
-            self.sum += x.sum(axis=0)
-            self.sum_squares += np.einsum("nc,nc->c", x, x)
+        step = max(1, _SLICE_VALUES // int(np.prod(spec.shape, dtype=np.int64)))
+        for begin in range(0, len(values), step):
+            given, read = values[begin : begin + step], decode(stored[begin : begin + step], spec)
+            narrow = read.reshape(len(read), -1)
+            wide = narrow.astype(np.float64)
+            total = wide.sum(axis=0)
+            if not np.isfinite(total).all():
+                known = np.isfinite(wide.sum(axis=1))
+                if not known.any():
+                    continue
+                given, narrow, wide = given[known], narrow[known], wide[known]
+                total = wide.sum(axis=0)
+            self.count += wide.size // channels
+            self.sum += total.reshape(-1, channels).sum(axis=0)
+            self.sum_squares += np.einsum("nc,nc->c", wide, wide).reshape(-1, channels).sum(axis=0)
+            self.max_abs = max(self.max_abs, float(narrow.max()), -float(narrow.min()))
+            if stored is not values:
+                error = (narrow - given.reshape(len(given), -1)).reshape(-1)
+                self.error_sum_squares += float(error @ error)
+                self.error_max_abs = max(self.error_max_abs, float(error.max()), -float(error.min()))
 
     def merge(self, other: "Moments") -> None:
         """Add the sums of another shard."""
