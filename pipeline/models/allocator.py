@@ -13,9 +13,9 @@ _LARGEST = 1 << 25  # bytes; glibc refuses more
 def keep_freed_memory() -> bool:
     """Ask the C library not to return freed tensors to the system; True if it will comply.
 
-    By default glibc hands every large block back and gets it again page by page, which cost 40 to
-    50 % of PaiNN-small's forward pass and 10 to 30 % of its training step. Meant for programs, called once before the first
-    step: it holds for the whole process. Elsewhere than on Linux with glibc it does nothing.
+    By default glibc hands every large block back and gets it again page by page, which cost 40 to 50 % of
+    PaiNN-small's forward pass and 10 to 30 % of its training step. Meant for programs, called once before
+    the first step: it holds for the whole process. Elsewhere than on Linux with glibc it does nothing.
     """
     if not sys.platform.startswith("linux"):
         return False
