@@ -59,13 +59,13 @@ def _record_from_attributes(attributes: Mapping[str, Any], where: str) -> Record
     n_atoms = len(numbers)
     cell = attributes.get("cell")
     pbc = attributes.get("pbc")
-    has_cell = isinstance(cell, np.ndarray) and cell.size == 9
+    has_cell = isinstance(cell, np.ndarray) and cell.size == 9 and bool(cell.any())
     forces = {key: value for key, value in attributes.items() if key != "pos"}
     return Record(
         atomic_numbers=numbers,
         positions=positions,
         cell=cell.reshape(3, 3) if isinstance(cell, np.ndarray) and has_cell else np.zeros((3, 3)),
-        # OC20 leaves pbc out and means periodic in all directions, as its models take it.
+        # OC20 leaves pbc out and its models take every cell as periodic; molecules have a cell of zeros.
         pbc=pbc.reshape(-1) if isinstance(pbc, np.ndarray) else np.full(3, has_cell),
         tags=_per_atom(attributes, "tags", n_atoms),
         fixed=_per_atom(attributes, "fixed", n_atoms) != 0,

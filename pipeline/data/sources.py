@@ -68,7 +68,10 @@ def open_source(path: str | Path, *, energy_key: str | None = None, forces_key: 
     path = Path(path)
     if (path / PLAN).exists():
         return StoreSource(Cache.open(path))
-    reader = _open_reader(path)
+    try:
+        reader = _open_reader(path)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be opened ({error}). Check that you may read it.") from error
     try:
         if len(reader) == 0:
             raise DataError(f"{path} holds no systems. Check that the file was written completely.")

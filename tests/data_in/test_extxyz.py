@@ -4,6 +4,7 @@ import bz2
 import gzip
 import lzma
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 
 import ase.io
 import numpy as np
@@ -204,6 +205,25 @@ def test_broken_frame_is_named_and_others_stay_readable(tmp_path, old, new):
         source.read(1)
     assert source.read(2).n_atoms == 1
     source.close()
+
+
+def test_threads_share_a_source(lmdb_folder, same_system):
+    source = open_source(lmdb_folder / "raw" / "0.extxyz")
+    expected = [source.read(i) for i in range(len(source))]
+    order = np.random.default_rng(2).integers(0, len(source), 200)
+    with ThreadPoolExecutor(4) as pool:
+        for i, system in zip(order, pool.map(lambda i: source.read(int(i)), order), strict=True):
+            same_system(system, expected[i])
+    source.close()
+
+
+def test_unreadable_file(xyz, monkeypatch):
+    def forbidden(self, *_args, **_options):
+        raise PermissionError(13, "Permission denied", str(self))
+
+    monkeypatch.setattr("pathlib.Path.open", forbidden)
+    with pytest.raises(DataError, match=r"data\.extxyz: cannot be opened .*Permission denied"):
+        open_source(xyz)
 
 
 def test_no_disk_space_for_unpacking(tmp_path, monkeypatch):

@@ -145,10 +145,56 @@ def test_labels_missing_in_test_set(tmp_path, write_lmdb, lmdb_folder):
     path = write_lmdb(tmp_path / "t.lmdb", {b"0": pickle.dumps(record)})
     source = open_source(path)
     system = source.read(0)
+    assert system.pbc.all()
     assert np.isnan(system.energy)
     assert np.isnan(system.forces).all()
     assert system.forces.shape == (29, 3)
     source.close()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch_geometric's own
+@pytest.mark.parametrize("keep_cell", [True, False])
+def test_molecule_without_cell(tmp_path, write_lmdb, lmdb_folder, keep_cell):
+    from torch_geometric.data import Data
+
+    attributes = plain_attributes(lmdb_folder, drop=("tags", "fixed", *(() if keep_cell else ("cell",))))
+    if keep_cell:
+        attributes["cell"] *= 0
+    source = open_source(write_lmdb(tmp_path / "m.lmdb", {b"0": pickle.dumps(Data(**attributes))}))
+    system = source.read(0)
+    assert not system.pbc.any()
+    assert not system.cell.any()
+    assert not system.tags.any()
+    assert not system.fixed.any()
+    source.close()
+
+
+def test_not_an_s2ef_record(tmp_path, write_lmdb):
+    for k, (value, message) in enumerate(
+        [({"x": 1.0}, "no pos and no atomic_numbers"), ([1], "expected a torch_geo")]
+    ):
+        path = write_lmdb(tmp_path / f"{k}.lmdb", {b"0": pickle.dumps(value)})
+        with pytest.raises(DataError, match=rf"{k}\.lmdb, key 0: {message}"):
+            open_source(path)
+
+
+def test_arrays_that_do_not_fit_together(tmp_path, write_lmdb):
+    record = {"pos": np.zeros((3, 3)), "atomic_numbers": np.array([1.0, 2.5]), "tags": np.zeros(2)}
+    path = write_lmdb(tmp_path / "a.lmdb", {b"0": pickle.dumps(record, protocol=4)})
+    with pytest.raises(DataError, match=r"a\.lmdb#0: positions have shape \(3, 3\), expected \(2, 3\)"):
+        read_first(path)
+    record["pos"] = np.zeros((2, 3))
+    path = write_lmdb(tmp_path / "b.lmdb", {b"0": pickle.dumps(record, protocol=4)})
+    with pytest.raises(DataError, match=r"b\.lmdb#0: atomic numbers must be whole numbers"):
+        read_first(path)
+
+
+def read_first(path):
+    source = open_source(path)
+    try:
+        return source.read(0)
+    finally:
+        source.close()
 
 
 def test_named_labels(lmdb_folder):
