@@ -3,7 +3,7 @@
 import sqlite3
 import warnings
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import ase.db
 import ase.io
@@ -21,6 +21,9 @@ from molkd.pipeline.errors import DataError
 # smearing entropy, and files that have both would mix two quantities.
 ENERGY_KEYS = ("energy", "REF_energy", "ref_energy", "dft_energy", "DFT_energy")
 FORCES_KEYS = ("forces", "REF_forces", "ref_forces", "dft_forces", "DFT_forces")
+# ASE declares no types for these.
+_open_trajectory: Any = TrajectoryReader
+_open_database: Any = ase.db.connect
 _SQLITE_MAGIC = b"SQLite format 3\0"
 _SQLITE_HEADER_BYTES = 100
 _DATABASE_ERRORS: tuple[type[Exception], ...] = (*PARSER_ERRORS, sqlite3.Error, UnknownFileTypeError)
@@ -35,17 +38,15 @@ class AseFileReader(Reader):
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._frames: TrajectoryReader | list[Atoms]
+        self._frames: Any  # a list of Atoms, or what reads like one
         try:
             if filetype(str(path)) == "traj":
-                self._frames = TrajectoryReader(str(path))
+                self._frames = _open_trajectory(str(path))
             else:
                 with warnings.catch_warnings():
-                    warnings.simplefilter(
-                        "ignore"
-                    )  # ASE's remarks on odd files; what was read is checked later
-                    frames = ase.io.read(path, index=":", do_not_split_by_at_sign=True)
-                self._frames = cast("list[Atoms]", frames)
+                    # ASE's remarks on odd files; what was read is checked later.
+                    warnings.simplefilter("ignore")
+                    self._frames = ase.io.read(path, index=":", do_not_split_by_at_sign=True)
         except _FORMAT_ERRORS as error:
             raise DataError(
                 f"{path}: not extxyz, OC20 LMDB, aselmdb, npz or an ASE database, and ase.io cannot read it "
@@ -67,8 +68,9 @@ class AseFileReader(Reader):
 
     def close(self) -> None:
         """Close the file."""
-        if isinstance(self._frames, TrajectoryReader):
+        if not isinstance(self._frames, list):
             self._frames.close()
+        self._frames = []
 
 
 class AseDatabaseReader(Reader):
@@ -92,7 +94,7 @@ class AseDatabaseReader(Reader):
                 f"{path}: cut off, an SQLite file of {_sqlite_size(header)} bytes. Copy it again."
             )
         try:
-            self._database = ase.db.connect(path, type="db" if is_sqlite else "json", use_lock_file=False)
+            self._database = _open_database(path, type="db" if is_sqlite else "json", use_lock_file=False)
             if is_sqlite:
                 rows = self._database.select(columns=["id"], include_data=False)
                 self._ids = sorted(row.id for row in rows)
