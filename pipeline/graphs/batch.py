@@ -45,7 +45,7 @@ class Batch(NamedTuple):
 
 def make_batch(
     *,
-    atomic_numbers: NDArray[np.uint8],
+    atomic_numbers: NDArray[np.integer],
     positions: NDArray[np.floating],
     n_atoms: NDArray[np.integer],
     cell: NDArray[np.floating],
