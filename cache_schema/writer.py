@@ -238,6 +238,7 @@ class Store:
         path = inside(self.path, f"{DATA}/{name}")
         try:
             make_folder(path.parent)
+            sweep(path.parent)
             if not path.exists():
                 write_file(path, raw, replace=False)
         except OSError as error:
