@@ -1,0 +1,136 @@
+"""A small dataset with known values, and the calls that put it into a store. Imported by tests and by their scripts."""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from molkd.cache_schema.fields import FieldSpec, energy_spec, node_spec, v2v_spec
+from molkd.cache_schema.identity import system_id
+from molkd.cache_schema.manifest import finalize
+from molkd.cache_schema.writer import Store, create_store
+
+TEACHER = "painn"
+PROVENANCE = {"weights_sha256": "ab" * 32, "architecture": "PaiNN", "config": {"channels": 4}}
+SIGNALS: list[tuple[FieldSpec, str]] = [
+    (node_spec(4), "fp16"),
+    (v2v_spec(3), "fp32"),
+    (energy_spec(), "fp64"),
+    (node_spec(2, "layer/U4"), "fp32"),
+]
+
+
+@dataclass
+class Example:
+    """Arrays in input order; rows of atoms one system after the other."""
+
+    n_atoms: np.ndarray
+    system: dict[str, np.ndarray]  # energy, cell, pbc
+    atoms: dict[str, np.ndarray]  # as the group "atoms"
+    signals: dict[str, np.ndarray]  # by signal name
+    ids: np.ndarray
+
+    @property
+    def ptr(self) -> np.ndarray:
+        return np.concatenate([[0], np.cumsum(self.n_atoms)])
+
+    def atom_rows(self, inputs) -> np.ndarray:
+        """Rows of the given systems (input order), one system after the other."""
+        return np.concatenate([np.arange(self.ptr[k], self.ptr[k + 1]) for k in inputs]).astype(np.int64)
+
+
+def make_example(n_atoms, seed: int = 0) -> Example:
+    n_atoms = np.asarray(n_atoms)
+    random = np.random.default_rng(seed)
+    S, N = len(n_atoms), int(n_atoms.sum())
+    atoms = {
+        "atomic_numbers": random.integers(1, 100, N).astype(np.uint8),
+        "positions": random.normal(size=(N, 3)).astype(np.float32),
+        "forces": random.normal(size=(N, 3)).astype(np.float32),
+        "tags": random.integers(0, 3, N).astype(np.uint8),
+        "fixed": random.random(N) < 0.2,
+    }
+    pbc = random.random((S, 3)) < 0.5
+    system = {"energy": random.normal(size=S) * 10, "cell": random.normal(size=(S, 3, 3)), "pbc": pbc}
+    system["energy"][::5] = np.nan  # labels that nobody knows
+    atoms["forces"][: n_atoms[0]] = np.nan
+    signals = {
+        spec.name: random.normal(size=(S if spec.axis == "system" else N, *spec.shape)).astype(spec.dtype)
+        for spec, _ in SIGNALS
+    }
+    ptr = np.concatenate([[0], np.cumsum(n_atoms)])
+    ids = [
+        system_id(
+            atoms["atomic_numbers"][ptr[k] : ptr[k + 1]],
+            atoms["positions"][ptr[k] : ptr[k + 1]],
+            system["cell"][k],
+            pbc[k],
+        )
+        for k in range(S)
+    ]
+    return Example(
+        n_atoms, system, atoms, signals, np.frombuffer(b"".join(ids), dtype=np.uint8).reshape(S, 16).copy()
+    )
+
+
+def create(path: Path, example: Example, rows_per_shard: int | None = 1024, seed: int = 3) -> Store:
+    S = len(example.n_atoms)
+    return create_store(
+        path,
+        ids=example.ids,
+        n_atoms=example.n_atoms,
+        **example.system,
+        source=np.arange(S) % 2,
+        source_row=np.arange(S) // 2,
+        source_names=["a.extxyz", "b.extxyz"],
+        dataset={"licence": "CC0-1.0", "note": "made up"},
+        seed=seed,
+        rows_per_shard=rows_per_shard,
+    )
+
+
+def shard_arrays(store: Store, example: Example, group: str, shard: int) -> dict[str, np.ndarray]:
+    """What belongs into a shard, in stored order."""
+    inputs = store.input_index[list(store.systems_of_shard(shard))]
+    if group == "atoms":
+        rows = example.atom_rows(inputs)
+        return {name: values[rows] for name, values in example.atoms.items()}
+    values = example.signals[group.split("/", 2)[2]]
+    on_systems = len(values) == len(example.n_atoms) and group.endswith("energy")
+    return {"values": values[inputs if on_systems else example.atom_rows(inputs)]}
+
+
+def write_shard(store: Store, example: Example, group: str, shard: int, pieces: int = 1, bad=()) -> None:
+    arrays = shard_arrays(store, example, group, shard)
+    n = len(next(iter(arrays.values())))
+    edges = np.linspace(0, n, pieces + 1).astype(int)
+    with store.shard_writer(group, shard) as writer:
+        for k, (begin, end) in enumerate(zip(edges[:-1], edges[1:], strict=True)):
+            piece = {name: values[begin:end] for name, values in arrays.items()}
+            writer.write(piece, bad if k == 0 else ())
+
+
+def add_signals(store: Store) -> list[str]:
+    store.add_teacher(TEACHER, PROVENANCE)
+    return [store.add_signal(TEACHER, spec, encoding) for spec, encoding in SIGNALS]
+
+
+def write_all(path: Path, example: Example, rows_per_shard: int | None = 1024, finish: bool = True) -> Store:
+    """Create, write and finish a store; called again it continues."""
+    store = create(path, example, rows_per_shard)
+    for group in ["atoms", *add_signals(store)]:
+        for shard in store.missing_shards(group):
+            write_shard(store, example, group, shard, pieces=3)
+    if finish:
+        finalize(store)
+    return store
+
+
+def tree_digest(folder: Path) -> dict[str, str]:
+    """Path -> sha256 of every file below a folder."""
+    return {
+        p.relative_to(folder).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest()
+        for p in sorted(folder.rglob("*"))
+        if p.is_file()
+    }

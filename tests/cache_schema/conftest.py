@@ -1,0 +1,60 @@
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+_FOLDER = Path(__file__).parent
+
+
+def _load(name: str) -> None:
+    spec = importlib.util.spec_from_file_location(name, _FOLDER / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+
+
+_load("cache_example")  # tests say: from cache_example import ...
+
+from cache_example import make_example, write_all  # noqa: E402
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_fsync():
+    """Skip waiting for the disk; only a power cut, which no test makes, would show the difference."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda fd: None)
+        yield
+
+
+@pytest.fixture(scope="session")
+def example():
+    return make_example([5, 300, 17, 1, 1024, 80, 700, 33, 512, 2, 90, 400], seed=7)
+
+
+@pytest.fixture
+def store_path(tmp_path, example):
+    """A finished store of its own for tests that damage it."""
+    path = tmp_path / "x.kdcache"
+    write_all(path, example)
+    return path
+
+
+@pytest.fixture
+def run_script():
+    """Run one of this folder's scripts in a fresh interpreter and return what it printed."""
+
+    def run(name: str, *arguments: object, timeout: float = 240) -> str:
+        done = subprocess.run(
+            [sys.executable, _FOLDER / name, *map(str, arguments)],
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            env={**os.environ, "PYTHONPATH": str(_FOLDER), "OMP_NUM_THREADS": "1"},
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    return run
