@@ -1,0 +1,227 @@
+"""Stage one killed at any moment, run twice at once or out of space: what is committed stays, the rest resumes."""
+
+import errno
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from forked_commands import run, start
+from stage_one_cases import assert_same_files, files, make_store, structures, write_extxyz
+
+from molkd.cache_schema.errors import CacheError
+from molkd.cache_schema.reader import Cache
+from molkd.cache_schema.verify import verify
+from molkd.pipeline.caching import cache_teacher
+from molkd.pipeline.config import CacheConfig
+
+N_CRASHES = 12
+SIGNALS = ("energy", "forces", "node", "v2v")
+TEACHER = "teacher"  # group of teacher.safetensors
+
+
+def command(store, teacher_file, data=None):
+    data_and_store = [store] if data is None else [data, store]
+    options = ["--teacher", teacher_file, "--signals", ",".join(SIGNALS), "--batch-atoms", 256]
+    return ["cache-teacher", *data_and_store, *options]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(made, tmp_path_factory):
+    """The store that nothing happened to, how many changes on disk made it, and how long that took."""
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    store = shutil.copytree(made / "train.kdcache", folder / "train.kdcache")
+    began = time.monotonic()
+    done = run(command(store, made / "teacher.safetensors"), folder / "log", watched=store)
+    assert done.wait() == 0, done.text
+    return store, int((folder / "log.count").read_text()), time.monotonic() - began
+
+
+def assert_finished(store, expected):
+    """Nothing tells this store from one that was never interrupted, but times and processes in the log."""
+    report = verify(store)
+    assert report.ok
+    assert report.notes == []  # no temporary file left
+    assert_same_files(store / "data.zarr", expected / "data.zarr")
+    assert (store / "manifest.json").read_bytes() == (expected / "manifest.json").read_bytes()
+
+
+def commits(store):
+    return sorted(p.relative_to(store) for p in (store / "log" / "teachers").rglob("*.json"))
+
+
+@pytest.mark.slow
+def test_killed_before_any_change_on_disk(uninterrupted, made, teacher_file, tmp_path):
+    expected, n_changes, _ = uninterrupted
+    assert n_changes > 50  # groups, files, renames and records of two shards of four signals
+    for point in np.linspace(1, n_changes, N_CRASHES).astype(int).tolist():
+        store = shutil.copytree(made / "train.kdcache", tmp_path / f"{point}.kdcache")
+        killed = run(command(store, teacher_file), tmp_path / "log", watched=store, kill_at=point)
+        assert killed.wait() == -signal.SIGKILL, f"change {point}: {killed.text}"
+        before = {p: (store / p).read_bytes() for p in commits(store)}
+        assert verify(store).ok, f"change {point}"  # in between, too, what is committed is whole
+        resumed = run(command(store, teacher_file), tmp_path / "log")
+        assert resumed.wait() == 0, f"change {point}: {resumed.text}"
+        assert_finished(store, expected)
+        assert before.items() <= {p: (store / p).read_bytes() for p in commits(store)}.items()  # not redone
+
+
+@pytest.mark.slow
+def test_killed_again_and_again_at_random_times(uninterrupted, teacher_file, store, tmp_path):
+    expected, _, seconds = uninterrupted
+    rng = np.random.default_rng(0)
+    n_killed = 0
+    for _ in range(8):
+        started = start(command(store, teacher_file), tmp_path / "log")
+        time.sleep(rng.uniform(0, seconds))
+        started.process.kill()
+        n_killed += started.wait() == -signal.SIGKILL
+        assert verify(store).ok
+    assert n_killed > 0
+    assert run(command(store, teacher_file), tmp_path / "log").wait() == 0
+    assert_finished(store, expected)
+
+
+@pytest.mark.slow
+def test_installed_command_killed_after_its_first_shard(uninterrupted, teacher_file, store, tmp_path):
+    kd = [sys.executable, "-c", "from molkd.cli import main; main()"]
+    arguments = [*kd, *(str(a) for a in command(store, teacher_file))]
+    process = subprocess.Popen(arguments, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    wait_for(lambda: commits(store), process.poll)
+    process.kill()
+    process.wait()
+    assert len(commits(store)) < 2 * len(SIGNALS)
+    done = subprocess.run([*arguments, "--json"], check=True, capture_output=True, text=True)
+    assert '"n_computed"' in done.stdout
+    assert_finished(store, uninterrupted[0])
+
+
+@pytest.mark.slow
+def test_ingest_killed_before_any_change_on_disk(made, tmp_path):
+    def ingest(store):
+        return ["ingest", made / "train.extxyz", store, "--shard-atoms", 1024]
+
+    assert run(ingest(tmp_path / "n.kdcache"), tmp_path / "log", watched=tmp_path).wait() == 0
+    n_changes = int((tmp_path / "log.count").read_text())
+    for point in np.linspace(2, n_changes, 8).astype(int).tolist():
+        store = tmp_path / f"{point}" / "train.kdcache"
+        store.parent.mkdir()
+        killed = run(ingest(store), tmp_path / "log", watched=tmp_path, kill_at=point)
+        assert killed.wait() == -signal.SIGKILL, killed.text
+        resumed = run(ingest(store), tmp_path / "log")
+        assert resumed.wait() == 0, f"change {point}: {resumed.text}"
+        assert_same_files(store / "data.zarr", made / "train.kdcache" / "data.zarr")
+        assert (store / "plan.json").read_bytes() == (made / "train.kdcache" / "plan.json").read_bytes()
+        assert [p.name for p in store.parent.iterdir()] == [store.name]  # no half-made folder beside it
+        assert verify(store).notes == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("from_data", [False, True], ids=["one store", "ingesting, too"])
+def test_two_processes_at_once(uninterrupted, made, teacher_file, tmp_path, from_data):
+    for k in range(3):
+        store = tmp_path / f"{k}.kdcache"
+        data = made / "train.extxyz" if from_data else None
+        if not from_data:
+            shutil.copytree(made / "train.kdcache", store)
+        pair = [start(command(store, teacher_file, data), tmp_path / f"log-{i}") for i in range(2)]
+        codes = [started.wait() for started in pair]
+        texts = [started.text for started in pair]
+        assert 0 in codes, texts
+        for code, text in zip(codes, texts, strict=True):
+            assert code in (0, 1), text
+            assert code == 0 or (text.count("error: ") == 1 and str(store) in text), text
+        report = verify(store)
+        assert report.ok
+        assert report.notes == []
+        if not from_data:  # ingested here, the shards are fewer and larger
+            assert_finished(store, uninterrupted[0])
+
+
+def test_interrupted_from_the_keyboard(uninterrupted, teacher_file, store, tmp_path):
+    started = start(command(store, teacher_file), tmp_path / "log")
+    wait_for(lambda: commits(store), lambda: started.process.exitcode)
+    os.kill(started.process.pid, signal.SIGINT)
+    assert started.wait() == 130, started.text
+    assert started.text.endswith("interrupted; the same command continues\n")
+    assert "Traceback" not in started.text
+    assert [p for p in store.rglob(".tmp-*")] == []
+    assert run(command(store, teacher_file), tmp_path / "log").wait() == 0
+    assert_finished(store, uninterrupted[0])
+
+
+def test_disk_full_in_the_second_shard(uninterrupted, teacher_file, store, monkeypatch):
+    """The device refuses to make the files of the second shard durable."""
+    config = CacheConfig(store=store, teacher=str(teacher_file), signals=SIGNALS, batch_atoms=256)
+    real = os.fsync
+
+    def fsync(fd):
+        if len(commits(store)) == len(SIGNALS):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(fd)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", fsync)
+        with pytest.raises(CacheError, match=r"disk full \([\d,]+ bytes needed, [\d,]+ bytes free\); free some"):
+            cache_teacher(config)
+    assert len(commits(store)) == len(SIGNALS)
+    assert verify(store).ok
+    assert [p for p in store.rglob(".tmp-*")] == []  # what was half written gives its space back
+    assert cache_teacher(config).n_computed == len(Cache.open(store)) - first_shard(store)
+    assert_finished(store, uninterrupted[0])
+
+
+def first_shard(store):
+    with Cache.open(store) as cache:
+        return int((cache.systems.shard == 0).sum())
+
+
+def test_files_may_not_grow(uninterrupted, teacher_file, store, tmp_path):
+    """A quota on the size of files: v2v is cut, and the limit is no traceback."""
+    limited = run(command(store, teacher_file), tmp_path / "log", file_bytes=30_000)
+    assert limited.wait() == 1, limited.text
+    assert "cannot write (File too large" in limited.text.splitlines()[-1]
+    assert "Traceback" not in limited.text
+    assert verify(store).ok
+    assert run(command(store, teacher_file), tmp_path / "log").wait() == 0
+    assert_finished(store, uninterrupted[0])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("unshare") is None, reason="no program unshare to mount a small disk with")
+def test_a_disk_that_is_really_full(made, teacher_file, tmp_path):
+    """On a file system with room for the structures, but not for the signals."""
+    disk, kept = tmp_path / "disk", tmp_path / "kept"
+    disk.mkdir()
+    size = sum(map(len, files(made / "train.kdcache").values())) + 400_000
+    probe = subprocess.run(["unshare", "-rm", "mount", "-t", "tmpfs", "none", str(disk)], capture_output=True)
+    if probe.returncode:
+        pytest.skip(f"no file system can be mounted here ({probe.stderr.decode().strip()})")
+    kd = f"{sys.executable} -c 'from molkd.cli import main; main()'"
+    arguments = " ".join(map(str, command(disk / "s.kdcache", teacher_file)))
+    script = (
+        f"mount -t tmpfs -o size={size} none {disk} && cp -r {made / 'train.kdcache'} {disk / 's.kdcache'} && "
+        f"{kd} --quiet {arguments}; code=$?; cp -r {disk / 's.kdcache'} {kept}; exit $code"
+    )
+    done = subprocess.run(["unshare", "-rm", "sh", "-c", script], capture_output=True, text=True)
+    assert done.returncode == 1, done.stderr
+    assert done.stderr.count("\n") == 1
+    assert "disk full" in done.stderr
+    assert "finished shards are kept" in done.stderr
+    report = verify(kept)
+    assert report.ok
+    assert [n for n in report.notes if n.kind == "temporary"] == []
+
+
+def wait_for(condition, ended, seconds=60.0):
+    """Wait until a condition holds; the process must not end before."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert ended() is None, "ended too early"
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
