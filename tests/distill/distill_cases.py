@@ -1,0 +1,147 @@
+"""Small models, runs and stores that the tests of stage two share."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from molkd.pipeline.config import CacheConfig, IngestConfig, TrainConfig, make_config
+from molkd.pipeline.data.references import LabelScale, count_elements, fit_label_scale
+from molkd.pipeline.data.sources import open_source
+from molkd.pipeline.data.system import System
+from molkd.pipeline.ingest import ingest
+from molkd.pipeline.models.potential import Potential
+from molkd.pipeline.models.registry import build_model
+
+COLL = Path(__file__).parents[1] / "data" / "coll_small.extxyz"  # 48 frames of 3 to 10 atoms, CC0
+SIGNALS = ("energy", "forces", "atomic_energies", "node", "v2v")
+CLI = "from molkd.cli import main; main()"
+
+PAINN = {
+    "name": "painn",
+    "hidden_channels": 16,
+    "num_layers": 2,
+    "num_rbf": 8,
+    "cutoff": 4.0,
+    "max_neighbors": 50,
+    "use_pbc": False,
+}
+MODELS: dict[str, dict[str, Any]] = {
+    "painn-direct": PAINN,
+    "painn-gradient": PAINN | {"direct_forces": False},
+    "schnet": {
+        "name": "schnet",
+        "hidden_channels": 16,
+        "num_filters": 16,
+        "num_interactions": 2,
+        "num_gaussians": 8,
+        "cutoff": 4.0,
+        "use_pbc": False,
+    },
+}
+TEACHER = PAINN | {"hidden_channels": 24, "num_layers": 3, "cutoff": 5.0}
+
+
+def read_systems(path: Path = COLL) -> list[System]:
+    source = open_source(path)
+    try:
+        return [source.read(i) for i in range(len(source))]
+    finally:
+        source.close()
+
+
+def scale_of(systems: list[System], mode: Any = "forces", references: Any = "fit") -> LabelScale:
+    """The label scale of systems, from their own numbers."""
+    n_atoms = np.array([s.n_atoms for s in systems])
+    counts = count_elements(np.concatenate([s.atomic_numbers for s in systems]), n_atoms)
+    forces = np.concatenate([s.forces[~s.fixed] for s in systems])
+    rms = float(np.sqrt(np.nanmean(forces**2)))
+    return fit_label_scale(counts, [s.energy for s in systems], rms, mode, references)
+
+
+def save_teacher(path: Path, seed: int = 1) -> Path:
+    """A PaiNN with random weights, and energies that look like the labels'."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = build_model(TEACHER)
+    Potential(model, scale_of(read_systems()), {"model": TEACHER}).save(path)
+    return path
+
+
+def make_store(store: Path, *data: Path, drop_labels: tuple[Path, ...] = ()) -> Path:
+    ingest(IngestConfig(data=data, store=store, drop_labels=drop_labels))
+    return store
+
+
+def add_teacher(store: Path, teacher: Path, **settings: Any) -> Path:
+    from molkd.pipeline.caching import cache_teacher
+
+    values = {"signals": SIGNALS, "name": "teacher", "encoding": "fp32", "batch_atoms": 100}
+    cache_teacher(CacheConfig(store=store, teacher=str(teacher), **(values | settings)))
+    return store
+
+
+def train_config(store: Path, out: Path, *layers: dict[str, Any], **changes: Any) -> TrainConfig:
+    """A run of seconds; `changes` are keys of TrainConfig, nested ones as mappings."""
+    base = {
+        "store": store,
+        "out": out,
+        "student": "test",
+        "model": PAINN,
+        "training": {
+            "batch_size": 8,
+            "lr": 5e-3,
+            "ema_decay": 0.9,
+            "normalization": "forces",
+            "max_steps": 12,
+            "schedule": {"warmup_steps": 5},
+        },
+        "device": "cpu",
+        "log_every": 1,
+    }
+    return make_config(TrainConfig, base, *layers, changes)
+
+
+def run_cli(*arguments: object, setup: str = "", **options: Any) -> subprocess.CompletedProcess[str]:
+    """Run `kd ...` in a process of its own."""
+    return subprocess.run(
+        cli_command(*arguments, setup=setup),
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        check=False,
+        **options,
+    )
+
+
+def cli_command(*arguments: object, setup: str = "") -> list[str]:
+    return [sys.executable, "-c", f"{setup}\n{CLI}", *(str(a) for a in arguments)]
+
+
+def read_metrics(run: Path) -> list[dict[str, str]]:
+    with (run / "metrics.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def column(run: Path, name: str) -> list[float]:
+    """The numbers of one column of metrics.csv; rows without one are left out."""
+    return [float(row[name]) for row in read_metrics(run) if row[name] != ""]
+
+
+def read_summary(run: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((run / "metrics.json").read_text())
+    return content
+
+
+def flip_a_bit(store: Path, array: str) -> None:
+    """Damage the first shard of an array, where it holds values."""
+    (shard,) = (p for p in (store / "data.zarr" / array).rglob("*") if p.is_file() and p.name != "zarr.json")
+    content = bytearray(shard.read_bytes())
+    content[1000] ^= 0x10
+    shard.write_bytes(content)

@@ -1,0 +1,112 @@
+"""Lambda = auto, worked out by hand on a store of two molecules with signals that we write ourselves."""
+
+import numpy as np
+import pytest
+from distill_cases import make_store, train_config
+
+from molkd.cache_schema.fields import (
+    atomic_energies_spec,
+    energy_spec,
+    forces_spec,
+    node_spec,
+    v2v_spec,
+)
+from molkd.cache_schema.manifest import finalize
+from molkd.cache_schema.reader import Cache
+from molkd.cache_schema.writer import Store
+from molkd.pipeline.device import choose_device
+from molkd.pipeline.distill.student import prepare, zero_model_loss
+from molkd.pipeline.distill.statistics import label_statistics
+
+# Energies 1 and -3 eV: mean size 2. Forces 0.5 eV/A long on free atoms: L_0 = 1 * 2 + 100 * 0.5 = 52.
+FRAMES = """2
+Properties=species:S:1:pos:R:3:forces:R:3 energy=1.0 pbc="F F F"
+H 0.0 0.0 0.0 0.5 0.0 0.0
+H 0.0 0.0 0.8 0.0 0.3 0.4
+3
+Properties=species:S:1:pos:R:3:move_mask:L:1:forces:R:3 energy=-3.0 pbc="F F F"
+H 0.0 0.0 0.0 T 0.0 -0.5 0.0
+H 0.0 0.0 0.9 T -0.5 0.0 0.0
+H 0.0 0.9 0.0 F 90.0 90.0 90.0
+"""
+L0 = 52.0
+
+
+@pytest.fixture(scope="module")
+def hand_store(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("hand")
+    (folder / "two.extxyz").write_text(FRAMES)
+    path = make_store(folder / "two.kdcache", folder / "two.extxyz")
+    rows = np.arange(5)[:, None]
+    node = np.where(rows % 2 == 0, [[1.0, 5.0]], [[3.0, 5.0]]).astype(np.float32)  # variances 0.96 and 0
+    v2v = np.tile(np.array([[2.0], [-2.0], [0.0]], np.float32), (5, 1, 1))  # mean 0, variance 8/3
+    signals = [
+        (node_spec(2), node),
+        (v2v_spec(1), v2v),
+        (atomic_energies_spec(), np.array([0.5, -0.5, 0.5, -0.5, 0.5])),
+        (energy_spec(), np.array([0.0, 0.5])),
+        (forces_spec(), np.zeros((5, 3), np.float32)),
+    ]
+    store = Store.open(path, mode="a")
+    store.add_teacher("hand", {"name": "hand", "weights_sha256": "0" * 64})
+    for spec, values in signals:
+        with store.shard_writer(store.add_signal("hand", spec, "fp32"), 0) as writer:
+            writer.write({"values": values})
+    finalize(store)
+    return path
+
+
+def weight_of(store, tmp_path, *, scale="none", **term):
+    config = train_config(
+        store,
+        tmp_path,
+        val_fraction=0.0,
+        training={"normalization": scale, "references": "none"},
+        kd=[{"weight": "auto"} | term],
+    )
+    return prepare(Cache.open(store), config, choose_device("cpu")).objective.weights[term["name"]]
+
+
+@pytest.mark.parametrize(
+    ("term", "start"),
+    [
+        ({"name": "n2n"}, 0.48),  # mean over channels of 0.96 and 0
+        ({"name": "n2n", "loss": "mae"}, 0.48**0.5),
+        ({"name": "v2v"}, 8 / 3),
+        ({"name": "vanilla2"}, 0.5),
+    ],
+    ids=["n2n", "n2n-mae", "v2v", "vanilla2"],
+)
+def test_auto_starts_the_term_as_large_as_the_base_loss(hand_store, tmp_path, term, start):
+    assert weight_of(hand_store, tmp_path, **term) == pytest.approx(L0 / start, rel=1e-6)
+
+
+def test_vanilla1_is_in_the_units_of_the_labels_already(hand_store, tmp_path):
+    assert weight_of(hand_store, tmp_path, name="vanilla1") == 1.0
+
+
+def test_a_number_is_taken_as_it_is(hand_store, tmp_path):
+    assert weight_of(hand_store, tmp_path, name="n2n", weight=10_000) == 10_000
+
+
+def test_the_base_loss_is_measured_in_normalised_units(hand_store, tmp_path):
+    """Energies 1 and -3: mean -1, std 2; then |E| is 1 and |F| 0.25."""
+    expected = (1 + 100 * 0.25) / 0.48
+    assert weight_of(hand_store, tmp_path, scale="energy", name="n2n") == pytest.approx(expected, rel=1e-6)
+
+
+def test_missing_labels_do_not_count(mixed_store, tmp_path):
+    cache = Cache.open(mixed_store)
+    config = train_config(mixed_store, tmp_path, kd=[{"name": "n2n"}])
+    setup = prepare(cache, config, choose_device("cpu"))
+    statistics, scale = label_statistics(cache, setup.train), setup.potential.scale
+    systems = [cache[int(i)] for i in np.flatnonzero(setup.train)]
+    energies, lengths = [], []
+    for s in systems:
+        reference = scale.energy_mean + sum(scale.references[int(z)] for z in s["atomic_numbers"])
+        energies.append((s["energy"][0] - reference) / scale.energy_std)
+        lengths += np.linalg.norm(s["forces"][~s["fixed"]] / scale.forces_std, axis=1).tolist()
+    assert np.isnan(energies).any()
+    assert np.isnan(lengths).any()
+    expected = np.nanmean(np.abs(energies)) + 100 * np.nanmean(lengths)
+    assert zero_model_loss(statistics, scale, config) == pytest.approx(expected, rel=1e-5)

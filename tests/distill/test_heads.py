@@ -1,0 +1,97 @@
+"""Heads: widths, equivariance, and pairs of student and teacher that are refused."""
+
+import pytest
+import torch
+from distill_cases import MODELS
+
+from molkd.cache_schema.fields import atomic_energies_spec, energy_spec, forces_spec, node_spec, v2v_spec
+from molkd.pipeline.config import KDTerm, TrainConfig, make_config, parse_kd
+from molkd.pipeline.distill.heads import LinearHead, MLPHead, make_head, needed_signals
+from molkd.pipeline.errors import ConfigError
+from molkd.pipeline.models.registry import build_model
+
+ROTATION_NOISE = 1e-5  # float32 sums of 16 terms of order one
+
+PAINN = build_model(MODELS["painn-direct"]).signals
+SCHNET = build_model(MODELS["schnet"]).signals
+TEACHER = {
+    s.name: s for s in (energy_spec(), forces_spec(), atomic_energies_spec(), node_spec(24), v2v_spec(24))
+}
+
+
+def rotation() -> torch.Tensor:
+    q, _ = torch.linalg.qr(torch.randn(3, 3, generator=torch.Generator().manual_seed(0)))
+    return q * torch.sign(torch.linalg.det(q))
+
+
+@pytest.mark.parametrize("head", ["linear", "mlp"])
+def test_scalar_heads_reach_the_teachers_width(head):
+    module = make_head(KDTerm(name="n2n", head=head), PAINN, TEACHER)
+    assert module(torch.randn(5, 16)).shape == (5, 24)
+    assert isinstance(module, LinearHead if head == "linear" else MLPHead)
+
+
+def test_linear_head_of_scalars_is_affine():
+    module = make_head(KDTerm(name="n2n"), PAINN, TEACHER)
+    x = torch.randn(5, 16)
+    torch.testing.assert_close(module(x), x @ module.linear.weight.T + module.linear.bias)
+
+
+def test_identity_head_needs_and_keeps_equal_widths():
+    same = {"node": node_spec(16)}
+    x = torch.randn(5, 16)
+    assert torch.equal(make_head(KDTerm(name="n2n", head="identity"), PAINN, same)(x), x)
+    with pytest.raises(ConfigError, match=r"equal widths, student 16, teacher 24; take head linear"):
+        make_head(KDTerm(name="n2n", head="identity"), PAINN, TEACHER)
+
+
+def test_vector_head_turns_with_its_input_and_has_no_bias():
+    module = make_head(KDTerm(name="v2v"), PAINN, TEACHER)
+    assert [name for name, _ in module.named_parameters()] == ["linear.weight"]
+    vectors, R = torch.randn(5, 3, 16), rotation()
+    turn = lambda v: torch.einsum("ij,njc->nic", R, v)  # noqa: E731
+    mapped = module(vectors)
+    assert mapped.shape == (5, 3, 24)
+    torch.testing.assert_close(
+        module(turn(vectors)), turn(mapped), rtol=ROTATION_NOISE, atol=ROTATION_NOISE
+    )
+    assert (module(torch.zeros(2, 3, 16)) == 0).all()
+
+
+def test_an_mlp_on_vectors_is_refused():
+    with pytest.raises(ConfigError, match="MLP on vector components is not equivariant"):
+        make_config(TrainConfig, {"store": "s", "out": "o", "student": "x"}, {"kd": [{"name": "v2v", "head": "mlp"}]})
+
+
+def test_one_head_flag_for_all_terms_leaves_vectors_linear():
+    terms = parse_kd(["n2n=10", "v2v=auto"], head="mlp", loss="mae")
+    assert [(t["name"], t["head"], t["loss"], t["weight"]) for t in terms] == [
+        ("n2n", "mlp", "mae", 10.0),
+        ("v2v", "linear", "mae", "auto"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("term", "signal"), [("n2n", "node"), ("v2v", "v2v"), ("vanilla1", "forces"), ("vanilla2", "atomic_energies")]
+)
+def test_a_signal_that_is_not_cached_is_named_with_the_command_that_adds_it(term, signal):
+    cached = {name: spec for name, spec in TEACHER.items() if name != signal}
+    with pytest.raises(ConfigError) as error:
+        make_head(KDTerm(name=term), PAINN, cached)
+    message = str(error.value)
+    assert f"--kd {term} needs the teacher's signal {signal}" in message
+    assert ", ".join(sorted(cached)) in message
+    assert f"kd cache-teacher again with --signals {signal}" in message
+
+
+def test_a_student_without_vectors_cannot_learn_v2v():
+    with pytest.raises(ConfigError, match=r"needs vector features, this student has only: node; take n2n"):
+        make_head(KDTerm(name="v2v"), SCHNET, TEACHER)
+
+
+def test_a_run_reads_no_more_signals_than_its_losses_need():
+    n2n, vanilla = KDTerm(name="n2n"), KDTerm(name="vanilla1")
+    assert needed_signals((), pseudo_labels=False) == ()
+    assert needed_signals((n2n,), pseudo_labels=False) == ("node",)
+    assert needed_signals((n2n, vanilla), pseudo_labels=False) == ("energy", "forces", "node")
+    assert needed_signals((n2n,), pseudo_labels=True) == ("energy", "forces", "node")

@@ -1,0 +1,247 @@
+"""Settings: which layer wins, what a misspelt key is told, and that the resolved file says it all."""
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from molkd.pipeline.config import (
+    CacheConfig,
+    IngestConfig,
+    TrainConfig,
+    dump_yaml,
+    make_config,
+    parse_assignments,
+    parse_kd,
+    read_yaml,
+)
+from molkd.pipeline.distill.settings import resolve
+from molkd.pipeline.errors import ConfigError
+from molkd.pipeline.ingest import ingest
+from molkd.pipeline.models.registry import preset_names
+
+COLL = Path(__file__).parent / "data" / "coll_small.extxyz"
+NEEDED = {"store": "s.kdcache", "out": "run", "student": "painn-tiny"}
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    path = tmp_path_factory.mktemp("config") / "coll.kdcache"
+    ingest(IngestConfig(data=(COLL,), store=path))
+    return path
+
+
+def flags(store, **more):
+    return {"store": store, "out": Path("run"), "student": "painn-tiny"} | more
+
+
+def test_each_layer_wins_over_the_ones_before(store, tmp_path):
+    """painn-tiny says 16 systems a batch, the settings' own default is 32."""
+    file = tmp_path / "run.yaml"
+    file.write_text("training: {batch_size: 5, lr: 0.02}\nseed: 3\n")
+    sets, flag = ["training.batch_size=6", "training.lr=0.03"], {"batch_size": 7}
+
+    def batch_size(*arguments):
+        return resolve(*arguments).training.batch_size
+
+    assert TrainConfig(**NEEDED).training.batch_size == 32
+    assert batch_size(None, [], flags(store)) == 16
+    assert batch_size(file, [], flags(store)) == 5
+    assert batch_size(file, sets, flags(store)) == 6
+    assert batch_size(file, sets, flags(store, **flag)) == 7
+    resolved = resolve(file, sets, flags(store, **flag))
+    assert (resolved.training.lr, resolved.seed) == (0.03, 3)
+    assert resolved.training.schedule.warmup_steps == 100  # of the preset, which nobody touched
+    assert resolved.training.adam_eps == 1e-8
+
+
+def test_a_layer_replaces_single_keys_of_nested_settings(store, tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("model: {hidden_channels: 32}\n")
+    config = resolve(file, ["training.schedule.warmup_steps=7"], flags(store))
+    assert config.model["hidden_channels"] == 32
+    assert config.model["num_layers"] == 3
+    assert config.training.schedule.warmup_steps == 7
+    assert config.training.schedule.decay_rate == 0.01
+
+
+def test_flags_have_the_names_of_the_settings_they_set(store, tmp_path):
+    given_flags = flags(store, epochs=4, steps=9, lr=0.5, kd_terms=("n2n=3", "v2v"), kd_loss="mae")
+    config = resolve(None, [], given_flags | {"test": (Path("a/test.extxyz"), Path("b/hot.extxyz.xz"))})
+    training = config.training
+    assert (training.max_epochs, training.max_steps, training.lr) == (4, 9, 0.5)
+    assert [(t.name, t.weight, t.head, t.loss) for t in config.kd] == [
+        ("n2n", 3.0, "linear", "mae"),
+        ("v2v", "auto", "linear", "mae"),
+    ]
+    assert config.test == {"test": Path("a/test.extxyz"), "hot": Path("b/hot.extxyz.xz")}
+
+
+def test_two_test_files_of_one_name_are_refused(store):
+    with pytest.raises(ConfigError, match="two files of the same name"):
+        resolve(None, [], flags(store, test=(Path("a/test.extxyz"), Path("b/test.extxyz"))))
+
+
+@pytest.mark.parametrize(
+    ("layer", "wrong", "nearest"),
+    [
+        ({"sead": 1}, "sead", "seed"),
+        ({"training": {"learning_rat": 1e-3}}, "training.learning_rat", None),
+        ({"training": {"batchsize": 4}}, "training.batchsize", "training.batch_size"),
+        (
+            {"training": {"schedule": {"warm_up_steps": 1}}},
+            "training.schedule.warm_up_steps",
+            "training.schedule.warmup_steps",
+        ),
+        ({"kd": [{"name": "n2n", "wieght": 1}]}, "kd.0.wieght", "kd.0.weight"),
+    ],
+)
+def test_a_misspelt_key_is_told_the_nearest_valid_one(layer, wrong, nearest):
+    with pytest.raises(ConfigError) as error:
+        make_config(TrainConfig, NEEDED, layer)
+    assert f"unknown setting {wrong}; did you mean {nearest or 'training.'}" in str(error.value)
+    assert "valid here: " in str(error.value)
+
+
+def test_all_problems_are_told_at_once():
+    with pytest.raises(ConfigError) as error:
+        make_config(TrainConfig, NEEDED, {"sead": 1, "training": {"lr": -1}, "val_fraction": 2})
+    assert all(text in str(error.value) for text in ("sead", "training.lr", "found -1", "val_fraction"))
+
+
+def test_a_misspelt_architecture_setting_and_preset_are_told_too(store):
+    with pytest.raises(ConfigError, match="unknown preset 'pain-tiny'; did you mean painn-tiny"):
+        resolve(None, [], flags(store, student="pain-tiny"))
+
+
+def test_assignments_are_read_as_yaml_and_numbers_with_exponents():
+    parsed = parse_assignments(["training.lr=1e-3", "training.ema_decay=null", "kd=[]", "label=a=b", "seed=4"])
+    assert parsed == {
+        "training": {"lr": 1e-3, "ema_decay": None},
+        "kd": [],
+        "label": "a=b",
+        "seed": 4,
+    }
+    with pytest.raises(ConfigError, match="write it as key=value"):
+        parse_assignments(["training.lr"])
+
+
+def test_kd_texts():
+    assert parse_kd(["none"]) == []
+    assert [(t["name"], t["weight"]) for t in parse_kd(["n2n=1e4", "vanilla2"])] == [
+        ("n2n", 10_000.0),
+        ("vanilla2", "auto"),
+    ]
+    with pytest.raises(ConfigError, match="cannot be combined"):
+        parse_kd(["none", "n2n=1"])
+
+
+@pytest.mark.parametrize(
+    ("kd", "message"),
+    [
+        (["n2n=1", "n2n=2"], "each KD loss can be given once"),
+        (["n2n=0"], "the weight must be positive"),
+        (["n2n=nan"], "weight"),
+        (["n2n=inf"], "weight"),
+        (["n2n=much"], "weight"),
+        (["e2n=1"], "'n2n', 'v2v', 'vanilla1' or 'vanilla2'"),
+    ],
+)
+def test_kd_terms_that_make_no_sense_are_refused(kd, message):
+    with pytest.raises(ConfigError, match=message):
+        make_config(TrainConfig, NEEDED, {"kd": parse_kd(kd)})
+
+
+@pytest.mark.parametrize("text", ["- a\n- b\n", "a: [\n", "just text"])
+def test_a_file_that_holds_no_settings_is_named(tmp_path, text):
+    file = tmp_path / "run.yaml"
+    file.write_text(text)
+    with pytest.raises(ConfigError, match=r"run\.yaml: "):
+        read_yaml(file)
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(ConfigError, match=r"none\.yaml: cannot be read"):
+        read_yaml(tmp_path / "none.yaml")
+
+
+@pytest.mark.parametrize("preset", preset_names())
+def test_presets_resolve_and_load_back_to_themselves(store, tmp_path, preset):
+    config = resolve(None, [], flags(store, student=preset, kd_terms=("n2n=auto",)))
+    assert load_back(config, tmp_path) == config
+
+
+def load_back(config, folder):
+    file = folder / "config.yaml"
+    file.write_text(dump_yaml(config))
+    return make_config(type(config), read_yaml(file))
+
+
+positive = st.floats(1e-12, 1e12)
+names = st.text(st.characters(codec="utf-8", exclude_categories=("Cs",)), max_size=20)
+paths = st.lists(st.sampled_from(["a", "b c", "ä", "1e3", "null"]), min_size=1, max_size=3).map(
+    lambda parts: Path(*parts)
+)
+terms = st.sampled_from(["n2n", "v2v", "vanilla1", "vanilla2"]).flatmap(
+    lambda name: st.fixed_dictionaries(
+        {
+            "name": st.just(name),
+            "weight": st.one_of(st.just("auto"), positive),
+            "head": st.sampled_from(["identity", "linear"] + ["mlp"] * (name != "v2v")),
+            "loss": st.sampled_from(["mse", "mae"]),
+        }
+    )
+)
+schedules = st.fixed_dictionaries(
+    {},
+    optional={
+        "kind": st.sampled_from(["warmup_exponential", "warmup_milestones", "constant"]),
+        "warmup_steps": st.integers(0, 10**7),
+        "decay_steps": st.none() | st.integers(1, 10**7),
+        "milestones": st.lists(st.integers(0, 10**7), max_size=3),
+        "gamma": st.floats(1e-3, 1),
+    },
+)
+trainings = st.fixed_dictionaries(
+    {},
+    optional={
+        "lr": positive,
+        "weight_decay": st.floats(0, 1),
+        "ema_decay": st.none() | st.floats(0, 0.9999),
+        "clip_grad_norm": st.none() | positive,
+        "references": st.sampled_from(["fit", "none"])
+        | st.dictionaries(st.integers(1, 83), st.floats(-1e5, 1e5), max_size=3),
+        "max_steps": st.none() | st.integers(1, 10**9),
+        "schedule": schedules,
+    },
+)
+train_configs = st.fixed_dictionaries(
+    {"store": paths, "out": paths, "student": names},
+    optional={
+        "training": trainings,
+        "kd": st.lists(terms, max_size=4, unique_by=lambda term: term["name"]),
+        "teacher": st.none() | names,
+        "val": st.none() | paths,
+        "test": st.dictionaries(names, paths, max_size=2),
+        "seed": st.integers(-(2**63), 2**63),
+        "label": names,
+        "model": st.dictionaries(names, st.none() | st.integers() | positive | names | st.booleans()),
+    },
+)
+
+
+@given(values=train_configs)
+def test_any_resolved_file_loads_back_to_itself(values, tmp_path_factory):
+    config = make_config(TrainConfig, values)
+    assert load_back(config, tmp_path_factory.getbasetemp()) == config
+
+
+@given(
+    values=st.fixed_dictionaries(
+        {"store": paths, "teacher": names}, optional={"signals": st.lists(names, max_size=3)}
+    )
+)
+def test_settings_of_stage_one_load_back_too(values, tmp_path_factory):
+    config = make_config(CacheConfig, values)
+    assert load_back(config, tmp_path_factory.getbasetemp()) == config
