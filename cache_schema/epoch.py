@@ -70,7 +70,7 @@ def iterate_epoch(
     Raises
     ------
     CacheError
-        If sizes make no sense, or there are fewer systems than ranks.
+        If sizes make no sense, there are fewer systems than ranks, or batches of one do not come out even.
     """
     if batch_size < 1 or block_atoms < 1 or window_blocks < 1 or not 0 <= rank < world_size:
         raise CacheError(
@@ -81,6 +81,11 @@ def iterate_epoch(
     if len(chosen) < world_size:
         raise CacheError(
             f"{cache.path}: {len(chosen)} systems for {world_size} ranks; each needs at least one"
+        )
+    if batch_size == 1 and len(chosen) % world_size and not drop_last:
+        raise CacheError(
+            f"{cache.path}: {len(chosen)} systems one by one on {world_size} ranks cannot give each rank the "
+            "same number of batches; take a larger batch size, or drop the last ones"
         )
     generator = np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, epoch])))
     order, block_ptr = _permute_blocks(chosen, cache.system_n_atoms[chosen], block_atoms, generator)

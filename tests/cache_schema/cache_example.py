@@ -1,7 +1,8 @@
-"""A small dataset with known values, and the calls that put it into a store. Imported by tests and by their scripts."""
+"""A small dataset with known values, and the calls that put it into a store; for tests and their scripts."""
 
 import hashlib
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -106,7 +107,7 @@ def write_shard(store: Store, example: Example, group: str, shard: int, pieces: 
     n = len(next(iter(arrays.values())))
     edges = np.linspace(0, n, pieces + 1).astype(int)
     with store.shard_writer(group, shard) as writer:
-        for k, (begin, end) in enumerate(zip(edges[:-1], edges[1:], strict=True)):
+        for k, (begin, end) in enumerate(pairwise(edges)):
             piece = {name: values[begin:end] for name, values in arrays.items()}
             writer.write(piece, bad if k == 0 else ())
 

@@ -25,7 +25,10 @@ def mix(x: int) -> int:
     return x ^ (x >> 31)
 
 
-@given(st.lists(st.binary(min_size=16, max_size=16), min_size=1, max_size=30, unique=True), st.integers(0, 2**63 - 1))
+@given(
+    st.lists(st.binary(min_size=16, max_size=16), min_size=1, max_size=30, unique=True),
+    st.integers(0, 2**63 - 1),
+)
 def test_order_follows_the_documented_formula_whatever_the_input_order(ids, seed):
     def key(one: bytes) -> tuple[int, bytes]:
         low, high = int.from_bytes(one[:8], "little"), int.from_bytes(one[8:], "little")
@@ -75,7 +78,9 @@ def test_shard_size_asked_for_must_fit(asked):
         choose_rows_per_shard(np.array([1500]), asked)
 
 
-@pytest.mark.parametrize("name", ["../x", "/etc", "a//b", "a/../b", "", ".hidden", "values", "a/values", "a b", "x" * 65])
+@pytest.mark.parametrize(
+    "name", ["../x", "/etc", "a//b", "a/../b", "", ".hidden", "values", "a/values", "a b", "x" * 65]
+)
 def test_names_that_could_leave_the_store_are_refused(name):
     with pytest.raises(CacheError, match="names are letters"):
         check_name(name, "signal", parts=True)

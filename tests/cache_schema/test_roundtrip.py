@@ -20,8 +20,8 @@ from cache_example import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from molkd.cache_schema.fields import energy_spec, forces_spec, node_spec
 from molkd.cache_schema.encoding import encoding_for
+from molkd.cache_schema.fields import energy_spec, forces_spec, node_spec
 from molkd.cache_schema.manifest import finalize, info
 from molkd.cache_schema.reader import Cache
 from molkd.cache_schema.verify import verify

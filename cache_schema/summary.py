@@ -1,0 +1,57 @@
+"""`kd cache info` and `kd cache verify` for people: the same content as their JSON, as text."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from molkd.cache_schema.verify import Report
+
+_ROW = "{:<26} {:<8} {:>9}  {:<6} {:<6} {:>12} {:>12}  {}"
+_HEAD = ("array", "axis", "shape", "unit", "stored", "bytes/atom", "rms", "")
+_TEACHER_FACTS = (
+    "architecture", "weights_sha256", "precision", "licence", "citation", "energy_reference", "neighbor_rule", "code",
+)  # fmt: skip
+
+
+def describe_info(info: Mapping[str, Any]) -> str:
+    """Return the content of `manifest.info` as a few lines and one table."""
+    state = "finished" if info["finished"] else "UNFINISHED: the command that wrote it continues"
+    lines = [
+        f"{info['path']}  (format {info['format']}, {state})",
+        f"{info['systems']:,} systems, {info['atoms']:,} atoms, {info['shards']:,} shards; "
+        f"{info['systems_with_energy']:,} systems have an energy label",
+        f"{info['bytes']:,} bytes, {info['bytes_per_atom']:,.0f} an atom",
+        f"dataset fingerprint {info['fingerprint']}",
+        f"sources: {', '.join(info['sources'])}",
+    ]
+    lines += [f"{key}: {info['dataset'][key]}" for key in ("licence", "citation") if info["dataset"].get(key)]
+    lines += ["", _ROW.format(*_HEAD).rstrip()]
+    lines += _rows("", info["fields"])
+    for name, teacher in info["teachers"].items():
+        lines += _rows(f"{name}/", teacher["signals"])
+    for name, teacher in info["teachers"].items():
+        facts = teacher["provenance"]
+        lines += ["", f"teacher {name}"]
+        lines += [f"  {key}: {facts[key]}" for key in _TEACHER_FACTS if facts.get(key)]
+        if teacher.get("bad_systems"):
+            lines.append(f"  quarantined systems: {teacher['bad_systems']}")
+    return "\n".join(lines)
+
+
+def describe_report(report: Report) -> str:
+    """Return what `verify` found, one problem a line."""
+    how = "presence and sizes" if report.quick else "every checksum"
+    checked = f"{report.n_files:,} files, {report.n_bytes:,} bytes, {how}"
+    if not report.problems:
+        return f"ok: {checked}"
+    return "\n".join([f"{len(report.problems)} problems in {checked}", *(f"  {p}" for p in report.problems)])
+
+
+def _rows(prefix: str, entries: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
+    for name, entry in entries.items():
+        shape = "x".join(str(n) for n in entry["shape"]) or "-"
+        rms = f"{entry['rms']:.4g}" if entry.get("rms") is not None else ""
+        note = "" if entry["complete"] else f"{entry['missing_shards']} shards missing"
+        yield _ROW.format(
+            prefix + name, entry["axis"], shape, entry["unit"], entry["encoding"],
+            f"{entry['bytes_per_atom']:.1f}", rms, note,
+        ).rstrip()  # fmt: skip
