@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from reference import CASES, FOLDER, batch_of, load_case, load_model
+from ocp_reference import CASES, FOLDER, batch_of, load_case, load_model
 
 from molkd.pipeline.graphs.batch import edge_vectors
 from molkd.pipeline.models.registry import build_model
