@@ -5,7 +5,7 @@ import json
 import logging
 import sys
 import traceback
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -117,8 +117,9 @@ def cache_info(as_json: bool, store: Path) -> None:
       kd cache info coll.kdcache
     """
     from molkd.cache_schema.manifest import info
+    from molkd.cache_schema.summary import describe_info
 
-    _show(info(store), as_json)
+    _show(info(store), as_json, describe_info)
 
 
 @cache.command("verify")
@@ -132,10 +133,11 @@ def cache_verify(as_json: bool, store: Path, quick: bool) -> None:
     Example:
       kd cache verify coll.kdcache
     """
+    from molkd.cache_schema.summary import describe_report
     from molkd.cache_schema.verify import verify
 
     report = verify(store, quick=quick)
-    _show(report, as_json)
+    _show(report, as_json, describe_report)
     if report.problems:
         sys.exit(3)
 
@@ -264,8 +266,8 @@ def _given(flags: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in flags.items() if value is not None and value != ()}
 
 
-def _show(result: Any, as_json: bool) -> None:
-    """Print a summary: JSON, or its own text, or one line a field."""
+def _show(result: Any, as_json: bool, describe: Callable[[Any], str] | None = None) -> None:
+    """Print a summary: JSON, or a description, or its own text, or one line a field."""
     if hasattr(result, "to_dict"):
         plain = result.to_dict()
     elif dataclasses.is_dataclass(result) and not isinstance(result, type):
@@ -274,6 +276,8 @@ def _show(result: Any, as_json: bool) -> None:
         plain = result
     if as_json:
         click.echo(json.dumps(plain, indent=2, default=str))
+    elif describe is not None:
+        click.echo(describe(result))
     elif hasattr(result, "text"):
         click.echo(result.text())
     else:

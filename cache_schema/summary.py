@@ -8,17 +8,18 @@ from molkd.cache_schema.verify import Report
 _ROW = "{:<26} {:<8} {:>9}  {:<6} {:<6} {:>12} {:>12}  {}"
 _HEAD = ("array", "axis", "shape", "unit", "stored", "bytes/atom", "rms", "")
 _TEACHER_FACTS = (
-    "architecture", "weights_sha256", "precision", "licence", "citation", "energy_reference", "neighbor_rule", "code",
+    "architecture", "weights_sha256", "precision", "licence", "citation", "energy_reference", "neighbor_rule",
+    "code",
 )  # fmt: skip
 
 
 def describe_info(info: Mapping[str, Any]) -> str:
     """Return the content of `manifest.info` as a few lines and one table."""
     state = "finished" if info["finished"] else "UNFINISHED: the command that wrote it continues"
+    counts = f"{info['systems']:,} systems, {info['atoms']:,} atoms, {info['shards']:,} shards"
     lines = [
         f"{info['path']}  (format {info['format']}, {state})",
-        f"{info['systems']:,} systems, {info['atoms']:,} atoms, {info['shards']:,} shards; "
-        f"{info['systems_with_energy']:,} systems have an energy label",
+        f"{counts}; {info['systems_with_energy']:,} systems have an energy label",
         f"{info['bytes']:,} bytes, {info['bytes_per_atom']:,.0f} an atom",
         f"dataset fingerprint {info['fingerprint']}",
         f"sources: {', '.join(info['sources'])}",
@@ -41,9 +42,9 @@ def describe_report(report: Report) -> str:
     """Return what `verify` found, one problem a line."""
     how = "presence and sizes" if report.quick else "every checksum"
     checked = f"{report.n_files:,} files, {report.n_bytes:,} bytes, {how}"
-    if not report.problems:
-        return f"ok: {checked}"
-    return "\n".join([f"{len(report.problems)} problems in {checked}", *(f"  {p}" for p in report.problems)])
+    verdict = f"{len(report.problems)} problems in {checked}" if report.problems else f"ok: {checked}"
+    notes = [f"  note, harmless: {note}" for note in report.notes]
+    return "\n".join([verdict, *(f"  {problem}" for problem in report.problems), *notes])
 
 
 def _rows(prefix: str, entries: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
