@@ -1,6 +1,7 @@
 """Typed settings of both stages. Defaults live here; later wins: defaults < preset < YAML < --set < flags."""
 
 import difflib
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self, TypeVar
@@ -29,7 +30,7 @@ class IngestConfig(Settings):
     forces_key: str | None = None
     require_labels: bool = False  # refuse systems without an energy
     on_conflict: Literal["error", "first"] = "error"  # same structure, different labels
-    seed: int = 0  # of the order on disk
+    seed: int = Field(0, ge=0)  # of the order on disk
     shard_atoms: int | None = Field(None, ge=1024)  # atom rows a shard; None picks 65,536 or less
     licence: str = ""  # of the data, kept in the store
     citation: str = ""
@@ -64,8 +65,8 @@ class KDTerm(Settings):
             raise ValueError(
                 "v2v takes head identity or linear: an MLP on vector components is not equivariant"
             )
-        if self.weight != "auto" and self.weight <= 0:
-            raise ValueError("the weight must be positive")
+        if self.weight != "auto" and not 0 < self.weight < math.inf:
+            raise ValueError("the weight must be positive and finite")
         return self
 
 
@@ -117,7 +118,7 @@ class TrainConfig(Settings):
     val_every: int | None = Field(None, ge=1)  # steps; None: once an epoch, but at most 50 times a run
     checkpoint_every: int = Field(1000, ge=1)  # steps
     log_every: int = Field(50, ge=1)
-    seed: int = 0
+    seed: int = Field(0, ge=0)
     device: str = "auto"
     amp: Literal["off", "bf16"] = "off"
     tensorboard: bool = False

@@ -78,6 +78,12 @@ def test_flags_have_the_names_of_the_settings_they_set(store, tmp_path):
     assert config.test == {"test": Path("a/test.extxyz"), "hot": Path("b/hot.extxyz.xz")}
 
 
+@pytest.mark.parametrize("seed", [-1, 1.5])
+def test_a_seed_is_a_whole_number_from_zero_on(seed):
+    with pytest.raises(ConfigError, match="seed"):
+        make_config(TrainConfig, NEEDED, {"seed": seed})
+
+
 def test_two_test_files_of_one_name_are_refused(store):
     with pytest.raises(ConfigError, match="two files of the same name"):
         resolve(None, [], flags(store, test=(Path("a/test.extxyz"), Path("b/test.extxyz"))))
@@ -87,7 +93,6 @@ def test_two_test_files_of_one_name_are_refused(store):
     ("layer", "wrong", "nearest"),
     [
         ({"sead": 1}, "sead", "seed"),
-        ({"training": {"learning_rat": 1e-3}}, "training.learning_rat", None),
         ({"training": {"batchsize": 4}}, "training.batchsize", "training.batch_size"),
         (
             {"training": {"schedule": {"warm_up_steps": 1}}},
@@ -100,8 +105,7 @@ def test_two_test_files_of_one_name_are_refused(store):
 def test_a_misspelt_key_is_told_the_nearest_valid_one(layer, wrong, nearest):
     with pytest.raises(ConfigError) as error:
         make_config(TrainConfig, NEEDED, layer)
-    assert f"unknown setting {wrong}; did you mean {nearest or 'training.'}" in str(error.value)
-    assert "valid here: " in str(error.value)
+    assert f"unknown setting {wrong}; did you mean {nearest}? valid here: " in str(error.value)
 
 
 def test_all_problems_are_told_at_once():
@@ -142,8 +146,8 @@ def test_kd_texts():
     [
         (["n2n=1", "n2n=2"], "each KD loss can be given once"),
         (["n2n=0"], "the weight must be positive"),
-        (["n2n=nan"], "weight"),
-        (["n2n=inf"], "weight"),
+        (["n2n=nan"], "positive and finite"),
+        (["n2n=inf"], "positive and finite"),
         (["n2n=much"], "weight"),
         (["e2n=1"], "'n2n', 'v2v', 'vanilla1' or 'vanilla2'"),
     ],
@@ -224,7 +228,7 @@ train_configs = st.fixed_dictionaries(
         "teacher": st.none() | names,
         "val": st.none() | paths,
         "test": st.dictionaries(names, paths, max_size=2),
-        "seed": st.integers(-(2**63), 2**63),
+        "seed": st.integers(0, 2**63),
         "label": names,
         "model": st.dictionaries(names, st.none() | st.integers() | positive | names | st.booleans()),
     },
