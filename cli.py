@@ -322,3 +322,7 @@ def main() -> None:
             sys.exit(1)
         click.echo(f"error: {error}", err=True)
         sys.exit(error.exit_code if isinstance(error, MolkdError) else 1)
+
+
+if __name__ == "__main__":
+    main()

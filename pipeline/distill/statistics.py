@@ -68,3 +68,16 @@ def mean_atomic_energy(cache: Cache, teacher: str, scale: LabelScale) -> float:
     share = np.repeat(scale.energy_mean / cache.system_n_atoms[sample], cache.system_n_atoms[sample])
     residual = arrays["teacher/atomic_energies"] - table[arrays["atomic_numbers"]] - share
     return float(np.nanmean(np.abs(residual))) / scale.energy_std
+
+
+def labelled_systems(cache: Cache, subset: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """Return which systems of the subset have an energy or any force label, (S,)."""
+    labelled = subset & np.isfinite(cache.energy)
+    rest = np.flatnonzero(subset & ~labelled)
+    for begin in range(0, len(rest), _CHUNK):
+        part = rest[begin : begin + _CHUNK]
+        forces = cache.read(part, ("forces",))["forces"]
+        sizes = cache.system_n_atoms[part]
+        known = np.isfinite(forces).all(axis=1)
+        labelled[part] = np.add.reduceat(known, np.cumsum(sizes) - sizes) > 0
+    return labelled

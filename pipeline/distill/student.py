@@ -16,7 +16,12 @@ from molkd.pipeline.config import KDTerm, TrainConfig
 from molkd.pipeline.data.references import LabelScale, fit_label_scale
 from molkd.pipeline.data.splits import split_mask
 from molkd.pipeline.distill.heads import TEACHER_SIGNALS, Objective, needed_signals
-from molkd.pipeline.distill.statistics import LabelStatistics, label_statistics, mean_atomic_energy
+from molkd.pipeline.distill.statistics import (
+    LabelStatistics,
+    label_statistics,
+    labelled_systems,
+    mean_atomic_energy,
+)
 from molkd.pipeline.errors import CacheError, ConfigError, DataError
 from molkd.pipeline.models.potential import Potential
 from molkd.pipeline.models.registry import build_model
@@ -81,6 +86,16 @@ def choose_systems(
         if len(bad):
             train[bad] = False
             log.warning("%d systems without finite teacher output are left out", len(bad))
+    if not config.kd and not config.pseudo_labels:
+        n_before = int(train.sum())
+        train = labelled_systems(cache, train)
+        if not train.any():
+            raise DataError(
+                f"{cache.path}: no system has an energy or forces to train on; ingest with --energy-key, "
+                "or learn from a teacher with --pseudo-labels or --kd vanilla1"
+            )
+        if n_left_out := n_before - int(train.sum()):
+            log.info("%d systems without any label are left out: only a teacher could use them", n_left_out)
     if not train.any():
         raise DataError(f"{cache.path}: no system left to train on; lower --val-fraction or add systems")
     return train, val
