@@ -14,8 +14,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
 from molkd.cache_schema.reader import Cache
@@ -24,11 +22,10 @@ from molkd.pipeline.data.sources import open_source
 from molkd.pipeline.data.store_source import StoreSource
 from molkd.pipeline.data.system import System
 from molkd.pipeline.device import choose_device
-from molkd.pipeline.distill.heads import Objective
-from molkd.pipeline.distill.loader import CacheLoader, Sample, sample_to
-from molkd.pipeline.distill.losses import LossTerms, fill_labels
-from molkd.pipeline.distill.optim import lr_factor, make_ema, make_optimizer
+from molkd.pipeline.distill.loader import Sample
+from molkd.pipeline.distill.optim import lr_factor
 from molkd.pipeline.distill.run_folder import RunFolder
+from molkd.pipeline.distill.step import TrainState, accumulate, initial_state, train_step
 from molkd.pipeline.distill.student import Setup, prepare
 from molkd.pipeline.errors import ModelError
 from molkd.pipeline.evaluation.evaluate import evaluate
@@ -53,54 +50,6 @@ class TrainSummary:
     best_step: int
     val: dict[str, float | None]
     test: dict[str, dict[str, float | None]]
-
-
-@dataclass
-class _State:
-    """Everything that changes during a run, and that resuming brings back exactly."""
-
-    potential: Potential
-    objective: Objective
-    optimizer: torch.optim.Optimizer
-    ema: AveragedModel | None
-    loader: CacheLoader
-    step: int = 0
-    seconds: float = 0.0
-    best: float = math.inf
-    best_step: int = 0
-    best_val: dict[str, float | None] | None = None
-    sums: Tensor | None = None  # of the loss and its parts since the last row of metrics.csv
-    n_summed: int = 0
-
-    def state_dict(self) -> dict[str, Any]:
-        return {
-            "model": self.potential.model.state_dict(),
-            "objective": self.objective.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "ema": self.ema.state_dict() if self.ema else None,
-            "loader": self.loader.state_dict(),
-            "counters": {
-                "step": self.step,
-                "seconds": self.seconds,
-                "best": self.best,
-                "best_step": self.best_step,
-                "best_val": self.best_val,
-                "sums": self.sums,
-                "n_summed": self.n_summed,
-            },
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.potential.model.load_state_dict(state["model"])
-        self.objective.load_state_dict(state["objective"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        if self.ema:
-            self.ema.load_state_dict(state["ema"])
-        self.loader.load_state_dict(state["loader"])
-        for name, value in state["counters"].items():
-            setattr(self, name, value)
-        if self.sums is not None:
-            self.sums = self.sums.to(self.potential.device)
 
 
 def train_student(config: TrainConfig) -> TrainSummary:
@@ -130,7 +79,7 @@ def _train(config: TrainConfig, run: RunFolder) -> TrainSummary:
     device = choose_device(config.device)
     cache = Cache.open(config.store)
     setup = prepare(cache, config, device)
-    state = _initial_state(cache, setup, config, device)
+    state = initial_state(cache, setup, config, device)
     total_steps, val_every = _length(state.loader.batches_per_epoch, config)
     if (saved := run.load_state()) is not None:
         state.load_state_dict(saved)
@@ -156,8 +105,8 @@ def _train(config: TrainConfig, run: RunFolder) -> TrainSummary:
     ):
         for sample in _until(state, total_steps):
             began = time.perf_counter()
-            terms = _step(state, sample, config, device, total_steps)
-            _accumulate(state, terms)
+            terms = train_step(state, sample, config, device, total_steps)
+            accumulate(state, terms)
             state.step += 1
             state.seconds += time.perf_counter() - began
             progress.update()
@@ -203,28 +152,6 @@ def _train(config: TrainConfig, run: RunFolder) -> TrainSummary:
     return summary
 
 
-def _initial_state(cache: Cache, setup: Setup, config: TrainConfig, device: torch.device) -> _State:
-    model = setup.potential.model
-    model.train()
-    return _State(
-        potential=setup.potential,
-        objective=setup.objective,
-        optimizer=make_optimizer([*model.parameters(), *setup.objective.parameters()], config.training),
-        ema=make_ema(model, config.training.ema_decay) if config.training.ema_decay else None,
-        loader=CacheLoader(
-            cache,
-            setup.train,
-            setup.potential.neighbor_rule,
-            setup.potential.scale,
-            batch_size=config.training.batch_size,
-            seed=config.seed,
-            teacher=setup.teacher,
-            signals=setup.signals,
-            pin=device.type == "cuda",
-        ),
-    )
-
-
 def _length(batches_per_epoch: int, config: TrainConfig) -> tuple[int, int]:
     """Return the number of steps and after how many to validate."""
     total = config.training.max_epochs * batches_per_epoch
@@ -233,7 +160,7 @@ def _length(batches_per_epoch: int, config: TrainConfig) -> tuple[int, int]:
     return total, config.val_every or max(batches_per_epoch, math.ceil(total / _MAX_VALIDATIONS))
 
 
-def _until(state: _State, total_steps: int) -> Iterator[Sample]:
+def _until(state: TrainState, total_steps: int) -> Iterator[Sample]:
     samples = iter(state.loader)
     try:
         while state.step < total_steps:
@@ -242,38 +169,8 @@ def _until(state: _State, total_steps: int) -> Iterator[Sample]:
         samples.close()  # type: ignore[attr-defined]  # a generator: this stops the prefetch thread
 
 
-def _step(
-    state: _State, sample: Sample, config: TrainConfig, device: torch.device, total_steps: int
-) -> LossTerms:
-    """One step of Eq. 2, with no synchronisation with the device."""
-    training = config.training
-    for group in state.optimizer.param_groups:
-        group["lr"] = training.lr * lr_factor(training.schedule, state.step, total_steps)
-    batch, targets = sample_to(sample, device)
-    if config.pseudo_labels:
-        targets = fill_labels(targets)
-    with torch.autocast(device.type, torch.bfloat16, enabled=config.amp == "bf16"):
-        outputs = state.potential.model(batch)
-        terms = state.objective(outputs, targets)
-    state.optimizer.zero_grad(set_to_none=True)
-    terms.total.backward()
-    if training.clip_grad_norm:
-        parameters = [p for group in state.optimizer.param_groups for p in group["params"]]
-        nn.utils.clip_grad_norm_(parameters, training.clip_grad_norm)
-    state.optimizer.step()
-    if state.ema:
-        state.ema.update_parameters(state.potential.model)
-    return terms
-
-
-def _accumulate(state: _State, terms: LossTerms) -> None:
-    values = torch.stack([terms.total.detach(), *(p.detach() for p in terms.parts.values())]).double()
-    state.sums = values if state.sums is None else state.sums + values
-    state.n_summed += 1
-
-
 def _training_row(
-    state: _State, part_names: list[str], config: TrainConfig, total_steps: int
+    state: TrainState, part_names: list[str], config: TrainConfig, total_steps: int
 ) -> dict[str, float | int]:
     assert state.sums is not None
     means = (state.sums / state.n_summed).tolist()
@@ -309,7 +206,7 @@ def _validation_systems(cache: Cache, setup: Setup, config: TrainConfig) -> list
 
 
 def _validate(
-    state: _State, systems: list[System], run: RunFolder, device: torch.device
+    state: TrainState, systems: list[System], run: RunFolder, device: torch.device
 ) -> dict[str, float | int]:
     """Evaluate the averaged weights; keep them if they are the best so far."""
     model = state.ema.module if state.ema else state.potential.model

@@ -1,0 +1,122 @@
+"""The state of a run and the one step that changes it (Eq. 2)."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
+
+from molkd.cache_schema.reader import Cache
+from molkd.pipeline.config import TrainConfig
+from molkd.pipeline.distill.heads import Objective
+from molkd.pipeline.distill.loader import CacheLoader, Sample, sample_to
+from molkd.pipeline.distill.losses import LossTerms, fill_labels
+from molkd.pipeline.distill.optim import lr_factor, make_ema, make_optimizer
+from molkd.pipeline.distill.student import Setup
+from molkd.pipeline.models.potential import Potential
+
+
+@dataclass
+class TrainState:
+    """Everything that changes during a run, and that resuming brings back exactly."""
+
+    potential: Potential
+    objective: Objective
+    optimizer: torch.optim.Optimizer
+    ema: AveragedModel | None
+    loader: CacheLoader
+    step: int = 0
+    seconds: float = 0.0
+    best: float = math.inf
+    best_step: int = 0
+    best_val: dict[str, float | None] | None = None
+    sums: Tensor | None = None  # of the loss and its parts since the last row of metrics.csv
+    n_summed: int = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything as plain values and tensors, for `torch.save`."""
+        return {
+            "model": self.potential.model.state_dict(),
+            "objective": self.objective.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "ema": self.ema.state_dict() if self.ema else None,
+            "loader": self.loader.state_dict(),
+            "counters": {
+                "step": self.step,
+                "seconds": self.seconds,
+                "best": self.best,
+                "best_step": self.best_step,
+                "best_val": self.best_val,
+                "sums": self.sums,
+                "n_summed": self.n_summed,
+            },
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue exactly where `state_dict` was taken."""
+        self.potential.model.load_state_dict(state["model"])
+        self.objective.load_state_dict(state["objective"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.ema:
+            self.ema.load_state_dict(state["ema"])
+        self.loader.load_state_dict(state["loader"])
+        for name, value in state["counters"].items():
+            setattr(self, name, value)
+        if self.sums is not None:
+            self.sums = self.sums.to(self.potential.device)
+
+
+def initial_state(cache: Cache, setup: Setup, config: TrainConfig, device: torch.device) -> TrainState:
+    """Put optimiser, average and batches beside a prepared student."""
+    model = setup.potential.model
+    model.train()
+    return TrainState(
+        potential=setup.potential,
+        objective=setup.objective,
+        optimizer=make_optimizer([*model.parameters(), *setup.objective.parameters()], config.training),
+        ema=make_ema(model, config.training.ema_decay) if config.training.ema_decay else None,
+        loader=CacheLoader(
+            cache,
+            setup.train,
+            setup.potential.neighbor_rule,
+            setup.potential.scale,
+            batch_size=config.training.batch_size,
+            seed=config.seed,
+            teacher=setup.teacher,
+            signals=setup.signals,
+            pin=device.type == "cuda",
+        ),
+    )
+
+
+def train_step(
+    state: TrainState, sample: Sample, config: TrainConfig, device: torch.device, total_steps: int
+) -> LossTerms:
+    """One step of Eq. 2, with no synchronisation with the device."""
+    training = config.training
+    for group in state.optimizer.param_groups:
+        group["lr"] = training.lr * lr_factor(training.schedule, state.step, total_steps)
+    batch, targets = sample_to(sample, device)
+    if config.pseudo_labels:
+        targets = fill_labels(targets)
+    with torch.autocast(device.type, torch.bfloat16, enabled=config.amp == "bf16"):
+        outputs = state.potential.model(batch)
+        terms = state.objective(outputs, targets)
+    state.optimizer.zero_grad(set_to_none=True)
+    terms.total.backward()
+    if training.clip_grad_norm:
+        parameters = [p for group in state.optimizer.param_groups for p in group["params"]]
+        nn.utils.clip_grad_norm_(parameters, training.clip_grad_norm)
+    state.optimizer.step()
+    if state.ema:
+        state.ema.update_parameters(state.potential.model)
+    return terms
+
+
+def accumulate(state: TrainState, terms: LossTerms) -> None:
+    """Add a step's losses to the sums of the next row of metrics.csv; stays on the device."""
+    values = torch.stack([terms.total.detach(), *(p.detach() for p in terms.parts.values())]).double()
+    state.sums = values if state.sums is None else state.sums + values
+    state.n_summed += 1
