@@ -1,0 +1,83 @@
+"""The store tests/data/golden_v1.kdcache: what it holds, and how it was made (format 1, molkd 0.1.0).
+
+It is never made again: later versions must read the bytes as they are. To see what the writer of today would
+make: python golden_v1.py FOLDER
+"""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from molkd.cache_schema.fields import energy_spec, node_spec, v2v_spec
+from molkd.cache_schema.identity import system_id
+from molkd.cache_schema.manifest import finalize
+from molkd.cache_schema.writer import Store, create_store
+
+# Water, a hydrogen atom, and copper in its periodic cell; positions in Angstrom, labels in eV and eV/A.
+NUMBERS = [[8, 1, 1], [1], [29]]
+POSITIONS = [[[0, 0, 0], [0.75, 0.5, 0], [-0.75, 0.5, 0]], [[1, 2, 3]], [[0, 0, 0]]]
+ENERGY = [-14.25, -13.6, float("nan")]
+CELL = [np.zeros((3, 3)), np.zeros((3, 3)), [[0, 1.8, 1.8], [1.8, 0, 1.8], [1.8, 1.8, 0]]]
+PBC = [[False] * 3, [False] * 3, [True] * 3]
+PROVENANCE = {"weights_sha256": "0123456789abcdef" * 4, "architecture": "none", "licence": "CC0-1.0"}
+
+
+def node(k: int, n: int) -> np.ndarray:
+    """Features (n, 2) of system k: 0.1 and its number, so that half precision rounds one of them."""
+    return np.tile(np.array([0.1, k], dtype=np.float32), (n, 1))
+
+
+def make(path: Path) -> Store:
+    n_atoms = [len(z) for z in NUMBERS]
+    ids = [system_id(*one) for one in zip(NUMBERS, POSITIONS, CELL, PBC, strict=True)]
+    store = create_store(
+        path,
+        ids=np.frombuffer(b"".join(ids), dtype=np.uint8).reshape(3, 16),
+        n_atoms=n_atoms,
+        energy=ENERGY,
+        cell=CELL,
+        pbc=PBC,
+        source=[0, 0, 1],
+        source_row=[0, 1, 0],
+        source_names=["molecules.extxyz", "copper.extxyz"],
+        dataset={"licence": "CC0-1.0"},
+        rows_per_shard=1024,
+    )
+    store.add_teacher("golden", PROVENANCE)
+    groups = {
+        name: store.add_signal("golden", spec, encoding)
+        for name, spec, encoding in (
+            ("node", node_spec(2), "fp16"),
+            ("v2v", v2v_spec(1), "fp32"),
+            ("energy", energy_spec(), "fp64"),
+        )
+    }
+    with store.shard_writer("atoms", 0) as writer:
+        for k in store.input_index:
+            n = n_atoms[k]
+            writer.write(
+                {
+                    "atomic_numbers": np.array(NUMBERS[k], dtype=np.uint8),
+                    "positions": np.array(POSITIONS[k], dtype=np.float32),
+                    "forces": np.full((n, 3), np.nan if k == 2 else 0.5, dtype=np.float32),
+                    "tags": np.full(n, k, dtype=np.uint8),
+                    "fixed": np.arange(n) == 1,
+                }
+            )
+    with (
+        store.shard_writer(groups["node"], 0) as nodes,
+        store.shard_writer(groups["v2v"], 0) as vectors,
+        store.shard_writer(groups["energy"], 0) as energies,
+    ):
+        for i, k in enumerate(store.input_index):
+            n = n_atoms[k]
+            nodes.write({"values": node(k, n)}, bad_systems=[i] if k == 1 else ())
+            vectors.write({"values": np.array(POSITIONS[k], dtype=np.float32)[:, :, None]})
+            energies.write({"values": np.array([k + 0.1])})
+    finalize(store)
+    return store
+
+
+if __name__ == "__main__":
+    make(Path(sys.argv[1]))

@@ -1,0 +1,81 @@
+"""A store of format 1, written once and kept, is read by every later version."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from cache_example import tree_digest
+from golden_v1 import NUMBERS, POSITIONS, PROVENANCE, make
+
+from molkd.cache_schema.reader import Cache
+from molkd.cache_schema.verify import verify
+
+GOLDEN = Path(__file__).parents[1] / "data" / "golden_v1.kdcache"
+FINGERPRINT = "9bd71a212420440ef533de56c022c4c1bc93e6134f54b44b8c52b8f79e1dd98a"
+IDS = [
+    "3dbb4d3fb8d06ab53d11a88a4a24a1ed",
+    "d46208349f8b7f58c0ee48fd147398db",
+    "dc9da6a7f8ebf9399c32fb4c1b9dc709",
+]
+
+
+@pytest.fixture(params=["manifest", "records"])
+def golden(request, tmp_path):
+    path = tmp_path / GOLDEN.name
+    shutil.copytree(GOLDEN, path)
+    if request.param == "records":
+        (path / "manifest.json").unlink()
+    return path
+
+
+def test_it_is_sound(golden):
+    report = verify(golden)
+    assert report.ok
+    assert report.notes == []
+
+
+def test_it_holds_what_it_held(golden):
+    with Cache.open(golden, complete=True) as cache:
+        assert (cache.n_systems, cache.n_atoms) == (3, 5)
+        assert cache.fingerprint == FINGERPRINT
+        assert [bytes(one).hex() for one in cache.ids] == IDS
+        sources = zip(cache.source, cache.source_row, strict=True)
+        where = {(cache.source_names[s], int(row)): i for i, (s, row) in enumerate(sources)}
+        water, hydrogen, copper = (
+            where[key] for key in (("molecules.extxyz", 0), ("molecules.extxyz", 1), ("copper.extxyz", 0))
+        )
+        assert cache.bad_systems("golden").tolist() == [hydrogen]
+        assert cache.teachers["golden"].provenance == PROVENANCE
+        arrays = cache.read([copper, water], teacher="golden", signals=("node", "v2v", "energy"))
+        assert arrays["n_atoms"].tolist() == [1, 3]
+        assert arrays["atomic_numbers"].tolist() == [*NUMBERS[2], *NUMBERS[0]]
+        np.testing.assert_array_equal(arrays["positions"], np.float32([*POSITIONS[2], *POSITIONS[0]]))
+        np.testing.assert_array_equal(arrays["energy"], [np.nan, -14.25])
+        np.testing.assert_array_equal(arrays["forces"], [[np.nan] * 3] + [[0.5] * 3] * 3)
+        assert arrays["tags"].tolist() == [2, 0, 0, 0]
+        assert arrays["fixed"].tolist() == [False, False, True, False]
+        np.testing.assert_array_equal(
+            arrays["cell"][0], np.float32([[0, 1.8, 1.8], [1.8, 0, 1.8], [1.8, 1.8, 0]])
+        )
+        assert arrays["pbc"].tolist() == [[True] * 3, [False] * 3]
+        # 0.1 in binary16 is 0x2E66 = 0.0999755859375
+        np.testing.assert_array_equal(
+            arrays["teacher/node"], [[0.0999755859375, 2]] + [[0.0999755859375, 0]] * 3
+        )
+        np.testing.assert_array_equal(arrays["teacher/v2v"][:, :, 0], arrays["positions"])
+        assert arrays["teacher/energy"].tolist() == [2.1, 0.1]
+        assert np.isnan(cache[hydrogen]["golden/node"]).all()
+        statistics = cache.teachers["golden"].signals["node"].statistics
+        np.testing.assert_array_equal(statistics.mean, [0.0999755859375, 0.5])
+        np.testing.assert_array_equal(statistics.variance[1:], [0.75])
+
+
+def test_todays_writer_makes_the_same_bytes(tmp_path):
+    """If this fails the format changed: raise its number, keep reading format 1, add a golden store."""
+    make(tmp_path / "x.kdcache")
+    ours, kept = tree_digest(tmp_path / "x.kdcache"), tree_digest(GOLDEN)
+    assert ours.keys() == kept.keys()
+    # Commit records name time and writer; the manifest holds sums, whose last bits depend on the machine.
+    differing = {name for name in kept if ours[name] != kept[name]}
+    assert not {name for name in differing if not name.startswith(("log/", "manifest.json"))}
