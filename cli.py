@@ -92,13 +92,13 @@ def cache_teacher(as_json: bool, data: Path, store: Path | None, dry_run: bool, 
       kd cache-teacher train.extxyz coll.kdcache --teacher sevennet-0 --dry-run
     """
     from molkd.pipeline.caching import cache_teacher as run
-    from molkd.pipeline.caching import plan_teacher, prepare_store
+    from molkd.pipeline.caching import plan_teacher
     from molkd.pipeline.config import CacheConfig, make_config
 
     if flags.get("signals"):
         flags["signals"] = [s.strip() for s in flags["signals"].split(",") if s.strip()]
     config = make_config(CacheConfig, _given(flags | {"store": store or data}))
-    _show(plan_teacher(config, data) if dry_run else run(prepare_store(config, data)), as_json)
+    _show(plan_teacher(config, data) if dry_run else run(config, data), as_json)
 
 
 @kd.group()

@@ -31,7 +31,7 @@ from molkd.cache_schema.writer import Store
 from molkd.pipeline.config import CacheConfig, IngestConfig
 from molkd.pipeline.data.sources import open_source
 from molkd.pipeline.device import choose_device
-from molkd.pipeline.errors import TeacherError
+from molkd.pipeline.errors import ConfigError, TeacherError
 from molkd.pipeline.forecast import Forecast, forecast, row_bytes
 from molkd.pipeline.graphs.batch import Batch, make_batch, to_device
 from molkd.pipeline.graphs.neighbors import NeighborRule
@@ -73,8 +73,12 @@ class Work:
     n_atoms: NDArray[np.int64]
 
 
-def cache_teacher(config: CacheConfig) -> CacheSummary:
+def cache_teacher(config: CacheConfig, data: Path | None = None) -> CacheSummary:
     """Run the teacher over every system of the store that it has not seen, and store the signals.
+
+    Parameters
+    ----------
+    data : structures that the store is to hold, put into it first; None (or the store): they are there
 
     Raises
     ------
@@ -85,6 +89,8 @@ def cache_teacher(config: CacheConfig) -> CacheSummary:
     """
     began = time.perf_counter()
     teacher = open_teacher(config)
+    if data is not None:
+        prepare_store(config.store, data)
     cache = Cache.open(config.store)
     check_elements(teacher, cache)
     store = Store.open(config.store, mode="a")
@@ -122,14 +128,23 @@ def choose_encodings(teacher: Teacher, config: CacheConfig) -> dict[str, str]:
     return {s: encoding_for(teacher.signals[s], config.encoding) for s in dict.fromkeys(config.signals)}
 
 
-def prepare_store(config: CacheConfig, data: Path) -> CacheConfig:
-    """Make sure that the store holds the structures of `data`; a store given as data is used as it is."""
-    if (data / PLAN).exists() and data.resolve() == config.store.resolve():
-        return config
-    if (config.store / PLAN).exists() and data.resolve() == config.store.resolve():
-        return config
-    ingest(IngestConfig(data=(data,), store=config.store))
-    return config
+def prepare_store(store: Path, data: Path) -> None:
+    """Make sure that the store holds the structures of `data`; a store given as data is used as it is.
+
+    Raises
+    ------
+    ConfigError
+        If data that are no store are given without naming one.
+    DataError, CacheError
+        As `ingest`.
+    """
+    if data.resolve() != store.resolve():
+        ingest(IngestConfig(data=(data,), store=store))
+    elif data.exists() and not (data / PLAN).exists():
+        raise ConfigError(
+            f"{data}: is not a store; name one that its structures and the signals go to, "
+            f"for example kd cache-teacher {data} NAME.kdcache --teacher ..."
+        )
 
 
 def plan_teacher(config: CacheConfig, data: Path) -> Forecast:
@@ -143,6 +158,10 @@ def plan_teacher(config: CacheConfig, data: Path) -> Forecast:
         n_systems = len(source)
     finally:
         source.close()
+    for system in sample:
+        unknown = set(system.atomic_numbers.tolist()) - teacher.atomic_numbers
+        if unknown:
+            raise unknown_element(teacher, min(unknown), system.source)
     atoms = sum(s.n_atoms for s in sample) / len(sample)
     budget = config.batch_atoms or _BATCH_ATOMS.get(teacher.device.type, _BATCH_ATOMS["cpu"])
     return forecast(
@@ -179,10 +198,15 @@ def check_elements(teacher: Teacher, cache: Cache) -> None:
         if unknown:
             atom = int(np.flatnonzero(numbers == unknown[0])[0])
             system = int(np.searchsorted(np.cumsum(cache.system_n_atoms[part]), atom, side="right"))
-            raise TeacherError(
-                f"{source_of(cache, int(part[system]))}: element with atomic number {unknown[0]}, which "
-                f"{teacher.info.name} does not know; leave such systems out, or take another teacher"
-            )
+            raise unknown_element(teacher, unknown[0], source_of(cache, int(part[system])))
+
+
+def unknown_element(teacher: Teacher, number: int, system: str) -> TeacherError:
+    """Return the error for a system with an element that the teacher does not know."""
+    return TeacherError(
+        f"{system}: element with atomic number {number}, which {teacher.info.name} does not know; "
+        "leave such systems out, or take another teacher"
+    )
 
 
 def provenance(teacher: Teacher) -> dict[str, Any]:

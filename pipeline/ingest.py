@@ -14,7 +14,7 @@ from molkd.cache_schema.identity import ID_BYTES
 from molkd.cache_schema.writer import Store, create_store
 from molkd.pipeline.config import IngestConfig
 from molkd.pipeline.data.duplicates import resolve_duplicates
-from molkd.pipeline.data.sources import Source, open_source
+from molkd.pipeline.data.sources import Source, open_sources
 from molkd.pipeline.data.system import System
 from molkd.pipeline.data.validate import check_system
 from molkd.pipeline.errors import DataError
@@ -64,7 +64,7 @@ def ingest(config: IngestConfig) -> IngestSummary:
     paths = [*config.data, *config.drop_labels]
     if not paths:
         raise DataError("no data given; name at least one file or folder of structures")
-    sources = [open_source(p, energy_key=config.energy_key, forces_key=config.forces_key) for p in paths]
+    sources = open_sources(paths, energy_key=config.energy_key, forces_key=config.forces_key)
     unlabelled = set(range(len(config.data), len(paths)))
     try:
         table = _scan(sources, unlabelled, require_labels=config.require_labels)

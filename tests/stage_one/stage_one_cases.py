@@ -1,4 +1,4 @@
-"""Structures, teachers and whole-store comparisons that the tests of stage one and of the command line share."""
+"""Structures, teachers and comparisons of stores for the tests of stage one and of the command line."""
 
 from pathlib import Path
 
@@ -29,7 +29,8 @@ def structures(n_systems: int, seed: int = 0, *, labelled: bool = True) -> list[
     systems = []
     for k in range(n_systems):
         atoms = molecule(("CH3CH2OH", "H2O", "CH3OH", "CO2")[k % 4]) if k % 4 != 3 else _cell()
-        atoms.positions += rng.normal(0, 0.05, (len(atoms), 3))
+        noise = rng.normal(0, 0.05, (len(atoms), 3))
+        atoms.positions = np.round(atoms.positions + noise, 6)  # digits that an extxyz file keeps
         atoms.set_tags(rng.integers(0, 3, len(atoms)))
         atoms.set_constraint(FixAtoms(mask=rng.random(len(atoms)) < 0.2))
         if labelled:

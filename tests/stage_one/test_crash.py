@@ -1,4 +1,4 @@
-"""Stage one killed at any moment, run twice at once or out of space: what is committed stays, the rest resumes."""
+"""Stage one killed at any moment, run twice at once, or out of space: what is committed stays."""
 
 import errno
 import os
@@ -7,12 +7,11 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
 from forked_commands import run, start
-from stage_one_cases import assert_same_files, files, make_store, structures, write_extxyz
+from stage_one_cases import assert_same_files, files
 
 from molkd.cache_schema.errors import CacheError
 from molkd.cache_schema.reader import Cache
@@ -150,7 +149,7 @@ def test_interrupted_from_the_keyboard(uninterrupted, teacher_file, store, tmp_p
     assert started.wait() == 130, started.text
     assert started.text.endswith("interrupted; the same command continues\n")
     assert "Traceback" not in started.text
-    assert [p for p in store.rglob(".tmp-*")] == []
+    assert list(store.rglob(".tmp-*")) == []
     assert run(command(store, teacher_file), tmp_path / "log").wait() == 0
     assert_finished(store, uninterrupted[0])
 
@@ -167,11 +166,11 @@ def test_disk_full_in_the_second_shard(uninterrupted, teacher_file, store, monke
 
     with monkeypatch.context() as patched:
         patched.setattr(os, "fsync", fsync)
-        with pytest.raises(CacheError, match=r"disk full \([\d,]+ bytes needed, [\d,]+ bytes free\); free some"):
+        with pytest.raises(CacheError, match=r"disk full \([\d,]+ bytes needed, [\d,]+ bytes free\); free"):
             cache_teacher(config)
     assert len(commits(store)) == len(SIGNALS)
     assert verify(store).ok
-    assert [p for p in store.rglob(".tmp-*")] == []  # what was half written gives its space back
+    assert list(store.rglob(".tmp-*")) == []  # what was half written gives its space back
     assert cache_teacher(config).n_computed == len(Cache.open(store)) - first_shard(store)
     assert_finished(store, uninterrupted[0])
 
@@ -205,7 +204,8 @@ def test_a_disk_that_is_really_full(uninterrupted, made, teacher_file, tmp_path)
     kd = f"{sys.executable} -c 'from molkd.cli import main; main()'"
     arguments = " ".join(map(str, command(disk / "s.kdcache", teacher_file)))
     script = (
-        f"mount -t tmpfs -o size={size} none {disk} && cp -r {made / 'train.kdcache'} {disk / 's.kdcache'} && "
+        f"mount -t tmpfs -o size={size} none {disk} && "
+        f"cp -r {made / 'train.kdcache'} {disk / 's.kdcache'} && "
         f"{kd} --quiet {arguments}; code=$?; cp -r {disk / 's.kdcache'} {kept}; exit $code"
     )
     done = subprocess.run(["unshare", "-rm", "sh", "-c", script], capture_output=True, text=True)
