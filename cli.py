@@ -12,6 +12,7 @@ from typing import Any
 import click
 
 from molkd.cache_schema.errors import MolkdError
+from molkd.pipeline.allocator import keep_freed_memory
 
 PATH = click.Path(path_type=Path)
 as_json = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
@@ -27,6 +28,7 @@ def kd(debug: bool, quiet: bool) -> None:
     A teacher's signals are cached once; students are trained from the cache, without the teacher.
     Units are eV, Angstrom and eV/A. Start with: kd demo
     """
+    keep_freed_memory()
     level = logging.DEBUG if debug else logging.WARNING if quiet else logging.INFO
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("molkd").setLevel(level)

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from ase.data import chemical_symbols
@@ -151,9 +152,13 @@ def _evaluate(teacher: Teacher, source: Source, batch_size: int, predictions: Pa
             batch_size=batch_size,
             device=teacher.device,
             dtype=torch.float32,
-            on_batch=lambda done: progress.update(done - progress.n),
+            on_batch=lambda done: _advance(progress, done),
             on_prediction=writer.add if writer else None,
         )
+
+
+def _advance(progress: "tqdm[Any]", done: int) -> None:
+    progress.update(done - progress.n)
 
 
 def _checked(source: Source, teacher: Teacher) -> Iterator[System]:

@@ -35,7 +35,8 @@ class LinearHead(nn.Module):
 
     def forward(self, features: Float[Tensor, "*rows n_in"]) -> Float[Tensor, "*rows n_out"]:
         """Map the last axis."""
-        return self.linear(features)
+        mapped: Tensor = self.linear(features)
+        return mapped
 
 
 class MLPHead(nn.Module):
@@ -47,7 +48,8 @@ class MLPHead(nn.Module):
 
     def forward(self, features: Float[Tensor, "*rows n_in"]) -> Float[Tensor, "*rows n_out"]:
         """Map the last axis."""
-        return self.layers(features)
+        mapped: Tensor = self.layers(features)
+        return mapped
 
 
 def make_head(term: KDTerm, student: dict[str, FieldSpec], teacher: dict[str, FieldSpec]) -> nn.Module:

@@ -1,6 +1,6 @@
 """Batches of a store for training: one prefetch thread reads, builds neighbours and normalises labels."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,7 +12,7 @@ from molkd.cache_schema.epoch import read_epoch
 from molkd.cache_schema.reader import Cache
 from molkd.pipeline.data.references import LabelScale, reference_table
 from molkd.pipeline.distill.losses import Targets
-from molkd.pipeline.graphs.batch import Batch, make_batch, to_device
+from molkd.pipeline.graphs.batch import Batch, make_batch
 from molkd.pipeline.graphs.neighbors import NeighborRule
 from molkd.pipeline.prefetch import prefetch
 
@@ -149,30 +149,24 @@ class CacheLoader:
 
 def sample_to(sample: Sample, device: torch.device) -> Sample:
     """Move a sample to the device; asynchronous from pinned memory."""
-    move = lambda t: t.to(device, non_blocking=True)  # noqa: E731
+    return _map(sample, lambda tensor: tensor.to(device, non_blocking=True))
+
+
+def _map(sample: Sample, change: Callable[[Tensor], Tensor]) -> Sample:
     targets = sample.targets
     return Sample(
-        to_device(sample.batch, device),
+        Batch(*(change(tensor) for tensor in sample.batch)),
         Targets(
-            move(targets.energy),
-            move(targets.forces),
-            move(targets.free),
-            {name: move(values) for name, values in targets.teacher.items()},
+            change(targets.energy),
+            change(targets.forces),
+            change(targets.free),
+            {name: change(values) for name, values in targets.teacher.items()},
         ),
     )
 
 
 def _pin(sample: Sample) -> Sample:
-    targets = sample.targets
-    return Sample(
-        Batch(*(t.pin_memory() for t in sample.batch)),
-        Targets(
-            targets.energy.pin_memory(),
-            targets.forces.pin_memory(),
-            targets.free.pin_memory(),
-            {name: values.pin_memory() for name, values in targets.teacher.items()},
-        ),
-    )
+    return _map(sample, lambda tensor: tensor.pin_memory())
 
 
 def _float32(values: NDArray[np.floating]) -> Tensor:

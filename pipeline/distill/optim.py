@@ -8,6 +8,8 @@ from torch.optim.swa_utils import AveragedModel
 
 from molkd.pipeline.config import ScheduleConfig, TrainingConfig
 
+Tensors = tuple[Tensor, ...] | list[Tensor]
+
 
 def make_optimizer(parameters: Iterable[nn.Parameter], config: TrainingConfig) -> torch.optim.AdamW:
     """AdamW over everything that requires a gradient."""
@@ -38,7 +40,7 @@ def lr_factor(schedule: ScheduleConfig, step: int, total_steps: int) -> float:
 def make_ema(model: nn.Module, decay: float) -> AveragedModel:
     """Return a moving average of the weights; a young one forgets faster: decay <= (1 + n) / (10 + n)."""
 
-    def average(averaged: list[Tensor], current: list[Tensor], n_averaged: Tensor | int) -> None:
+    def average(averaged: Tensors, current: Tensors, n_averaged: Tensor | int) -> None:
         n = int(n_averaged)
         torch._foreach_lerp_(averaged, current, 1.0 - min(decay, (1 + n) / (10 + n)))
 

@@ -85,11 +85,12 @@ class RunFolder:
         if not self._last.exists():
             return None
         try:
-            return torch.load(self._last, map_location="cpu", weights_only=True)
+            state: dict[str, Any] = torch.load(self._last, map_location="cpu", weights_only=True)
         except (RuntimeError, EOFError, OSError) as error:
             raise IntegrityError(
                 f"{self._last}: damaged checkpoint ({error}); remove it to start this run over"
             ) from None
+        return state
 
     def start_metrics(self, columns: list[str], step: int) -> None:
         """Begin metrics.csv, or drop the rows that a continued run will write again."""

@@ -103,7 +103,7 @@ def train_step(
         targets = fill_labels(targets)
     with torch.autocast(device.type, torch.bfloat16, enabled=config.amp == "bf16"):
         outputs = state.potential.model(batch)
-        terms = state.objective(outputs, targets)
+        terms: LossTerms = state.objective(outputs, targets)
     state.optimizer.zero_grad(set_to_none=True)
     terms.total.backward()
     if training.clip_grad_norm:

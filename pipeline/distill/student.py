@@ -1,7 +1,7 @@
 """Everything a run decides before its first step: systems, scale, student, weights of the losses."""
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -108,9 +108,12 @@ def prepare(cache: Cache, config: TrainConfig, device: torch.device) -> Setup:
     train, val = choose_systems(cache, config, teacher, signals)
     statistics = label_statistics(cache, train)
     _check_labels(cache, config, statistics)
-    if statistics.n_energies == 0 and np.isnan(statistics.forces_rms) and teacher:
-        log.info("no labels in the training systems: references and scale come from the teacher")
-        statistics = label_statistics(cache, train, teacher)
+    n_energies = statistics.n_energies
+    if n_energies == 0 and teacher and "energy" in signals:
+        log.info("no energies in the training systems: references and energy scale come from the teacher")
+        of_teacher = label_statistics(cache, train, teacher)
+        has_forces = not np.isnan(statistics.forces_rms)
+        statistics = replace(statistics, energies=of_teacher.energies) if has_forces else of_teacher
     scale = _fit_scale(config, statistics)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
@@ -132,7 +135,8 @@ def prepare(cache: Cache, config: TrainConfig, device: torch.device) -> Setup:
         raise ConfigError(
             "forces by gradient need one scale for energies and forces; set training.normalization"
         )
-    metadata = {"model": config.model, "provenance": _provenance(cache, config, teacher, weights, statistics)}
+    provenance = _provenance(cache, config, teacher, weights, statistics) | {"n_training_energies": n_energies}
+    metadata = {"model": config.model, "provenance": provenance}
     potential = Potential(model.to(device), scale, metadata)
     return Setup(train, val, teacher, signals, potential, objective.to(device))
 
@@ -203,6 +207,7 @@ def _weight(
     if term.name == "vanilla2":
         start = mean_atomic_energy(cache, teacher, scale)
     else:
+        assert entry.statistics is not None  # complete signals have statistics
         variance = float(np.mean(entry.statistics.variance))
         start = variance if term.loss == "mse" else float(np.sqrt(variance))
     weight = zero_model_loss(statistics, scale, config) / start
@@ -235,7 +240,6 @@ def _provenance(
         "data": {k: v for k in ("licence", "citation") if (v := cache.dataset.get(k))},
         "code": f"molkd {version('molkd')}, torch {torch.__version__}",
         "n_training_systems": len(statistics.energies),
-        "n_training_energies": statistics.n_energies,
         "teacher": parent,
         "kd": [t.model_dump() | {"weight": weights[t.name]} for t in config.kd],
         "pseudo_labels": config.pseudo_labels,

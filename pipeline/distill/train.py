@@ -27,7 +27,7 @@ from molkd.pipeline.distill.optim import lr_factor
 from molkd.pipeline.distill.run_folder import RunFolder
 from molkd.pipeline.distill.step import TrainState, accumulate, initial_state, train_step
 from molkd.pipeline.distill.student import Setup, prepare
-from molkd.pipeline.errors import ModelError
+from molkd.pipeline.errors import CacheError, ModelError
 from molkd.pipeline.evaluation.evaluate import evaluate
 from molkd.pipeline.evaluation.result import FOLDER, Evaluation
 from molkd.pipeline.models.potential import Potential
@@ -82,6 +82,7 @@ def _train(config: TrainConfig, run: RunFolder) -> TrainSummary:
     state = initial_state(cache, setup, config, device)
     total_steps, val_every = _length(state.loader.batches_per_epoch, config)
     if (saved := run.load_state()) is not None:
+        _check_same_data(config, saved.pop("provenance"), setup.potential.metadata["provenance"])
         state.load_state_dict(saved)
         log.info("continuing at step %d of %d", state.step, total_steps)
     n_parameters = sum(p.numel() for p in setup.potential.model.parameters())
@@ -119,7 +120,8 @@ def _train(config: TrainConfig, run: RunFolder) -> TrainSummary:
                 run.add_metrics(row)
                 _to_tensorboard(writer, row)
             if interrupted() or state.step % config.checkpoint_every == 0 or state.step == total_steps:
-                run.save_state(state.state_dict())
+                provenance = setup.potential.metadata["provenance"]
+                run.save_state(state.state_dict() | {"provenance": provenance})
             if interrupted():
                 log.warning(
                     "interrupted at step %d of %d; the same command continues", state.step, total_steps
@@ -160,6 +162,16 @@ def _length(batches_per_epoch: int, config: TrainConfig) -> tuple[int, int]:
     return total, config.val_every or max(batches_per_epoch, math.ceil(total / _MAX_VALIDATIONS))
 
 
+def _check_same_data(config: TrainConfig, old: dict[str, Any], new: dict[str, Any]) -> None:
+    """Refuse to go on with other systems or another teacher behind the same settings."""
+    for key, what in (("dataset_fingerprint", "systems"), ("teacher", "teacher")):
+        if old[key] != new[key]:
+            raise CacheError(
+                f"{config.store}: has another {what} than the store that {config.out} was begun with; "
+                "give that store again, or another --out"
+            )
+
+
 def _until(state: TrainState, total_steps: int) -> Iterator[Sample]:
     samples = iter(state.loader)
     try:
@@ -195,14 +207,20 @@ def _columns(part_names: list[str]) -> list[str]:
 
 
 def _validation_systems(cache: Cache, setup: Setup, config: TrainConfig) -> list[System]:
+    """Read what is held out; without any label a system cannot tell a good student from a bad one."""
     if config.val is not None:
         source = open_source(config.val)
         try:
-            return [source.read(i) for i in range(len(source))]
+            systems = [source.read(i) for i in range(len(source))]
         finally:
             source.close()
-    held_out = StoreSource(cache)
-    return [held_out.read(int(i)) for i in np.flatnonzero(setup.val)]
+    else:
+        held_out = StoreSource(cache)
+        systems = [held_out.read(int(i)) for i in np.flatnonzero(setup.val)]
+    labelled = [s for s in systems if np.isfinite(s.energy) or np.isfinite(s.forces[~s.fixed]).any()]
+    if not labelled:
+        log.info("no labelled system is held out: the last weights are kept as the best ones")
+    return labelled
 
 
 def _validate(

@@ -35,7 +35,8 @@ class Potential:
     @property
     def neighbor_rule(self) -> NeighborRule:
         """The rule that batches for this potential must be built with."""
-        return self.model.neighbor_rule
+        rule: NeighborRule = self.model.neighbor_rule
+        return rule
 
     @property
     def elements(self) -> frozenset[int]:
@@ -46,7 +47,8 @@ class Potential:
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
-        return next(self.model.parameters()).device
+        parameter: Tensor = next(self.model.parameters())
+        return parameter.device
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> "Potential":
         """Move the model; the label scale stays in float64 on the host."""

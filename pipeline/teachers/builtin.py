@@ -46,7 +46,7 @@ class BuiltinTeacher:
     @property
     def signals(self) -> dict[str, FieldSpec]:
         """Everything the teacher can give, by name."""
-        signals: dict[str, FieldSpec] = self.potential.model.signals  # type: ignore[assignment]
+        signals: dict[str, FieldSpec] = self.potential.model.signals
         return signals
 
     def compute(self, batch: Batch, signals: Collection[str]) -> dict[str, Tensor]:

@@ -8,7 +8,7 @@ import pytest
 PROGRAM = """
 import resource
 import torch
-from molkd.pipeline.models.allocator import keep_freed_memory
+from molkd.pipeline.allocator import keep_freed_memory
 
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
