@@ -135,7 +135,8 @@ def prepare(cache: Cache, config: TrainConfig, device: torch.device) -> Setup:
         raise ConfigError(
             "forces by gradient need one scale for energies and forces; set training.normalization"
         )
-    provenance = _provenance(cache, config, teacher, weights, statistics) | {"n_training_energies": n_energies}
+    provenance = _provenance(cache, config, teacher, weights, statistics)
+    provenance["n_training_energies"] = n_energies
     metadata = {"model": config.model, "provenance": provenance}
     potential = Potential(model.to(device), scale, metadata)
     return Setup(train, val, teacher, signals, potential, objective.to(device))

@@ -82,7 +82,7 @@ def _train(config: TrainConfig, run: RunFolder) -> TrainSummary:
     state = initial_state(cache, setup, config, device)
     total_steps, val_every = _length(state.loader.batches_per_epoch, config)
     if (saved := run.load_state()) is not None:
-        _check_same_data(config, saved.pop("provenance"), setup.potential.metadata["provenance"])
+        _check_same_data(config, saved.get("data", {}), _data_of(setup))
         state.load_state_dict(saved)
         log.info("continuing at step %d of %d", state.step, total_steps)
     n_parameters = sum(p.numel() for p in setup.potential.model.parameters())
@@ -120,8 +120,7 @@ def _train(config: TrainConfig, run: RunFolder) -> TrainSummary:
                 run.add_metrics(row)
                 _to_tensorboard(writer, row)
             if interrupted() or state.step % config.checkpoint_every == 0 or state.step == total_steps:
-                provenance = setup.potential.metadata["provenance"]
-                run.save_state(state.state_dict() | {"provenance": provenance})
+                run.save_state(state.state_dict() | {"data": _data_of(setup)})
             if interrupted():
                 log.warning(
                     "interrupted at step %d of %d; the same command continues", state.step, total_steps
@@ -162,14 +161,19 @@ def _length(batches_per_epoch: int, config: TrainConfig) -> tuple[int, int]:
     return total, config.val_every or max(batches_per_epoch, math.ceil(total / _MAX_VALIDATIONS))
 
 
+def _data_of(setup: Setup) -> dict[str, Any]:
+    """Return what tells two stores apart, wherever they lie."""
+    provenance = setup.potential.metadata["provenance"]
+    return {"systems": provenance["dataset_fingerprint"], "teacher": provenance["teacher"]}
+
+
 def _check_same_data(config: TrainConfig, old: dict[str, Any], new: dict[str, Any]) -> None:
-    """Refuse to go on with other systems or another teacher behind the same settings."""
-    for key, what in (("dataset_fingerprint", "systems"), ("teacher", "teacher")):
-        if old[key] != new[key]:
-            raise CacheError(
-                f"{config.store}: has another {what} than the store that {config.out} was begun with; "
-                "give that store again, or another --out"
-            )
+    differ = [key for key in old if old[key] != new[key]]
+    if differ:
+        raise CacheError(
+            f"{config.store}: other {' and '.join(differ)} than in the store that {config.out} was begun "
+            "with; give that store again, or another --out"
+        )
 
 
 def _until(state: TrainState, total_steps: int) -> Iterator[Sample]:
