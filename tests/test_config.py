@@ -120,7 +120,9 @@ def test_a_misspelt_architecture_setting_and_preset_are_told_too(store):
 
 
 def test_assignments_are_read_as_yaml_and_numbers_with_exponents():
-    parsed = parse_assignments(["training.lr=1e-3", "training.ema_decay=null", "kd=[]", "label=a=b", "seed=4"])
+    parsed = parse_assignments(
+        ["training.lr=1e-3", "training.ema_decay=null", "kd=[]", "label=a=b", "seed=4"]
+    )
     assert parsed == {
         "training": {"lr": 1e-3, "ema_decay": None},
         "kd": [],

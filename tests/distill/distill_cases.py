@@ -3,18 +3,26 @@
 import csv
 import json
 import os
+import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 
+from molkd.cache_schema.identity import system_id
 from molkd.pipeline.config import CacheConfig, IngestConfig, TrainConfig, make_config
 from molkd.pipeline.data.references import LabelScale, count_elements, fit_label_scale
 from molkd.pipeline.data.sources import open_source
 from molkd.pipeline.data.system import System
+from molkd.pipeline.distill import train
+from molkd.pipeline.distill.loader import Sample
+from molkd.pipeline.distill.losses import LossTerms
+from molkd.pipeline.distill.step import TrainState
 from molkd.pipeline.ingest import ingest
 from molkd.pipeline.models.potential import Potential
 from molkd.pipeline.models.registry import build_model
@@ -87,13 +95,13 @@ def add_teacher(store: Path, teacher: Path, **settings: Any) -> Path:
     return store
 
 
-def train_config(store: Path, out: Path, *layers: dict[str, Any], **changes: Any) -> TrainConfig:
+def train_config(store: Path, out: Path, **changes: Any) -> TrainConfig:
     """A run of seconds; `changes` are keys of TrainConfig, nested ones as mappings."""
     base = {
         "store": store,
         "out": out,
         "student": "test",
-        "model": PAINN,
+        "model": changes.pop("model", PAINN),
         "training": {
             "batch_size": 8,
             "lr": 5e-3,
@@ -105,7 +113,7 @@ def train_config(store: Path, out: Path, *layers: dict[str, Any], **changes: Any
         "device": "cpu",
         "log_every": 1,
     }
-    return make_config(TrainConfig, base, *layers, changes)
+    return make_config(TrainConfig, base, changes)
 
 
 def run_cli(*arguments: object, setup: str = "", **options: Any) -> subprocess.CompletedProcess[str]:
@@ -145,3 +153,30 @@ def flip_a_bit(store: Path, array: str) -> None:
     content = bytearray(shard.read_bytes())
     content[1000] ^= 0x10
     shard.write_bytes(content)
+
+
+def ids_of(sample: Sample) -> list[bytes]:
+    """Content ids of a batch, from its atoms alone."""
+    batch = sample.batch
+    ptr = batch.atoms_ptr.tolist()
+    return [
+        system_id(batch.atomic_numbers[b:e].numpy(), batch.positions[b:e].numpy(), cell.numpy(), pbc.numpy())
+        for b, e, cell, pbc in zip(ptr[:-1], ptr[1:], batch.cell, batch.pbc, strict=True)
+    ]
+
+
+def before_step(monkeypatch: pytest.MonkeyPatch, n_done: int, act: Callable[[], object]) -> None:
+    """Do something in this process when so many training steps are done."""
+    step = train.train_step
+
+    def counted(state: TrainState, *arguments: Any) -> LossTerms:
+        if state.step == n_done:
+            act()
+        return step(state, *arguments)
+
+    monkeypatch.setattr(train, "train_step", counted)
+
+
+def interrupt_after(monkeypatch: pytest.MonkeyPatch, n_steps: int) -> None:
+    """Send SIGTERM within a step, so that the run ends in good order behind it."""
+    before_step(monkeypatch, n_steps - 1, lambda: signal.raise_signal(signal.SIGTERM))

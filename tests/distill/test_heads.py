@@ -52,15 +52,15 @@ def test_vector_head_turns_with_its_input_and_has_no_bias():
     turn = lambda v: torch.einsum("ij,njc->nic", R, v)  # noqa: E731
     mapped = module(vectors)
     assert mapped.shape == (5, 3, 24)
-    torch.testing.assert_close(
-        module(turn(vectors)), turn(mapped), rtol=ROTATION_NOISE, atol=ROTATION_NOISE
-    )
+    torch.testing.assert_close(module(turn(vectors)), turn(mapped), rtol=ROTATION_NOISE, atol=ROTATION_NOISE)
     assert (module(torch.zeros(2, 3, 16)) == 0).all()
 
 
 def test_an_mlp_on_vectors_is_refused():
     with pytest.raises(ConfigError, match="MLP on vector components is not equivariant"):
-        make_config(TrainConfig, {"store": "s", "out": "o", "student": "x"}, {"kd": [{"name": "v2v", "head": "mlp"}]})
+        make_config(
+            TrainConfig, {"store": "s", "out": "o", "student": "x"}, {"kd": [{"name": "v2v", "head": "mlp"}]}
+        )
 
 
 def test_one_head_flag_for_all_terms_leaves_vectors_linear():
@@ -72,7 +72,8 @@ def test_one_head_flag_for_all_terms_leaves_vectors_linear():
 
 
 @pytest.mark.parametrize(
-    ("term", "signal"), [("n2n", "node"), ("v2v", "v2v"), ("vanilla1", "forces"), ("vanilla2", "atomic_energies")]
+    ("term", "signal"),
+    [("n2n", "node"), ("v2v", "v2v"), ("vanilla1", "forces"), ("vanilla2", "atomic_energies")],
 )
 def test_a_signal_that_is_not_cached_is_named_with_the_command_that_adds_it(term, signal):
     cached = {name: spec for name, spec in TEACHER.items() if name != signal}

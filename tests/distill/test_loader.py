@@ -7,9 +7,8 @@ import threading
 import numpy as np
 import pytest
 import torch
-from distill_cases import PAINN, SIGNALS, flip_a_bit, read_systems, scale_of
+from distill_cases import PAINN, SIGNALS, flip_a_bit, ids_of, read_systems, scale_of
 
-from molkd.cache_schema.identity import system_id
 from molkd.cache_schema.reader import Cache
 from molkd.pipeline.distill.loader import CacheLoader
 from molkd.pipeline.errors import IntegrityError
@@ -36,16 +35,6 @@ def take(loader, n):
         return list(itertools.islice(samples, n))
     finally:
         samples.close()
-
-
-def ids_of(sample):
-    """Content ids of a batch, from its atoms alone."""
-    batch = sample.batch
-    ptr = batch.atoms_ptr.tolist()
-    return [
-        system_id(batch.atomic_numbers[b:e].numpy(), batch.positions[b:e].numpy(), cell.numpy(), pbc.numpy())
-        for b, e, cell, pbc in zip(ptr[:-1], ptr[1:], batch.cell, batch.pbc, strict=True)
-    ]
 
 
 def index_of(cache):
@@ -211,9 +200,7 @@ def test_a_trainer_that_fails_ends_the_thread(store):
 
 
 def test_without_a_teacher_only_labels_are_read(store):
-    loader = CacheLoader(
-        Cache.open(store), np.ones(48, dtype=bool), RULE, SCALE, batch_size=48, seed=0
-    )
+    loader = CacheLoader(Cache.open(store), np.ones(48, dtype=bool), RULE, SCALE, batch_size=48, seed=0)
     (sample,) = take(loader, 1)
     assert sample.targets.teacher == {}
     assert sample.batch.n_systems == 48

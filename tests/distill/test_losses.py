@@ -133,7 +133,9 @@ def test_vanilla1_is_the_training_loss_against_the_teacher():
     """The teacher knows every atom; only free ones count, labels do not matter."""
     teacher = {
         "energy": torch.tensor([1.0, 4.0, 0.0]),  # errors 0, 1, 2
-        "forces": torch.tensor([[0.0, 0, 2], [7, 7, 7], [0, 6, 8], [0, 0, 0], [0, 4, 0]]),  # free: 2, 10, 0, 4
+        "forces": torch.tensor(
+            [[0.0, 0, 2], [7, 7, 7], [0, 6, 8], [0, 0, 0], [0, 4, 0]]
+        ),  # free: 2, 10, 0, 4
     }
     loss = vanilla1_loss(outputs(), targets(teacher=teacher), 1.0, 100.0)
     assert loss.item() == pytest.approx(3 / 3 + 100 * 16 / 4)
