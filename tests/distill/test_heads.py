@@ -5,7 +5,7 @@ import torch
 from distill_cases import MODELS
 
 from molkd.cache_schema.fields import atomic_energies_spec, energy_spec, forces_spec, node_spec, v2v_spec
-from molkd.pipeline.config import KDTerm, TrainConfig, make_config, parse_kd
+from molkd.pipeline.config import KDTerm, make_config, parse_kd
 from molkd.pipeline.distill.heads import LinearHead, MLPHead, make_head, needed_signals
 from molkd.pipeline.errors import ConfigError
 from molkd.pipeline.models.registry import build_model
@@ -58,9 +58,7 @@ def test_vector_head_turns_with_its_input_and_has_no_bias():
 
 def test_an_mlp_on_vectors_is_refused():
     with pytest.raises(ConfigError, match="MLP on vector components is not equivariant"):
-        make_config(
-            TrainConfig, {"store": "s", "out": "o", "student": "x"}, {"kd": [{"name": "v2v", "head": "mlp"}]}
-        )
+        make_config(KDTerm, {"name": "v2v", "head": "mlp"})
 
 
 def test_one_head_flag_for_all_terms_leaves_vectors_linear():

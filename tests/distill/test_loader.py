@@ -1,4 +1,4 @@
-"""The stream of batches against what the store holds: content, units, coverage, order, continuing, threads."""
+"""The stream of batches against what the store holds: content, units, coverage, order, resuming, threads."""
 
 import itertools
 import shutil

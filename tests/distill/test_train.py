@@ -53,24 +53,25 @@ def zero_loss(systems, scale) -> float:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_students_learn(store, tmp_path, name):
-    """A dozen systems by heart, far better than a model that predicts zero."""
+    """A few systems by heart, far better than a model that predicts zero."""
     config = train_config(
         store,
         tmp_path,
         model=MODELS[name],
-        training={"batch_size": 6, "max_steps": 150, "lr": 0.01},
-        val_fraction=0.75,
-        val_every=150,
+        training={"max_steps": 120, "lr": 0.02, "schedule": {"kind": "constant"}},
+        val_fraction=0.85,
+        val_every=120,
     )
     summary = train_student(config)
-    train = {row.tobytes() for row in Cache.open(store).ids[~split_mask(Cache.open(store).ids, 0.75)]}
+    ids = Cache.open(store).ids
+    train = {row.tobytes() for row in ids[~split_mask(ids, 0.85)]}
     systems = [s for s in read_systems() if s.id in train]
     start = zero_loss(systems, scale_of(systems))
     loss = column(tmp_path, "train_loss")
-    assert np.mean(loss[:2]) > 0.8 * start
-    assert np.mean(loss[-6:]) < 0.5 * start
+    assert loss[0] > 0.8 * start
+    assert np.mean(loss[-6:]) < 0.4 * start
     assert summary.finished
-    assert summary.steps == len(loss) == 150
+    assert summary.steps == len(loss) == 120
     assert summary.n_parameters == sum(p.numel() for p in build_model(MODELS[name]).parameters())
 
 
