@@ -2,10 +2,10 @@
 
     OMP_NUM_THREADS=1 python benchmarks/kd_step.py [--batch-size 8] [--rounds 12]
 
-Students PaiNN-small and SchNet, teacher PaiNN-big (COLL presets, random weights: speed does not depend on them)
-on the molecules bundled for the demo. The three variants see the same batches and take turns within one run; a
-step is everything from asking for the next batch to the updated weights. Ratios are medians over steps, each
-divided by the one without KD on the same batch.
+Students PaiNN-small and SchNet, teacher PaiNN-big (COLL presets, random weights: speed does not depend on
+them) on the molecules bundled for the demo. The three variants see the same batches and take turns within one
+run; a step is everything from asking for the next batch to the updated weights. Ratios are medians over
+steps, each divided by the one without KD on the same batch.
 """
 
 import argparse
