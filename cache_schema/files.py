@@ -144,10 +144,11 @@ def _create_exclusively(target: Path, data: bytes) -> bool:
 
 
 @contextlib.contextmanager
-def publication_lock(folder: Path) -> Iterator[None]:
-    """Let one writer at a time publish shards of a group, where the file system has locks.
+def exclusive(folder: Path) -> Iterator[None]:
+    """Hold the lock of a folder, where the file system has locks; wait for whoever holds it.
 
-    Correctness does not hang on it: without locks, a lost race is found when the record is linked.
+    Nothing hangs on it: without locks, a lost race is found when a commit record is linked, and a temporary
+    folder's age and process id say whether it is alive.
     """
     fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:

@@ -113,6 +113,8 @@ def read_plan(root: Path) -> Plan:
         If the plan is damaged.
     """
     path = root / PLAN
+    if root.is_file():
+        raise CacheError(f"{root}: is a file, not a store; make a store of it with kd ingest")
     if not root.is_dir():
         raise CacheError(
             f"{root}: no such folder; give the path of a store (NAME.kdcache), or make one with kd ingest"

@@ -58,6 +58,8 @@ class ArrayReader:
         """
         layout = self.layout
         out = np.empty((int(count.sum()), *layout.spec.shape), dtype=layout.dtype)
+        if not len(out):
+            return out
         target = out.reshape(-1).view(np.uint8).data
         place = np.concatenate([[0], np.cumsum(count)]) * layout.row_bytes  # of each run in `out`
         order = np.argsort(begin, kind="stable")

@@ -18,12 +18,12 @@ from molkd.cache_schema.errors import CacheError
 from molkd.cache_schema.files import (
     crc32c,
     crc_hex,
+    exclusive,
     fsync_folder,
     host_name,
     inside,
     make_folder,
     open_temporary,
-    publication_lock,
     sweep,
     write_error,
     write_file,
@@ -263,7 +263,7 @@ class ShardWriter:
         )
         sealed = seal(commit.to_json())
         record = inside(self._root, record_path(self._group.name, self.shard))
-        with publication_lock(record.parent):
+        with exclusive(record.parent):
             other = self._committed()
             if other is not None:
                 self._agree(commit, other)

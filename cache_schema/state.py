@@ -7,6 +7,7 @@ from typing import Any
 from molkd.cache_schema.checks import Checks
 from molkd.cache_schema.commit import Commit, FileRecord, bad_systems, file_record, moments
 from molkd.cache_schema.errors import CacheError
+from molkd.cache_schema.files import inside
 from molkd.cache_schema.groups import (
     ATOMS,
     Group,
@@ -128,7 +129,7 @@ def read_manifest(root: Path, plan: Plan) -> Manifest | None:
     path = root / MANIFEST
     if not path.is_file():
         return None
-    document, digest = read_sealed(path, max_bytes=MAX_MANIFEST_BYTES, remedy=_REMEDY)
+    document, digest = read_sealed(inside(root, MANIFEST), max_bytes=MAX_MANIFEST_BYTES, remedy=_REMEDY)
     check_format(document, MANIFEST_KIND, path)
     check = Checks(str(path))
     if document.get("plan_sha256") != plan.sha256:

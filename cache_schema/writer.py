@@ -14,6 +14,7 @@ from molkd.cache_schema.creation import SystemTable, build, describe_difference,
 from molkd.cache_schema.errors import CacheError, IntegrityError
 from molkd.cache_schema.fields import FieldSpec
 from molkd.cache_schema.files import (
+    exclusive,
     fsync_folder,
     inside,
     make_folder,
@@ -337,10 +338,11 @@ def create_store(
         make_folder(temporary.parent)
         sweep(temporary.parent)
         temporary.mkdir()
-        if root.exists():  # an empty folder made beforehand keeps its rights
-            _take_rights(temporary, root)
-        order = build(temporary, table, dataset, seed, rows_per_shard)
-        temporary.rename(root)
+        with exclusive(temporary):  # alive, whatever its age
+            if root.exists():  # an empty folder made beforehand keeps its rights
+                _take_rights(temporary, root)
+            order = build(temporary, table, dataset, seed, rows_per_shard)
+            temporary.rename(root)
         fsync_folder(root.absolute().parent)
     except OSError as error:
         if (root / PLAN).exists():  # another process was faster

@@ -113,12 +113,12 @@ def test_a_race_lost_between_files_and_record_leaves_no_record(tmp_path, example
 
     def late(target, data, replace):
         monkeypatch.setattr(shard_writer, "write_file", write_file)
-        monkeypatch.setattr(shard_writer, "publication_lock", lambda folder: files.contextlib.nullcontext())
+        monkeypatch.setattr(shard_writer, "exclusive", lambda folder: files.contextlib.nullcontext())
         write_shard(other, example, "atoms", 0)
         return write_file(target, data, replace=replace)
 
     monkeypatch.setattr(shard_writer, "write_file", late)
-    monkeypatch.setattr(shard_writer, "publication_lock", lambda folder: files.contextlib.nullcontext())
+    monkeypatch.setattr(shard_writer, "exclusive", lambda folder: files.contextlib.nullcontext())
     arrays = shard_arrays(store, example, "atoms", 0)
     arrays["tags"] = arrays["tags"] ^ 1
     with pytest.raises(CacheError, match="left uncommitted"), store.shard_writer("atoms", 0) as writer:
@@ -127,7 +127,7 @@ def test_a_race_lost_between_files_and_record_leaves_no_record(tmp_path, example
     assert verify(store.path).ok
 
 
-# --------------------------------------------------------------------------------------------------- full disk
+# ---------------------------------------------------------------------------------------------- full disk
 
 
 def test_full_disk(tmp_path, example, monkeypatch):

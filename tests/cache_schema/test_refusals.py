@@ -16,6 +16,7 @@ from cache_example import (
     write_shard,
 )
 
+from molkd.cache_schema import writer as writer_module
 from molkd.cache_schema.encoding import ENCODINGS, encode
 from molkd.cache_schema.errors import CacheError
 from molkd.cache_schema.fields import FieldSpec, node_spec
@@ -296,6 +297,29 @@ def test_unwritten_systems_are_an_error_never_zeros(store, example):
     with pytest.raises(CacheError, match="atoms is not finished"):
         finalize(store)
     assert not (store.path / "manifest.json").exists()
+
+
+def test_reading_nothing(store_path):
+    arrays = Cache.open(store_path).read([], teacher=TEACHER, signals=("v2v", "energy"))
+    assert arrays["teacher/v2v"].shape == (0, 3, 3)
+    assert arrays["positions"].shape == (0, 3)
+    assert arrays["teacher/energy"].shape == (0,)
+
+
+def test_two_creators_at_once_share_one_store(tmp_path, example, monkeypatch):
+    """The other process finishes its store while ours is being built."""
+    path = tmp_path / "x.kdcache"
+    build = writer_module.build
+
+    def slow(*arguments):
+        monkeypatch.setattr(writer_module, "build", build)
+        create(path, example)
+        return build(*arguments)
+
+    monkeypatch.setattr(writer_module, "build", slow)
+    store = create(path, example)
+    assert [p.name for p in tmp_path.iterdir()] == ["x.kdcache"]
+    np.testing.assert_array_equal(store.systems.id, example.ids[store.input_index])
 
 
 def test_no_right_to_write(store, example, monkeypatch):

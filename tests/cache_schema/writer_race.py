@@ -39,7 +39,7 @@ def write(store: Store, example, change: float, ready: int, go: int) -> str:
 def main() -> None:
     folder, rounds, values, locks = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4]
     if locks == "no-locks":
-        shard_writer.publication_lock = lambda folder: contextlib.nullcontext()
+        shard_writer.exclusive = lambda folder: contextlib.nullcontext()
     example = make_example([300, 20, 900], seed=2)
     results = []
     for number in range(rounds):
