@@ -52,7 +52,7 @@ def kd(debug: bool, quiet: bool) -> None:
 @click.option("--citation", help="Of the data; kept in the store.")
 @as_json
 def ingest(as_json: bool, **flags: Any) -> None:
-    r"""Put structures and labels of DATA... into STORE, without a teacher.
+    """Put structures and labels of DATA... into STORE, without a teacher.
 
     DATA are extxyz files (.xz, .gz, .zst too), anything ase.io reads, ASE databases, OC20 LMDBs or folders of
     them, .aselmdb files, COLL's npz, or other stores. A missing label stays missing.
@@ -83,7 +83,7 @@ def ingest(as_json: bool, **flags: Any) -> None:
 @click.option("--dry-run", is_flag=True, help="Price disk and time from a short probe; write nothing.")
 @as_json
 def cache_teacher(as_json: bool, data: Path, store: Path | None, dry_run: bool, **flags: Any) -> None:
-    r"""Run the teacher once over DATA and keep its signals in STORE.
+    """Run the teacher once over DATA and keep its signals in STORE.
 
     DATA is a store of structures (then STORE may be left out: the signals are added to it) or anything that
     `kd ingest` takes. The same command continues after an interruption; other --signals add to the store.
@@ -112,7 +112,7 @@ def cache() -> None:
 @click.argument("store", type=PATH)
 @as_json
 def cache_info(as_json: bool, store: Path) -> None:
-    r"""Show what is inside STORE: systems, teachers, signals, encodings, sizes, provenance.
+    """Show what is inside STORE: systems, teachers, signals, encodings, sizes, provenance.
 
     \b
     Example:
@@ -129,7 +129,7 @@ def cache_info(as_json: bool, store: Path) -> None:
 @click.option("--quick", is_flag=True, help="Presence and sizes only, no checksums.")
 @as_json
 def cache_verify(as_json: bool, store: Path, quick: bool) -> None:
-    r"""Check every byte of STORE against its checksums; exit code 3 if something is wrong.
+    """Check every byte of STORE against its checksums; exit code 3 if something is wrong.
 
     \b
     Example:
@@ -177,7 +177,7 @@ def cache_verify(as_json: bool, store: Path, quick: bool) -> None:
 def train_student(
     as_json: bool, config_file: Path | None, assignments: tuple[str, ...], **flags: Any
 ) -> None:
-    r"""Train a student on STORE; --kd says what it learns from the cached teacher.
+    """Train a student on STORE; --kd says what it learns from the cached teacher.
 
     LAMBDA is the paper's weight, or auto: then the term starts as large as the loss on the labels. With
     --kd none this is ordinary training, also the way to train a teacher. The same command continues.
@@ -199,11 +199,11 @@ def train_student(
 @click.option("--predictions", type=PATH, help="Write structures, labels and predictions as extxyz.")
 @click.option("--energy-key", help="Name of the energy in the files (eV).")
 @click.option("--forces-key", help="Name of the forces in the files (eV/A).")
-@click.option("--batch-size", type=int, default=32, show_default=True)
+@click.option("--batch-size", type=click.IntRange(min=1), default=32, show_default=True)
 @click.option("--device", default="auto", show_default=True)
 @as_json
 def evaluate(as_json: bool, **flags: Any) -> None:
-    r"""Measure MODEL (a run, a model file or any teacher) on the labels of DATA.
+    """Measure MODEL (a run, a model file or any teacher) on the labels of DATA.
 
     \b
     Example:
@@ -222,7 +222,7 @@ def evaluate(as_json: bool, **flags: Any) -> None:
 @click.option("--device", default="auto", show_default=True)
 @as_json
 def report(as_json: bool, **flags: Any) -> None:
-    r"""Compare RUNS: table with mean and spread over seeds, gap closed, learning curves, parity plots, cards.
+    """Compare RUNS: table with mean and spread over seeds, gap closed, learning curves, parity plots, cards.
 
     \b
     Example:
@@ -237,7 +237,7 @@ def report(as_json: bool, **flags: Any) -> None:
 @click.argument("folder", type=PATH, default=Path())
 @as_json
 def doctor(as_json: bool, folder: Path) -> None:
-    r"""Show versions, devices, teachers that can be used, and rights on a cache FOLDER.
+    """Show versions, devices, teachers that can be used, and rights on a cache FOLDER.
 
     \b
     Example:
@@ -252,7 +252,7 @@ def doctor(as_json: bool, folder: Path) -> None:
 @click.option("--out", type=PATH, default=Path("kd-demo"), show_default=True, help="Folder for everything.")
 @as_json
 def demo(as_json: bool, out: Path) -> None:
-    r"""Run both stages on bundled molecules in under three minutes and write a report.
+    """Run both stages on bundled molecules in under three minutes and write a report.
 
     \b
     Example:
@@ -316,13 +316,14 @@ def main() -> None:
     except Exception as error:
         if "--debug" in sys.argv:
             traceback.print_exc()
-        elif not isinstance(error, MolkdError):
+        elif not isinstance(error, MolkdError | OSError):
             click.echo(
                 f"unexpected {type(error).__name__}: {error}; run again with kd --debug and report it",
                 err=True,
             )
             sys.exit(1)
-        click.echo(f"error: {error}", err=True)
+        remedy = "; check the path, its rights and the free space" if isinstance(error, OSError) else ""
+        click.echo(f"error: {error}{remedy}", err=True)
         sys.exit(error.exit_code if isinstance(error, MolkdError) else 1)
 
 

@@ -21,7 +21,7 @@ class Settings(BaseModel):
 class IngestConfig(Settings):
     """`kd ingest`: structures and labels into a store."""
 
-    data: tuple[Path, ...]
+    data: tuple[Path, ...] = ()
     store: Path
     drop_labels: tuple[
         Path, ...
@@ -41,7 +41,7 @@ class CacheConfig(Settings):
 
     store: Path
     teacher: str
-    signals: tuple[str, ...] = ("energy", "forces", "atomic_energies", "node")
+    signals: tuple[str, ...] = Field(("energy", "forces", "atomic_energies", "node"), min_length=1)
     name: str | None = None  # of the teacher's group in the store; None takes the teacher's own
     encoding: Literal["fp32", "fp16"] = "fp16"  # of features; energies and forces are never narrowed
     batch_atoms: int = Field(0, ge=0)  # 0: chosen by device
@@ -174,7 +174,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
     try:
         content = yaml.safe_load(path.read_text())
     except (OSError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path}: cannot be read as YAML ({error})") from None
+        reason = " ".join(str(error).split())  # a parser's message has several lines
+        raise ConfigError(f"{path}: cannot be read as YAML ({reason})") from None
     if not isinstance(content, dict):
         raise ConfigError(f"{path}: expected a mapping of settings, found {type(content).__name__}")
     return content

@@ -1,22 +1,19 @@
 """`kd evaluate` and `kd report`: apply any model or teacher to labelled data, compare runs."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from ase.data import chemical_symbols
 from tqdm import tqdm
 
 from molkd.pipeline.config import TrainConfig, make_config, read_yaml
 from molkd.pipeline.data.sources import Source, open_source
-from molkd.pipeline.data.system import System
-from molkd.pipeline.data.validate import check_system
 from molkd.pipeline.device import choose_device
-from molkd.pipeline.errors import ConfigError, ModelError
-from molkd.pipeline.evaluation.evaluate import evaluate
+from molkd.pipeline.errors import ConfigError
+from molkd.pipeline.evaluation.evaluate import evaluate, known_systems
 from molkd.pipeline.evaluation.predictions import ExtxyzPredictions
 from molkd.pipeline.evaluation.report import Report, write_report
 from molkd.pipeline.evaluation.result import FOLDER, Evaluation, load_evaluations
@@ -147,7 +144,7 @@ def _evaluate(teacher: Teacher, source: Source, batch_size: int, predictions: Pa
         )
         return evaluate(
             lambda batch: teacher.compute(batch, ("energy", "forces")),
-            _checked(source, teacher),
+            known_systems(source, teacher.atomic_numbers, teacher.info.name),
             teacher.neighbor_rule,
             batch_size=batch_size,
             device=teacher.device,
@@ -159,17 +156,3 @@ def _evaluate(teacher: Teacher, source: Source, batch_size: int, predictions: Pa
 
 def _advance(progress: "tqdm[Any]", done: int) -> None:
     progress.update(done - progress.n)
-
-
-def _checked(source: Source, teacher: Teacher) -> Iterator[System]:
-    """Yield systems, refusing what the model cannot know."""
-    for index in range(len(source)):
-        system = source.read(index)
-        check_system(system)
-        unknown = set(system.atomic_numbers.tolist()) - teacher.atomic_numbers
-        if unknown:
-            raise ModelError(
-                f"{system.source}: holds {chemical_symbols[min(unknown)]}, which {teacher.info.name} was not "
-                "made for; leave such systems out, or take another model"
-            )
-        yield system

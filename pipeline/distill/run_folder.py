@@ -40,7 +40,7 @@ class RunFolder:
         self._columns: list[str] = []
 
     def open(self, config: TrainConfig) -> None:
-        """Write config.yaml, or check that the run already there has the same settings.
+        """Write config.yaml, or check that a run that has begun there has the same settings.
 
         Raises
         ------
@@ -48,7 +48,7 @@ class RunFolder:
             If the folder holds a run with other settings; nothing in it is touched.
         """
         target = self.path / "config.yaml"
-        if target.exists():
+        if target.exists() and (self._metrics.exists() or self._last.exists() or self._summary.exists()):
             old = make_config(TrainConfig, read_yaml(target)).model_dump(mode="json")
             new = config.model_dump(mode="json")
             differ = [key for key in new if key not in _MAY_CHANGE and new[key] != old.get(key)]

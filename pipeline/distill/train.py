@@ -28,7 +28,7 @@ from molkd.pipeline.distill.run_folder import RunFolder
 from molkd.pipeline.distill.step import TrainState, accumulate, initial_state, train_step
 from molkd.pipeline.distill.student import Setup, prepare
 from molkd.pipeline.errors import CacheError, ModelError
-from molkd.pipeline.evaluation.evaluate import evaluate
+from molkd.pipeline.evaluation.evaluate import evaluate, known_systems
 from molkd.pipeline.evaluation.result import FOLDER, Evaluation
 from molkd.pipeline.models.potential import Potential
 
@@ -96,6 +96,8 @@ def _train(config: TrainConfig, run: RunFolder) -> TrainSummary:
         device,
     )
     val_systems = _validation_systems(cache, setup, config)
+    for path in config.test.values():
+        open_source(path).close()  # a wrong path shows now, not when the training is over
     part_names = ["loss", "energy", "forces", *(t.name for t in config.kd)]
     run.start_metrics(_columns(part_names), state.step)
     writer = _tensorboard(config, run)
@@ -215,7 +217,7 @@ def _validation_systems(cache: Cache, setup: Setup, config: TrainConfig) -> list
     if config.val is not None:
         source = open_source(config.val)
         try:
-            systems = [source.read(i) for i in range(len(source))]
+            systems = list(known_systems(source, setup.potential.elements, config.student))
         finally:
             source.close()
     else:
@@ -270,7 +272,7 @@ def _test(config: TrainConfig, run: RunFolder, device: torch.device) -> dict[str
     for name, path in config.test.items():
         source = open_source(path)
         try:
-            systems = (source.read(i) for i in range(len(source)))
+            systems = known_systems(source, best.elements, str(config.out))
             evaluation = _evaluate(best, systems, device, measure_throughput=True)
         finally:
             source.close()

@@ -9,14 +9,17 @@ Works with anything that turns a `Batch` into energies and forces, so with a stu
 import itertools
 import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 
 import numpy as np
 import torch
+from ase.data import chemical_symbols
 from numpy.typing import NDArray
 from torch import Tensor
 
+from molkd.pipeline.data.sources import Source
 from molkd.pipeline.data.system import System
+from molkd.pipeline.data.validate import check_system
 from molkd.pipeline.errors import DataError, ModelError
 from molkd.pipeline.evaluation.metrics import MetricSums
 from molkd.pipeline.evaluation.result import Evaluation, Parity
@@ -109,6 +112,33 @@ def evaluate(
         forces_label=force_rows[:, 3:],
     )
     return Evaluation(sums.result(), throughput, parity)
+
+
+def known_systems(source: Source, elements: Set[int], model: str) -> Iterator[System]:
+    """Yield the systems of a source, refusing what makes no sense and what a model was not made for.
+
+    Parameters
+    ----------
+    elements : atomic numbers that the model was trained on
+    model : its name, for messages
+
+    Raises
+    ------
+    DataError
+        If a system cannot be read or makes no sense.
+    ModelError
+        If it holds another element.
+    """
+    for index in range(len(source)):
+        system = source.read(index)
+        check_system(system)
+        unknown = set(system.atomic_numbers.tolist()) - elements
+        if unknown:
+            raise ModelError(
+                f"{system.source}: holds {chemical_symbols[min(unknown)]}, which {model} was not made for; "
+                "leave such systems out, or take another model"
+            )
+        yield system
 
 
 def _chunks(systems: Iterable[System], size: int) -> Iterable[list[System]]:

@@ -19,7 +19,7 @@ _context.set_forkserver_preload(["molkd.cli", "molkd.pipeline.caching", "torch_g
 
 @dataclass
 class Run:
-    """One process of the command line; it writes what it says to a file."""
+    """One process of the command line; `log` gets its stderr, ``log.out`` its stdout."""
 
     process: BaseProcess
     log: Path
@@ -37,6 +37,10 @@ class Run:
     def text(self) -> str:
         return self.log.read_text()
 
+    @property
+    def out(self) -> str:
+        return Path(f"{self.log}.out").read_text()
+
 
 def start(
     arguments: list[object],
@@ -50,7 +54,7 @@ def start(
 
     Parameters
     ----------
-    log : file for stdout and stderr; with `watched`, ``log.count`` gets the number of changes seen
+    log : file for stderr; with `watched`, ``log.count`` gets the number of changes seen
     watched : folder in which creations, renames, links and removals of files are counted
     kill_at : the process kills itself, as hard as the system does, just before this change
     file_bytes : no file may become longer
@@ -70,9 +74,8 @@ def run(arguments: list[object], log: Path, **options: object) -> Run:
 
 
 def _main(arguments: list[str], log: str, watched: str, kill_at: int | None, file_bytes: int | None) -> None:
-    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
+    for stream, path in ((1, f"{log}.out"), (2, log)):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
     if file_bytes is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_bytes, file_bytes))
     sys.argv = ["kd", *arguments]
