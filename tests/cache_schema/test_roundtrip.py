@@ -1,6 +1,7 @@
 """What goes in comes out: through our reader, and through stock zarr-python."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -230,3 +231,19 @@ def test_many_files_need_few_handles(store_path, example, monkeypatch):
             assert len(one["positions"]) == cache.system_n_atoms[i]
         cache.close()
         assert len(cache.read(order)["forces"]) == cache.n_atoms
+
+
+def test_threads_may_share_a_cache(store_path, monkeypatch):
+    from molkd.cache_schema import shard_reader
+
+    monkeypatch.setattr(shard_reader, "_OPEN_FILES", 2)  # files close while other threads read them
+    with Cache.open(store_path) as cache:
+        reference = [cache[i] for i in range(cache.n_systems)]
+        cache.close()
+
+        def read(seed):
+            for i in np.random.default_rng(seed).integers(0, cache.n_systems, 60):
+                np.testing.assert_equal(cache[int(i)], reference[i])
+
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(read, range(4)))
