@@ -38,6 +38,7 @@ PAINN = {
     "num_rbf": 8,
     "cutoff": 4.0,
     "max_neighbors": 50,
+    "direct_forces": True,
     "use_pbc": False,
 }
 MODELS: dict[str, dict[str, Any]] = {
@@ -116,20 +117,15 @@ def train_config(store: Path, out: Path, **changes: Any) -> TrainConfig:
     return make_config(TrainConfig, base, changes)
 
 
-def run_cli(*arguments: object, setup: str = "", **options: Any) -> subprocess.CompletedProcess[str]:
-    """Run `kd ...` in a process of its own."""
+def run_cli(*arguments: object, setup: str = "") -> subprocess.CompletedProcess[str]:
+    """Run `kd ...` in a process of its own, some lines of Python before it."""
     return subprocess.run(
-        cli_command(*arguments, setup=setup),
+        [sys.executable, "-c", f"{setup}\n{CLI}", *(str(a) for a in arguments)],
         capture_output=True,
         text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         check=False,
-        **options,
     )
-
-
-def cli_command(*arguments: object, setup: str = "") -> list[str]:
-    return [sys.executable, "-c", f"{setup}\n{CLI}", *(str(a) for a in arguments)]
 
 
 def read_metrics(run: Path) -> list[dict[str, str]]:

@@ -58,9 +58,9 @@ def test_students_learn(store, tmp_path, name):
         store,
         tmp_path,
         model=MODELS[name],
-        training={"max_steps": 120, "lr": 0.02, "schedule": {"kind": "constant"}},
+        training={"max_steps": 100, "lr": 0.02, "schedule": {"kind": "constant"}},
         val_fraction=0.85,
-        val_every=120,
+        val_every=100,
     )
     summary = train_student(config)
     ids = Cache.open(store).ids
@@ -71,7 +71,7 @@ def test_students_learn(store, tmp_path, name):
     assert loss[0] > 0.8 * start
     assert np.mean(loss[-6:]) < 0.4 * start
     assert summary.finished
-    assert summary.steps == len(loss) == 120
+    assert summary.steps == len(loss) == 100
     assert summary.n_parameters == sum(p.numel() for p in build_model(MODELS[name]).parameters())
 
 
