@@ -304,7 +304,7 @@ def _print_mapping(content: Mapping[str, Any], indent: str) -> None:
 def main() -> None:
     """Entry point of the scripts `kd` and `molkd`: one line for a user's error, no traceback."""
     try:
-        kd(standalone_mode=False)
+        kd(prog_name="kd", standalone_mode=False)
     except click.exceptions.Exit as stop:
         sys.exit(stop.exit_code)
     except click.ClickException as error:
