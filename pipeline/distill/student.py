@@ -28,6 +28,9 @@ from molkd.pipeline.models.registry import build_model
 
 log = logging.getLogger(__name__)
 
+_REFERENCE_SAMPLE = 2000  # systems
+_MAX_REFERENCE_OFFSET = 10.0  # label scales; an honest teacher is off by a fraction of one
+
 
 @dataclass(frozen=True)
 class Setup:
@@ -115,6 +118,8 @@ def prepare(cache: Cache, config: TrainConfig, device: torch.device) -> Setup:
         has_forces = not np.isnan(statistics.forces_rms)
         statistics = replace(statistics, energies=of_teacher.energies) if has_forces else of_teacher
     scale = _fit_scale(config, statistics)
+    if teacher and {"energy", "atomic_energies"} & set(signals):
+        _check_energy_reference(cache, train, teacher, scale)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         model: Any = build_model(config.model)
@@ -152,6 +157,22 @@ def _check_labels(cache: Cache, config: TrainConfig, statistics: LabelStatistics
         raise DataError(
             f"{cache.path}: no system has an energy or forces to train on; "
             "ingest with --energy-key, or learn from the teacher with --pseudo-labels or --kd vanilla1"
+        )
+
+
+def _check_energy_reference(cache: Cache, train: NDArray[np.bool_], teacher: str, scale: LabelScale) -> None:
+    """Refuse to mix labels with a teacher's energies that have another zero or unit."""
+    entry = cache.teachers[teacher].signals.get("energy")
+    labelled = np.flatnonzero(train & np.isfinite(cache.energy))[:_REFERENCE_SAMPLE]
+    if entry is None or not entry.complete or len(labelled) == 0:
+        return
+    values = cache.read(labelled, ("energy",), teacher=teacher, signals=("energy",))
+    offset = float(np.abs(values["teacher/energy"] - values["energy"]).mean())
+    if offset > _MAX_REFERENCE_OFFSET * scale.energy_std:
+        raise ConfigError(
+            f"{cache.path}: energies of teacher {teacher} differ from the labels by {offset:.4g} eV on "
+            f"average, the labels' own scale is {scale.energy_std:.4g} eV: another reference or level "
+            "of theory; take n2n or v2v, which use no energies, or a teacher trained on such labels"
         )
 
 
