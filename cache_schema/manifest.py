@@ -49,6 +49,14 @@ def finalize(store: Store) -> Path:
     return path
 
 
+def finalize_if_complete(store: Store) -> bool:
+    """Write the manifest unless some group still lacks shards, whoever is writing them; return whether."""
+    if any(store.missing_shards(group) for group in store.groups):
+        return False
+    finalize(store)
+    return True
+
+
 def _group_entry(state: GroupState) -> dict[str, Any]:
     arrays = {}
     for name in state.group.layouts:

@@ -24,7 +24,7 @@ from tqdm import tqdm
 from molkd.cache_schema.encoding import encoding_for
 from molkd.cache_schema.fields import FieldSpec
 from molkd.cache_schema.layout import PLAN
-from molkd.cache_schema.manifest import finalize
+from molkd.cache_schema.manifest import finalize_if_complete
 from molkd.cache_schema.reader import Cache
 from molkd.cache_schema.shard_writer import ShardWriter
 from molkd.cache_schema.writer import Store
@@ -109,7 +109,8 @@ def cache_teacher(config: CacheConfig, data: Path | None = None) -> CacheSummary
             wanted = {signal: group for signal, group in groups.items() if shard in missing[signal]}
             bad |= _cache_shard(teacher, cache, store, shard, wanted, config, progress.update)
             n_bytes += sum(_shard_bytes(store, shard, teacher.signals[s], encodings[s]) for s in wanted)
-    finalize(store)
+    if not finalize_if_complete(store):
+        log.info("%s: other signals are unfinished, so no manifest yet", config.store)
     return CacheSummary(
         store=str(config.store),
         teacher=name,

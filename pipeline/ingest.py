@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from molkd.cache_schema.identity import ID_BYTES
+from molkd.cache_schema.manifest import finalize_if_complete
 from molkd.cache_schema.writer import Store, create_store
 from molkd.pipeline.config import IngestConfig
 from molkd.pipeline.data.duplicates import resolve_duplicates
@@ -71,6 +72,7 @@ def ingest(config: IngestConfig) -> IngestSummary:
         keep, n_duplicates = _without_duplicates(table, config.on_conflict)
         store = _create(config, table, keep, paths, n_duplicates)
         _write_shards(store, sources, unlabelled)
+        finalize_if_complete(store)
     finally:
         for source in sources:
             source.close()
