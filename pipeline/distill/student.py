@@ -112,7 +112,7 @@ def prepare(cache: Cache, config: TrainConfig, device: torch.device) -> Setup:
     statistics = label_statistics(cache, train)
     _check_labels(cache, config, statistics)
     n_energies = statistics.n_energies
-    if n_energies == 0 and teacher and "energy" in signals:
+    if n_energies == 0 and teacher and {"energy", "atomic_energies"} & set(signals):
         log.info("no energies in the training systems: references and energy scale come from the teacher")
         of_teacher = label_statistics(cache, train, teacher)
         has_forces = not np.isnan(statistics.forces_rms)

@@ -30,6 +30,7 @@ from molkd.pipeline.distill.student import Setup, prepare
 from molkd.pipeline.errors import CacheError, ModelError
 from molkd.pipeline.evaluation.evaluate import evaluate, known_systems
 from molkd.pipeline.evaluation.result import FOLDER, Evaluation
+from molkd.pipeline.models.interface import check_elements
 from molkd.pipeline.models.potential import Potential
 
 log = logging.getLogger(__name__)
@@ -223,6 +224,8 @@ def _validation_systems(cache: Cache, setup: Setup, config: TrainConfig) -> list
     else:
         held_out = StoreSource(cache)
         systems = [held_out.read(int(i)) for i in np.flatnonzero(setup.val)]
+        for system in systems:
+            check_elements(system.atomic_numbers, setup.potential.model)
     labelled = [s for s in systems if np.isfinite(s.energy) or np.isfinite(s.forces[~s.fixed]).any()]
     if not labelled:
         log.info("no labelled system is held out: the last weights are kept as the best ones")
