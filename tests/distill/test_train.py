@@ -3,6 +3,7 @@
 import json
 import logging
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -37,6 +38,7 @@ from molkd.pipeline.evaluation.evaluate import evaluate
 from molkd.pipeline.models.potential import Potential
 from molkd.pipeline.models.registry import build_model
 
+COMMENT = 'Properties=species:S:1:pos:R:3:forces:R:3 energy=-1.0 pbc="F F F"'
 BF16_NOISE = 0.02  # relative, of a loss over 64 atoms; bfloat16 keeps 8 bits
 PRINTED = 1e-6  # relative; metrics.csv keeps 8 digits
 
@@ -235,16 +237,20 @@ def test_a_store_without_labels_is_learned_from_pseudo_labels(bare_store, tmp_pa
     )
 
 
-def test_energies_of_the_teacher_set_the_scale_where_labels_are_forces_only(teacher_file, tmp_path):
+@pytest.mark.parametrize(
+    "learn", [{"pseudo_labels": True}, {"kd": [{"name": "vanilla2"}]}], ids=["pseudo", "vanilla2"]
+)
+def test_energies_of_the_teacher_set_the_scale_where_labels_are_forces_only(teacher_file, tmp_path, learn):
     """Else pseudo-labels of hundreds of eV would meet a scale that knows no energies."""
     forces_only = tmp_path / "forces.extxyz"
     forces_only.write_text(COLL.read_text().replace(" energy=", " other="))
     store = add_teacher(make_store(tmp_path / "forces.kdcache", forces_only), teacher_file)
-    config = train_config(store, tmp_path / "run", pseudo_labels=True)
+    config = train_config(store, tmp_path / "run", **learn)
     scale = prepare(Cache.open(store), config, choose_device("cpu")).potential.scale
     assert set(scale.references) == {1, 6, 8}
     train_student(config)
-    assert column(tmp_path / "run", "train_energy")[0] < 10
+    name = "energy" if "pseudo_labels" in learn else "vanilla2"
+    assert column(tmp_path / "run", f"train_{name}")[0] < 10
 
 
 def test_a_store_without_labels_needs_the_teachers(bare_store, tmp_path):
@@ -357,13 +363,52 @@ def test_a_store_without_teacher_is_refused_for_kd(tmp_path):
 
 def test_elements_the_student_does_not_know_are_refused(tmp_path):
     heavy = tmp_path / "heavy.extxyz"
-    heavy.write_text(
-        '2\nProperties=species:S:1:pos:R:3:forces:R:3 energy=-1.0 pbc="F F F"\n'
-        "Po 0 0 0 0.1 0 0\nH 0 0 1.7 -0.1 0 0\n"
-    )
+    heavy.write_text(f"2\n{COMMENT}\nPo 0 0 0 0.1 0 0\nH 0 0 1.7 -0.1 0 0\n")
     path = make_store(tmp_path / "heavy.kdcache", heavy)
     with pytest.raises(DataError, match="atomic number 84, but this student knows 1 to 83"):
         train_student(train_config(path, tmp_path / "run", val_fraction=0.0))
+
+
+def test_held_out_elements_are_checked_too(tmp_path):
+    """Before the first step, and not by an index out of range on the device."""
+    frames = [f"2\n{COMMENT}\nH 0 0 0 0.1 0 0\nH 0 0 {0.7 + 0.01 * k} -0.1 0 0\n" for k in range(4)]
+    frames += [f"2\n{COMMENT}\nPo 0 0 0 0.1 0 0\nH 0 0 {1.7 + 0.01 * k} -0.1 0 0\n" for k in range(20)]
+    (tmp_path / "all.extxyz").write_text("".join(frames))
+    systems = read_systems(tmp_path / "all.extxyz")
+    ids = np.array([np.frombuffer(s.id, np.uint8) for s in systems])
+    held_out = int(np.flatnonzero(split_mask(ids, 0.5)[4:])[0]) + 4
+    (tmp_path / "two.extxyz").write_text("".join([*frames[:4], frames[held_out]]))
+    path = make_store(tmp_path / "two.kdcache", tmp_path / "two.extxyz")
+    with pytest.raises(ModelError, match=r"PaiNN does not know Po \(84\)"):
+        train_student(train_config(path, tmp_path / "run", val_fraction=0.5))
+
+
+@pytest.mark.parametrize("term", ["vanilla1", "vanilla2"])
+def test_a_teacher_with_another_zero_of_energy_is_refused(teacher_file, tmp_path, term):
+    shifted = Potential.load(teacher_file)
+    scale = replace(shifted.scale, energy_mean=shifted.scale.energy_mean + 1000)
+    Potential(shifted.model, scale, shifted.metadata).save(tmp_path / "shifted.safetensors")
+    path = add_teacher(make_store(tmp_path / "coll.kdcache", COLL), tmp_path / "shifted.safetensors")
+    with pytest.raises(ConfigError, match=r"differ from the labels by .* take n2n or v2v"):
+        train_student(train_config(path, tmp_path / "run", kd=[{"name": term}]))
+    assert train_student(train_config(path, tmp_path / "n2n", kd=[{"name": "n2n"}])).finished
+
+
+@pytest.mark.parametrize(("label", "scale"), [("energy", "energy"), ("forces", "forces")])
+def test_one_kind_of_label_is_enough(tmp_path, label, scale):
+    text = COLL.read_text().replace(" energy=", " other=") if label == "forces" else COLL.read_text()
+    text = text.replace("forces:R:3", "other:R:3") if label == "energy" else text
+    (tmp_path / "one.extxyz").write_text(text)
+    path = make_store(tmp_path / "one.kdcache", tmp_path / "one.extxyz")
+    training = {"normalization": scale, "max_steps": 40, "lr": 0.02}
+    summary = train_student(train_config(path, tmp_path / "run", training=training, val_fraction=0.85))
+    loss, of_label = (column(tmp_path / "run", f"train_{name}") for name in ("loss", label))
+    assert np.mean(loss[-4:]) < 0.95 * np.mean(loss[:4])
+    weight = 100 if label == "forces" else 1
+    np.testing.assert_allclose(loss, weight * np.array(of_label), rtol=PRINTED)
+    metric = {"energy": "energy_mae_meV", "forces": "force_mae_meV_A"}
+    assert {name for name in metric if summary.val[metric[name]] is not None} == {label}
+    assert Potential.load(tmp_path / "run").scale.forces_std > 0
 
 
 def test_gradient_forces_need_one_scale(store, tmp_path):
