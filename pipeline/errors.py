@@ -2,7 +2,15 @@
 
 from molkd.cache_schema.errors import CacheError, IntegrityError, MolkdError
 
-__all__ = ["CacheError", "ConfigError", "DataError", "IntegrityError", "ModelError", "MolkdError", "TeacherError"]
+__all__ = [
+    "CacheError",
+    "ConfigError",
+    "DataError",
+    "IntegrityError",
+    "ModelError",
+    "MolkdError",
+    "TeacherError",
+]
 
 
 class DataError(MolkdError):

@@ -110,7 +110,7 @@ def report_runs(
     if teacher is not None:
         model = load_teacher(teacher, device=chosen)
         evaluations = {name: _evaluate_file(model, path, batch_size) for name, path in data.items()}
-        result = TeacherResult(model.info.name, evaluations=evaluations)
+        result = TeacherResult(model.info.name, n_parameters=model.info.n_parameters, evaluations=evaluations)
     return write_report(runs, out, teacher=result)
 
 

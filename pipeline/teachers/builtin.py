@@ -40,6 +40,7 @@ class BuiltinTeacher:
             licence=str(provenance.get("licence", "")),
             citation=str(provenance.get("citation", "")),
             energy_reference="total energies as in the labels it was trained on",
+            n_parameters=sum(p.numel() for p in self.potential.model.parameters()),
             extra={"provenance": provenance},
         )
 

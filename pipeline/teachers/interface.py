@@ -25,6 +25,7 @@ class TeacherInfo:
     citation: str
     energy_reference: str  # what the teacher's energies are relative to, in words
     units_inside: str = "eV, A"
+    n_parameters: int | None = None
     extra: dict[str, object] = field(default_factory=dict)
 
 
