@@ -2,26 +2,31 @@
 
 import errno
 import os
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 from forked_commands import run, start
-from stage_one_cases import assert_same_files, files
+from stage_one_cases import assert_same_files, files, write_teacher
 
 from molkd.cache_schema.errors import CacheError
 from molkd.cache_schema.reader import Cache
 from molkd.cache_schema.verify import verify
 from molkd.pipeline.caching import cache_teacher
 from molkd.pipeline.config import CacheConfig
+from molkd.pipeline.teachers.load import load_teacher
 
 N_CRASHES = 10
 SIGNALS = ("energy", "forces", "node", "v2v")
 PAGE = os.sysconf("SC_PAGE_SIZE")
+_SCRIPT = Path(sys.executable).with_name("kd")
+KD = [str(_SCRIPT)] if _SCRIPT.exists() else [sys.executable, "-c", "from molkd.cli import main; main()"]
 
 
 def command(store, teacher_file, data=None):
@@ -88,8 +93,7 @@ def test_killed_again_and_again_at_random_times(uninterrupted, teacher_file, sto
 
 @pytest.mark.slow
 def test_installed_command_killed_after_its_first_shard(uninterrupted, teacher_file, store, tmp_path):
-    kd = [sys.executable, "-c", "from molkd.cli import main; main()"]
-    arguments = [*kd, *(str(a) for a in command(store, teacher_file))]
+    arguments = [*KD, *(str(a) for a in command(store, teacher_file))]
     process = subprocess.Popen(arguments, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     wait_for(lambda: commits(store), process.poll)
     process.kill()
@@ -140,6 +144,23 @@ def test_two_processes_at_once(uninterrupted, made, teacher_file, tmp_path, from
         assert report.notes == []
         if not from_data:  # ingested here, the shards are fewer and larger
             assert_finished(store, uninterrupted[0])
+
+
+@pytest.mark.slow
+def test_two_teachers_of_one_name_at_once(made, teacher_file, tmp_path):
+    """One of them is in the store afterwards, whole; the other was told so."""
+    other = write_teacher(tmp_path / "teacher", seed=4)
+    store = shutil.copytree(made / "train.kdcache", tmp_path / "train.kdcache")
+    pair = [start(command(store, t), tmp_path / f"log-{t.parent.name}") for t in (teacher_file, other)]
+    codes = [started.wait() for started in pair]
+    assert sorted(codes) == [0, 1]
+    assert "teacher teacher is another one (weights_sha256" in pair[codes.index(1)].text
+    winner = load_teacher(str((teacher_file, other)[codes.index(0)])).info.weights_sha256
+    with Cache.open(store, complete=True) as cache:
+        assert cache.teachers["teacher"].provenance["weights_sha256"] == winner
+    report = verify(store)
+    assert report.ok
+    assert report.notes == []
 
 
 def test_interrupted_from_the_keyboard(uninterrupted, teacher_file, store, tmp_path):
@@ -201,12 +222,11 @@ def test_a_disk_that_is_really_full(uninterrupted, made, teacher_file, tmp_path)
     probe = subprocess.run(["unshare", "-rm", "mount", "-t", "tmpfs", "none", str(disk)], capture_output=True)
     if probe.returncode:
         pytest.skip(f"no file system can be mounted here ({probe.stderr.decode().strip()})")
-    kd = f"{sys.executable} -c 'from molkd.cli import main; main()'"
-    arguments = " ".join(map(str, command(disk / "s.kdcache", teacher_file)))
+    arguments = [*KD, "--quiet", *(str(a) for a in command(disk / "s.kdcache", teacher_file))]
     script = (
         f"mount -t tmpfs -o size={size} none {disk} && "
         f"cp -r {made / 'train.kdcache'} {disk / 's.kdcache'} && "
-        f"{kd} --quiet {arguments}; code=$?; cp -r {disk / 's.kdcache'} {kept}; exit $code"
+        f"{shlex.join(arguments)}; code=$?; cp -r {disk / 's.kdcache'} {kept}; exit $code"
     )
     done = subprocess.run(["unshare", "-rm", "sh", "-c", script], capture_output=True, text=True)
     assert done.returncode == 1, done.stderr
