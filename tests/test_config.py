@@ -245,7 +245,7 @@ def test_any_resolved_file_loads_back_to_itself(values, tmp_path_factory):
 
 @given(
     values=st.fixed_dictionaries(
-        {"store": paths, "teacher": names}, optional={"signals": st.lists(names, max_size=3)}
+        {"store": paths, "teacher": names}, optional={"signals": st.lists(names, min_size=1, max_size=3)}
     )
 )
 def test_settings_of_stage_one_load_back_too(values, tmp_path_factory):
