@@ -37,6 +37,7 @@ from molkd.pipeline.graphs.batch import Batch, make_batch, to_device
 from molkd.pipeline.graphs.neighbors import NeighborRule
 from molkd.pipeline.ingest import ingest
 from molkd.pipeline.prefetch import prefetch
+from molkd.pipeline.scope import Scope, source_of
 from molkd.pipeline.teachers.interface import Teacher
 from molkd.pipeline.teachers.load import load_teacher
 
@@ -83,7 +84,9 @@ def cache_teacher(config: CacheConfig, data: Path | None = None) -> CacheSummary
     Raises
     ------
     TeacherError
-        If the teacher lacks a signal or an element, or gives non-finite numbers for a system, which is named.
+        If the teacher lacks a signal, or gives non-finite numbers for a system, which is named.
+    ModelError
+        If the store holds what the teacher was not made for: other elements, or cells that it ignores.
     CacheError
         If the store holds another teacher of this name, or cannot be written.
     """
@@ -92,7 +95,7 @@ def cache_teacher(config: CacheConfig, data: Path | None = None) -> CacheSummary
     if data is not None:
         prepare_store(config.store, data)
     cache = Cache.open(config.store)
-    check_elements(teacher, cache)
+    scope_of(teacher).check_store(cache)
     store = Store.open(config.store, mode="a")
     name = config.name or teacher.info.name
     encodings = choose_encodings(teacher, config)
@@ -160,9 +163,7 @@ def plan_teacher(config: CacheConfig, data: Path) -> Forecast:
     finally:
         source.close()
     for system in sample:
-        unknown = set(system.atomic_numbers.tolist()) - teacher.atomic_numbers
-        if unknown:
-            raise unknown_element(teacher, min(unknown), system.source)
+        scope_of(teacher).check(system)
     atoms = sum(s.n_atoms for s in sample) / len(sample)
     budget = config.batch_atoms or _BATCH_ATOMS.get(teacher.device.type, _BATCH_ATOMS["cpu"])
     return forecast(
@@ -189,25 +190,9 @@ def open_teacher(config: CacheConfig) -> Teacher:
     return teacher
 
 
-def check_elements(teacher: Teacher, cache: Cache) -> None:
-    """Refuse a store with an element the teacher does not know, before any work."""
-    step = 10_000
-    for begin in range(0, cache.n_systems, step):
-        part = np.arange(begin, min(begin + step, cache.n_systems))
-        numbers = cache.read(part, ("atomic_numbers",))["atomic_numbers"]
-        unknown = sorted(set(np.unique(numbers).tolist()) - teacher.atomic_numbers)
-        if unknown:
-            atom = int(np.flatnonzero(numbers == unknown[0])[0])
-            system = int(np.searchsorted(np.cumsum(cache.system_n_atoms[part]), atom, side="right"))
-            raise unknown_element(teacher, unknown[0], source_of(cache, int(part[system])))
-
-
-def unknown_element(teacher: Teacher, number: int, system: str) -> TeacherError:
-    """Return the error for a system with an element that the teacher does not know."""
-    return TeacherError(
-        f"{system}: element with atomic number {number}, which {teacher.info.name} does not know; "
-        "leave such systems out, or take another teacher"
-    )
+def scope_of(teacher: Teacher) -> Scope:
+    """Return what the teacher was made for."""
+    return Scope(teacher.info.name, teacher.atomic_numbers, teacher.neighbor_rule)
 
 
 def provenance(teacher: Teacher) -> dict[str, Any]:
@@ -341,8 +326,3 @@ def _shard_bytes(store: Store, shard: int, spec: FieldSpec, encoding: str) -> in
     systems = store.systems_of_shard(shard)
     rows = store.systems.rows_in_shard(shard) if spec.axis == "atom" else len(systems)
     return rows * row_bytes(spec, encoding)
-
-
-def source_of(cache: Cache, index: int) -> str:
-    """Return where a stored system came from, as a person would look for it."""
-    return f"{cache.source_names[int(cache.source[index])]}#{int(cache.source_row[index])}"

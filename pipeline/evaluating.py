@@ -144,7 +144,7 @@ def _evaluate(teacher: Teacher, source: Source, batch_size: int, predictions: Pa
         )
         return evaluate(
             lambda batch: teacher.compute(batch, ("energy", "forces")),
-            known_systems(source, teacher.atomic_numbers, teacher.info.name),
+            known_systems(source, teacher.atomic_numbers, teacher.info.name, teacher.neighbor_rule),
             teacher.neighbor_rule,
             batch_size=batch_size,
             device=teacher.device,

@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 
 import numpy as np
 import torch
-from ase.data import chemical_symbols
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -26,6 +25,7 @@ from molkd.pipeline.evaluation.result import Evaluation, Parity
 from molkd.pipeline.evaluation.sample import RowSample
 from molkd.pipeline.graphs.batch import Batch, batch_from_systems, to_device
 from molkd.pipeline.graphs.neighbors import NeighborRule
+from molkd.pipeline.scope import Scope
 
 Predict = Callable[[Batch], Mapping[str, Tensor]]
 OnPrediction = Callable[
@@ -114,30 +114,29 @@ def evaluate(
     return Evaluation(sums.result(), throughput, parity)
 
 
-def known_systems(source: Source, elements: Set[int], model: str) -> Iterator[System]:
+def known_systems(
+    source: Source, elements: Set[int], model: str, rule: NeighborRule | None = None
+) -> Iterator[System]:
     """Yield the systems of a source, refusing what makes no sense and what a model was not made for.
 
     Parameters
     ----------
     elements : atomic numbers that the model was trained on
     model : its name, for messages
+    rule : the model's; without it periodic systems pass, also where the model ignores cells
 
     Raises
     ------
     DataError
         If a system cannot be read or makes no sense.
     ModelError
-        If it holds another element.
+        If it holds another element, or is periodic and the model ignores cells.
     """
+    scope = Scope(model, elements, rule or NeighborRule(cutoff=0.0))
     for index in range(len(source)):
         system = source.read(index)
         check_system(system)
-        unknown = set(system.atomic_numbers.tolist()) - elements
-        if unknown:
-            raise ModelError(
-                f"{system.source}: holds {chemical_symbols[min(unknown)]}, which {model} was not made for; "
-                "leave such systems out, or take another model"
-            )
+        scope.check(system)
         yield system
 
 

@@ -22,7 +22,7 @@ from molkd.pipeline import caching
 from molkd.pipeline.caching import cache_teacher, make_work, plan_teacher
 from molkd.pipeline.config import CacheConfig
 from molkd.pipeline.data.store_source import StoreSource
-from molkd.pipeline.errors import CacheError, ConfigError, TeacherError
+from molkd.pipeline.errors import CacheError, ConfigError, ModelError, TeacherError
 from molkd.pipeline.graphs.neighbors import NeighborRule
 from molkd.pipeline.teachers.load import load_teacher
 
@@ -174,7 +174,7 @@ def test_refused_before_any_work(small, small_store, tmp_path, monkeypatch):
     systems[17].numbers[0] = 7
     strange = make_store(tmp_path / "strange", write_extxyz(tmp_path / "strange.xyz", systems))
     before = files(strange)
-    with pytest.raises(TeacherError, match=r"strange\.xyz#17: .*(7|N).* painn-direct does not know"):
+    with pytest.raises(ModelError, match=r"strange\.xyz#17: holds N .*which painn-direct was not made for"):
         cache_teacher(config(strange, tmp_path / "painn-direct.safetensors"))
     assert files(strange) == before
     assert files(small_store) == content
@@ -285,7 +285,7 @@ def test_forecast_refuses_what_the_run_would_refuse(small, teacher_file, tmp_pat
     systems = structures(10)
     systems[6].numbers[0] = 7
     data = write_extxyz(tmp_path / "strange.xyz", systems)
-    with pytest.raises(TeacherError, match=r"strange\.xyz#6"):
+    with pytest.raises(ModelError, match=r"strange\.xyz#6"):
         plan_teacher(config(tmp_path / "s", teacher_file), data)
     with pytest.raises(TeacherError, match="gives no signal q"):
         plan_teacher(config(tmp_path / "s", teacher_file, "q"), small / "a.xyz")
