@@ -25,6 +25,7 @@ from molkd.cache_schema.layout import (
 from molkd.cache_schema.plan import SYSTEM_ARRAYS, Plan, system_file
 from molkd.cache_schema.zarr_json import ROOT_ATTRIBUTES, array_document, dump, group_document, plain_document
 
+LABELS_SHA256 = "labels_sha256"  # key of `dataset`: hash of what the store keeps beside identities
 _SHOWN = 3
 
 

@@ -1,12 +1,14 @@
 """Who a system is: a content hash that survives files, formats and row numbers."""
 
 import hashlib
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 ID_BYTES = 16
 _PREFIX = b"molkd-system-1\0"
+_LABELS_PREFIX = b"molkd-labels-1\0"
 
 
 def system_id(atomic_numbers: ArrayLike, positions: ArrayLike, cell: ArrayLike, pbc: ArrayLike) -> bytes:
@@ -40,6 +42,35 @@ def dataset_fingerprint(ids: NDArray[np.uint8]) -> str:
     """Return the hex sha256 of the sorted system ids (S, 16): equal for equal sets in any order."""
     rows = np.ascontiguousarray(ids, dtype=np.uint8).reshape(-1, ID_BYTES)
     return hashlib.sha256(b"".join(sorted(row.tobytes() for row in rows))).hexdigest()
+
+
+def labels_digest(energy: float, forces: ArrayLike, tags: ArrayLike, fixed: ArrayLike) -> bytes:
+    r"""Return the 32-byte hash of everything a store keeps of a system beside its identity.
+
+    sha256 over: the prefix ``molkd-labels-1\0``, the energy (float64), forces (float32), tags and fixed
+    (uint8), little-endian and in C order. Every NaN counts as the same one, negative zero as zero.
+
+    Parameters
+    ----------
+    energy : eV, NaN if unknown
+    forces : (N, 3), eV/Angstrom, NaN if unknown
+    tags : (N,)
+    fixed : (N,)
+    """
+    digest = hashlib.sha256(_LABELS_PREFIX)
+    for values, dtype in ((energy, "<f8"), (forces, "<f4")):
+        known = np.array(values, dtype=dtype) + np.array(0, dtype)  # a copy, and -0.0 + 0.0 = +0.0
+        digest.update(np.where(np.isnan(known), np.array(np.nan, dtype), known).tobytes())
+    digest.update(np.asarray(tags, dtype=np.uint8).tobytes())
+    digest.update(np.asarray(fixed, dtype=np.uint8).tobytes())
+    return digest.digest()
+
+
+def labels_fingerprint(ids: NDArray[np.uint8], digests: Sequence[bytes]) -> str:
+    """Return the hex sha256 of (id, labels digest) of all systems (S, 16), sorted by id."""
+    rows = np.ascontiguousarray(ids, dtype=np.uint8).reshape(-1, ID_BYTES)
+    pairs = sorted(row.tobytes() + digest for row, digest in zip(rows, digests, strict=True))
+    return hashlib.sha256(b"".join(pairs)).hexdigest()
 
 
 def _canonical(values: ArrayLike) -> bytes:

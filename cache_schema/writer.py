@@ -10,7 +10,13 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from molkd.cache_schema import zarr_json
-from molkd.cache_schema.creation import SystemTable, build, describe_difference, match_order
+from molkd.cache_schema.creation import (
+    LABELS_SHA256,
+    SystemTable,
+    build,
+    describe_difference,
+    match_order,
+)
 from molkd.cache_schema.errors import CacheError, IntegrityError
 from molkd.cache_schema.fields import FieldSpec
 from molkd.cache_schema.files import (
@@ -306,7 +312,8 @@ def create_store(
     pbc : (S, 3)
     source : (S,) index into `source_names`
     source_row : (S,) number of the system in its source
-    dataset : provenance kept in the plan: sources, licence, units, duplicates dropped; plain JSON values
+    dataset : provenance kept in the plan: sources, licence, units, duplicates dropped; plain JSON values.
+        `labels_sha256` (`identity.labels_fingerprint`), if given, must be that of the store that exists
     seed : of the stored order
     rows_per_shard : atom rows of a shard, a multiple of 1,024; chosen by the size of the dataset if None
 
@@ -328,7 +335,7 @@ def create_store(
         source_names=tuple(source_names),
     )
     if (root / PLAN).exists():
-        return _resume(root, table)
+        return _resume(root, table, dataset)
     if root.exists() and (not root.is_dir() or any(root.iterdir())):
         raise CacheError(
             f"{root}: exists and is not a store (no {PLAN} in it); choose another name, or remove it"
@@ -346,7 +353,7 @@ def create_store(
         fsync_folder(root.absolute().parent)
     except OSError as error:
         if (root / PLAN).exists():  # another process was faster
-            return _resume(root, table)
+            return _resume(root, table, dataset)
         raise write_error(root, error, int(table.id.size * 13)) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -354,7 +361,7 @@ def create_store(
     return Store(root, "a", plan, read_systems(root, plan), order)
 
 
-def _resume(root: Path, table: SystemTable) -> Store:
+def _resume(root: Path, table: SystemTable, dataset: dict[str, Any]) -> Store:
     store = Store.open(root, "a")
     if table.fingerprint != store.plan.fingerprint:
         raise CacheError(
@@ -366,6 +373,13 @@ def _resume(root: Path, table: SystemTable) -> Store:
     if changed.any():
         raise CacheError(
             f"{root}: {int(changed.sum())} of its systems have other energy labels than the ones given; "
+            "choose another name for the store, or give the same labels"
+        )
+    known, given = store.plan.dataset.get(LABELS_SHA256), dataset.get(LABELS_SHA256)
+    if known is not None and given is not None and known != given:
+        raise CacheError(
+            f"{root}: holds the same systems with other forces, tags or fixed atoms than the ones given "
+            f"(labels {_short(known)}, given {_short(given)}); "
             "choose another name for the store, or give the same labels"
         )
     return store

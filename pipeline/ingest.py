@@ -10,8 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from molkd.cache_schema.identity import ID_BYTES
+from molkd.cache_schema.creation import LABELS_SHA256
+from molkd.cache_schema.identity import ID_BYTES, labels_digest, labels_fingerprint
 from molkd.cache_schema.manifest import finalize_if_complete
+from molkd.cache_schema.reader import Cache
 from molkd.cache_schema.writer import Store, create_store
 from molkd.pipeline.config import IngestConfig
 from molkd.pipeline.data.duplicates import resolve_duplicates
@@ -22,17 +24,19 @@ from molkd.pipeline.errors import DataError
 
 log = logging.getLogger(__name__)
 
+_READ_SYSTEMS = 10_000  # at a time
+
 
 @dataclass(frozen=True)
 class IngestSummary:
-    """What a store holds after `ingest`."""
+    """What a store holds after `ingest`, as the store itself says."""
 
     store: str
     n_systems: int
     n_atoms: int
     n_with_energy: int
     n_with_forces: int
-    n_duplicates: int
+    n_duplicates: int  # dropped from the data given
     n_shards: int
     fingerprint: str
 
@@ -45,6 +49,7 @@ class _Table:
     n_atoms: list[int]
     energy: list[float]
     has_forces: list[bool]
+    labels: list[bytes]  # hashes
     cell: list[NDArray[np.floating]]
     pbc: list[NDArray[np.bool_]]
     source: list[int]
@@ -60,7 +65,7 @@ def ingest(config: IngestConfig) -> IngestSummary:
     DataError
         If a file or a system cannot be used; nothing is written before every system has been checked.
     CacheError
-        If the store exists and holds other systems.
+        If the store exists and holds other systems, or these with other labels, tags or fixed atoms.
     """
     paths = [*config.data, *config.drop_labels]
     if not paths:
@@ -71,25 +76,42 @@ def ingest(config: IngestConfig) -> IngestSummary:
         table = _scan(sources, unlabelled, require_labels=config.require_labels)
         keep, n_duplicates = _without_duplicates(table, config.on_conflict)
         store = _create(config, table, keep, paths, n_duplicates)
-        _write_shards(store, sources, unlabelled)
+        _write_shards(store, sources, unlabelled, table, keep)
         finalize_if_complete(store)
     finally:
         for source in sources:
             source.close()
-    return IngestSummary(
-        store=str(config.store),
-        n_systems=len(keep),
-        n_atoms=int(sum(table.n_atoms[i] for i in keep)),
-        n_with_energy=sum(bool(np.isfinite(table.energy[i])) for i in keep),
-        n_with_forces=sum(table.has_forces[i] for i in keep),
-        n_duplicates=n_duplicates,
-        n_shards=store.plan.n_shards,
-        fingerprint=store.plan.fingerprint,
-    )
+    return _summarize(store, n_duplicates)
+
+
+def _summarize(store: Store, n_duplicates: int) -> IngestSummary:
+    with Cache.open(store.path) as cache:
+        return IngestSummary(
+            store=str(store.path),
+            n_systems=cache.n_systems,
+            n_atoms=cache.n_atoms,
+            n_with_energy=int(np.isfinite(cache.energy).sum()),
+            n_with_forces=_count_with_forces(cache),
+            n_duplicates=n_duplicates,
+            n_shards=cache.plan.n_shards,
+            fingerprint=cache.fingerprint,
+        )
+
+
+def _count_with_forces(cache: Cache) -> int:
+    if LABELS_SHA256 in cache.dataset:  # made here: the count was taken from the very labels of the hash
+        return int(cache.dataset["n_with_forces"])
+    count = 0
+    for begin in range(0, cache.n_systems, _READ_SYSTEMS):
+        part = np.arange(begin, min(begin + _READ_SYSTEMS, cache.n_systems))
+        known = np.isfinite(cache.read(part, ("forces",))["forces"]).any(axis=1)
+        begins = np.concatenate([[0], np.cumsum(cache.system_n_atoms[part])[:-1]])
+        count += int(np.logical_or.reduceat(known, begins).sum())
+    return count
 
 
 def _scan(sources: Sequence[Source], unlabelled: set[int], *, require_labels: bool) -> _Table:
-    table = _Table([], [], [], [], [], [], [], [], [])
+    table = _Table([], [], [], [], [], [], [], [], [], [])
     total = sum(len(s) for s in sources)
     if total == 0:
         raise DataError(f"{', '.join(str(s.path) for s in sources)}: no systems inside; nothing to store")
@@ -113,11 +135,16 @@ def _append(table: _Table, system: System, source: int, row: int) -> None:
     table.n_atoms.append(system.n_atoms)
     table.energy.append(system.energy)
     table.has_forces.append(bool(np.isfinite(system.forces).any()))
+    table.labels.append(_labels_of(system))
     table.cell.append(system.cell)
     table.pbc.append(system.pbc)
     table.source.append(source)
     table.source_row.append(row)
     table.names.append(system.source)
+
+
+def _labels_of(system: System) -> bytes:
+    return labels_digest(system.energy, system.forces, system.tags, system.fixed)
 
 
 def _read(source: Source, row: int, *, keep_labels: bool) -> System:
@@ -158,10 +185,10 @@ def _without_duplicates(
 def _create(
     config: IngestConfig, table: _Table, keep: NDArray[np.int64], paths: Sequence[Path], n_duplicates: int
 ) -> Store:
-    energy = np.array(table.energy)[keep]
+    energy, ids = np.array(table.energy)[keep], _id_array(table.ids)[keep]
     return create_store(
         config.store,
-        ids=_id_array(table.ids)[keep],
+        ids=ids,
         n_atoms=np.array(table.n_atoms)[keep],
         energy=energy,
         cell=np.stack(table.cell)[keep],
@@ -175,6 +202,7 @@ def _create(
             "n_with_energy": int(np.isfinite(energy).sum()),
             "n_with_forces": int(np.array(table.has_forces)[keep].sum()),
             "n_duplicates_dropped": n_duplicates,
+            LABELS_SHA256: labels_fingerprint(ids, [table.labels[i] for i in keep]),
             "units": {"energy": "eV", "positions": "A", "forces": "eV/A"},
         },
         seed=config.seed,
@@ -182,18 +210,23 @@ def _create(
     )
 
 
-def _write_shards(store: Store, sources: Sequence[Source], unlabelled: set[int]) -> None:
+def _write_shards(
+    store: Store, sources: Sequence[Source], unlabelled: set[int], table: _Table, keep: NDArray[np.int64]
+) -> None:
     missing = store.missing_shards("atoms")
     if missing and len(missing) < store.plan.n_shards:
         log.info(
             "continuing: %d of %d shards are there", store.plan.n_shards - len(missing), store.plan.n_shards
         )
+    assert store.input_index is not None
     for shard in tqdm(missing, desc="write", unit="shard", disable=None):
         with store.shard_writer("atoms", shard) as writer:
             for index in store.systems_of_shard(shard):
-                k, row = int(store.systems.source[index]), int(store.systems.source_row[index])
-                system = _read(sources[k], row, keep_labels=k not in unlabelled)
-                if system.id != store.systems.id[index].tobytes():
+                # Rows of this scan: the call that made the store may have named its files in another order.
+                i = int(keep[store.input_index[index]])
+                k = table.source[i]
+                system = _read(sources[k], table.source_row[i], keep_labels=k not in unlabelled)
+                if system.id != table.ids[i] or _labels_of(system) != table.labels[i]:
                     raise DataError(
                         f"{system.source}: changed while it was being read; run the command again"
                     )

@@ -1,15 +1,19 @@
 """Structures and labels into a store: what is kept, what is refused, and that order does not matter."""
 
+import shutil
 import tarfile
 from pathlib import Path
 
 import ase.io
 import numpy as np
 import pytest
+from ase.constraints import FixAtoms
 from stage_one_cases import assert_same_files, files, label, make_store, structures, write_extxyz
 
 from molkd.cache_schema.identity import system_id
+from molkd.cache_schema.jsonfile import read_sealed, seal
 from molkd.cache_schema.reader import Cache
+from molkd.cache_schema.verify import verify
 from molkd.pipeline.config import IngestConfig
 from molkd.pipeline.data.sources import open_source
 from molkd.pipeline.errors import CacheError, DataError
@@ -192,7 +196,90 @@ def test_another_set_of_systems_is_refused(tmp_path):
     assert files(store) == content
 
 
-def test_file_that_changes_while_it_is_read(tmp_path, monkeypatch):
+def change_force(atoms):
+    atoms.calc.results["forces"][1, 2] += 1e-3
+
+
+def drop_forces(atoms):
+    atoms.calc.results.pop("forces")
+
+
+def change_tag(atoms):
+    atoms.set_tags((atoms.get_tags() + 1) % 3)
+
+
+def change_fixed(atoms):
+    fixed = atoms.constraints[0].index if atoms.constraints else []
+    atoms.set_constraint(FixAtoms(np.setdiff1d(np.arange(len(atoms)), fixed)))
+
+
+@pytest.mark.parametrize("change", [change_force, drop_forces, change_tag, change_fixed])
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_other_forces_tags_or_fixed_atoms_are_refused(tmp_path, change, interrupted):
+    """Same structures and energies: what is stored stays, and nobody is told that the new labels are."""
+    systems = structures(240)
+    data = write_extxyz(tmp_path / "a.xyz", systems)
+    store = make_store(tmp_path / "s", data)
+    if interrupted:  # as after a kill behind the first shard
+        (store / "manifest.json").unlink()
+        (store / "log" / "atoms" / "000001.json").unlink()
+    content = files(store)
+    change(systems[100])
+    other = write_extxyz(tmp_path / "other.xyz", systems)
+    with pytest.raises(CacheError, match=r"other forces, tags or fixed atoms .*choose another name"):
+        make_store(store, other)
+    assert files(store) == content
+    make_store(store, data)
+    assert verify(store).ok
+    assert by_id(store)[id_of(systems[100])]["tags"].shape == (len(systems[100]),)
+
+
+def test_the_hash_of_labels_ignores_order_and_signs_of_zero(tmp_path):
+    systems = structures(20)
+    systems[3].calc.results["forces"][:] = 0.0
+    forwards = write_extxyz(tmp_path / "a.xyz", systems)
+    systems[3].calc.results["forces"][:] = -0.0
+    backwards = write_extxyz(tmp_path / "b.xyz", systems[::-1])
+    store = make_store(tmp_path / "s", forwards)
+    content = files(store)
+    make_store(store, backwards)
+    assert files(store) == content
+
+
+def test_an_interrupted_call_continues_with_files_in_another_order(tmp_path):
+    systems = structures(240)
+    a, b = (
+        write_extxyz(tmp_path / f"{n}.xyz", part) for n, part in (("a", systems[:90]), ("b", systems[90:]))
+    )
+    store = make_store(tmp_path / "s", a, b)
+    content = files(store / "data.zarr")
+    (store / "manifest.json").unlink()
+    (store / "log" / "atoms" / "000001.json").unlink()
+    make_store(store, b, a)
+    assert files(store / "data.zarr") == content
+    assert verify(store).ok
+
+
+def test_the_summary_is_the_stores(tmp_path):
+    """A store that was not made by ingest has no hash of its labels; its own numbers are reported."""
+    systems = structures(12)
+    drop_forces(systems[2])
+    data = write_extxyz(tmp_path / "a.xyz", systems)
+    store = make_store(tmp_path / "s", data)
+    plan, _ = read_sealed(store / "plan.json", max_bytes=1 << 20, remedy="")
+    assert plan["dataset"].pop("labels_sha256")
+    plan["dataset"]["n_with_forces"] = 999
+    shutil.rmtree(store / "log")
+    (store / "manifest.json").unlink()
+    (store / "log").mkdir()
+    (store / "plan.json").write_bytes(seal(plan))
+    summary = ingest(IngestConfig(data=(data,), store=store))
+    assert (summary.n_systems, summary.n_with_energy, summary.n_with_forces) == (12, 12, 11)
+    assert summary.n_atoms == sum(map(len, systems))
+
+
+@pytest.mark.parametrize("what", ["positions", "forces"])
+def test_file_that_changes_while_it_is_read(tmp_path, monkeypatch, what):
     """Structures are looked at twice; what was checked and what is written has to be the same."""
     data = write_extxyz(tmp_path / "a.xyz", structures(12))
     source = open_source(data)
@@ -205,7 +292,7 @@ def test_file_that_changes_while_it_is_read(tmp_path, monkeypatch):
         n_read += 1
         system = original(self, index)
         if n_read > 12:
-            system.positions[0] += 1.0
+            getattr(system, what)[0] += 1.0
         return system
 
     monkeypatch.setattr(type(source), "read", read)
