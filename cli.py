@@ -74,6 +74,8 @@ def ingest(as_json: bool, **flags: Any) -> None:
 @click.option("--teacher", required=True, help="Model file, run folder, weights, or a name (see kd doctor).")
 @click.option("--signals", help="Comma-separated; default energy,forces,atomic_energies,node.")
 @click.option("--name", help="Of the teacher's group in the store.")
+@click.option("--energy-key", help="Name of the energy in DATA (eV), kept as label.")
+@click.option("--forces-key", help="Name of the forces in DATA (eV/A), kept as label.")
 @click.option("--encoding", type=click.Choice(["fp32", "fp16"]), help="Of features; default fp16.")
 @click.option("--batch-atoms", type=int, help="Atoms a batch; default by device.")
 @click.option("--batch-edges", type=int, help="Edges a batch; default by device.")
@@ -82,7 +84,15 @@ def ingest(as_json: bool, **flags: Any) -> None:
 @click.option("--skip-bad", is_flag=True, default=None, help="Quarantine systems with non-finite output.")
 @click.option("--dry-run", is_flag=True, help="Price disk and time from a short probe; write nothing.")
 @as_json
-def cache_teacher(as_json: bool, data: Path, store: Path | None, dry_run: bool, **flags: Any) -> None:
+def cache_teacher(
+    as_json: bool,
+    data: Path,
+    store: Path | None,
+    energy_key: str | None,
+    forces_key: str | None,
+    dry_run: bool,
+    **flags: Any,
+) -> None:
     """Run the teacher once over DATA and keep its signals in STORE.
 
     DATA is a store of structures (then STORE may be left out: the signals are added to it) or anything that
@@ -100,7 +110,8 @@ def cache_teacher(as_json: bool, data: Path, store: Path | None, dry_run: bool, 
     if flags.get("signals"):
         flags["signals"] = [s.strip() for s in flags["signals"].split(",") if s.strip()]
     config = make_config(CacheConfig, _given(flags | {"store": store or data}))
-    _show(plan_teacher(config, data) if dry_run else run(config, data), as_json)
+    act = plan_teacher if dry_run else run
+    _show(act(config, data, energy_key=energy_key, forces_key=forces_key), as_json)
 
 
 @kd.group()
@@ -190,7 +201,10 @@ def train_student(
     from molkd.pipeline.distill.settings import resolve
     from molkd.pipeline.distill.train import train_student as run
 
-    _show(run(resolve(config_file, assignments, _given(flags))), as_json)
+    summary = run(resolve(config_file, assignments, _given(flags)))
+    _show(summary, as_json)
+    if not summary.finished:
+        sys.exit(130)  # interrupted: what waits for this run must not go on
 
 
 @kd.command()
@@ -219,6 +233,8 @@ def evaluate(as_json: bool, **flags: Any) -> None:
 @click.option("--out", required=True, type=PATH, help="Folder for report.md, tables and pictures.")
 @click.option("--teacher", help="Evaluated too; needed for the share of the gap closed.")
 @click.option("--test", multiple=True, type=PATH, help="More data that runs and teacher are measured on.")
+@click.option("--energy-key", help="Name of the energy in the files of --test (eV).")
+@click.option("--forces-key", help="Name of the forces in the files of --test (eV/A).")
 @click.option("--device", default="auto", show_default=True)
 @as_json
 def report(as_json: bool, **flags: Any) -> None:

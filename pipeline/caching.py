@@ -74,12 +74,19 @@ class Work:
     n_atoms: NDArray[np.int64]
 
 
-def cache_teacher(config: CacheConfig, data: Path | None = None) -> CacheSummary:
+def cache_teacher(
+    config: CacheConfig,
+    data: Path | None = None,
+    *,
+    energy_key: str | None = None,
+    forces_key: str | None = None,
+) -> CacheSummary:
     """Run the teacher over every system of the store that it has not seen, and store the signals.
 
     Parameters
     ----------
     data : structures that the store is to hold, put into it first; None (or the store): they are there
+    energy_key, forces_key : names of the labels in `data`
 
     Raises
     ------
@@ -93,7 +100,7 @@ def cache_teacher(config: CacheConfig, data: Path | None = None) -> CacheSummary
     began = time.perf_counter()
     teacher = open_teacher(config)
     if data is not None:
-        prepare_store(config.store, data)
+        prepare_store(config.store, data, energy_key=energy_key, forces_key=forces_key)
     cache = Cache.open(config.store)
     scope_of(teacher).check_store(cache)
     store = Store.open(config.store, mode="a")
@@ -132,29 +139,50 @@ def choose_encodings(teacher: Teacher, config: CacheConfig) -> dict[str, str]:
     return {s: encoding_for(teacher.signals[s], config.encoding) for s in dict.fromkeys(config.signals)}
 
 
-def prepare_store(store: Path, data: Path) -> None:
+def prepare_store(
+    store: Path, data: Path, *, energy_key: str | None = None, forces_key: str | None = None
+) -> None:
     """Make sure that the store holds the structures of `data`; a store given as data is used as it is.
 
     Raises
     ------
     ConfigError
-        If data that are no store are given without naming one.
+        If data that are no store are given without naming one, or keys of labels with a store.
     DataError, CacheError
         As `ingest`.
     """
+    check_place(store, data, (energy_key, forces_key))
     if data.resolve() != store.resolve():
-        ingest(IngestConfig(data=(data,), store=store))
-    elif data.exists() and not (data / PLAN).exists():
+        ingest(IngestConfig(data=(data,), store=store, energy_key=energy_key, forces_key=forces_key))
+
+
+def check_place(store: Path, data: Path, keys: tuple[str | None, str | None]) -> None:
+    """Refuse data that name no store to go to, and keys where no file is read."""
+    if data.exists() and not (data / PLAN).exists() and data.resolve() == store.resolve():
         raise ConfigError(
             f"{data}: is not a store; name one that its structures and the signals go to, "
             f"for example kd cache-teacher {data} NAME.kdcache --teacher ..."
         )
+    if (data / PLAN).exists() and any(keys):
+        raise ConfigError(
+            f"{data}: is a store, its labels were chosen when it was made; "
+            "give --energy-key and --forces-key to kd ingest"
+        )
 
 
-def plan_teacher(config: CacheConfig, data: Path) -> Forecast:
-    """Price stage one without writing anything but a probe file that is removed again."""
+def plan_teacher(
+    config: CacheConfig, data: Path, *, energy_key: str | None = None, forces_key: str | None = None
+) -> Forecast:
+    """Price stage one without writing anything but a probe file that is removed again.
+
+    Raises
+    ------
+    ConfigError, DataError, ModelError, TeacherError
+        What the real run would refuse, as far as a sample of the data shows it.
+    """
+    check_place(config.store, data, (energy_key, forces_key))
     teacher = open_teacher(config)
-    source = open_source(data)
+    source = open_source(data, energy_key=energy_key, forces_key=forces_key)
     try:
         rng = np.random.default_rng(0)
         chosen = rng.choice(len(source), size=min(len(source), _PROBE_SYSTEMS), replace=False)

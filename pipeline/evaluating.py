@@ -1,8 +1,9 @@
 """`kd evaluate` and `kd report`: apply any model or teacher to labelled data, compare runs."""
 
-from collections.abc import Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
+import logging
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, closing
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +13,19 @@ from tqdm import tqdm
 from molkd.pipeline.config import TrainConfig, make_config, read_yaml
 from molkd.pipeline.data.sources import Source, open_source
 from molkd.pipeline.device import choose_device
-from molkd.pipeline.errors import ConfigError
+from molkd.pipeline.errors import ConfigError, DataError
 from molkd.pipeline.evaluation.evaluate import evaluate, known_systems
+from molkd.pipeline.evaluation.fingerprint import fingerprint
+from molkd.pipeline.evaluation.groups import group_runs
 from molkd.pipeline.evaluation.predictions import ExtxyzPredictions
 from molkd.pipeline.evaluation.report import Report, write_report
-from molkd.pipeline.evaluation.result import FOLDER, Evaluation, load_evaluations
+from molkd.pipeline.evaluation.result import FOLDER, Evaluation
 from molkd.pipeline.evaluation.results import TeacherResult
+from molkd.pipeline.evaluation.runs import read_run
 from molkd.pipeline.teachers.interface import Teacher
 from molkd.pipeline.teachers.load import load_teacher
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -60,11 +66,8 @@ def evaluate_model(
         If the data cannot be read.
     """
     teacher = load_teacher(model, device=choose_device(device))
-    source = open_source(data, energy_key=energy_key, forces_key=forces_key)
-    try:
+    with closing(open_source(data, energy_key=energy_key, forces_key=forces_key)) as source:
         result = _evaluate(teacher, source, batch_size, predictions)
-    finally:
-        source.close()
     metrics = result.metrics
     has_energy, has_forces = metrics.n_energies > 0, metrics.n_force_atoms > 0
     report = result.to_report()
@@ -84,56 +87,128 @@ def evaluate_model(
     )
 
 
+@dataclass(frozen=True)
+class _TestSet:
+    """Data that runs and teacher are measured on."""
+
+    path: Path
+    keys: tuple[str | None, str | None]  # names of energy and forces in the file
+    fingerprint: str | None  # of systems and labels; None: the file is no longer there
+
+
 def report_runs(
     runs: Sequence[Path],
     out: Path,
     *,
     teacher: str | None = None,
     test: Sequence[Path] = (),
+    energy_key: str | None = None,
+    forces_key: str | None = None,
     device: str = "auto",
     batch_size: int = 32,
 ) -> Report:
-    """Evaluate what has not been evaluated yet, and write the comparison of runs into `out`.
+    """Measure what was not measured with these weights on these data, and write the comparison into `out`.
 
     Every run is measured on its own test files and on those given here; the teacher on all of them.
+
+    Parameters
+    ----------
+    energy_key, forces_key : names of the labels in the files of `test`
+
+    Raises
+    ------
+    ConfigError
+        If one name stands for two different data sets.
+    DataError
+        If a run has not finished, or data cannot be read; nothing has been computed or written then.
+    ModelError, TeacherError
+        If a model cannot be loaded or was not made for the data.
     """
+    group_runs([read_run(run) for run in runs])
+    sets = _test_sets(runs, test, (energy_key, forces_key))
     chosen = choose_device(device)
-    data = _test_files(runs, test)
-    for run in runs:
-        known = load_evaluations(run)
-        missing = {name: path for name, path in data.items() if name not in known}
-        if missing:
-            model = load_teacher(str(run), device=chosen)
-            for name, path in missing.items():
-                _evaluate_file(model, path, batch_size).save(run / FOLDER / f"{name}.npz")
+    evaluations = {Path(run): _evaluations_of(run, sets, chosen, batch_size) for run in runs}
     result = None
     if teacher is not None:
         model = load_teacher(teacher, device=chosen)
-        evaluations = {name: _evaluate_file(model, path, batch_size) for name, path in data.items()}
-        result = TeacherResult(model.info.name, n_parameters=model.info.n_parameters, evaluations=evaluations)
-    return write_report(runs, out, teacher=result)
+        of_teacher = {name: _evaluate_set(model, data, batch_size) for name, data in sets.items()}
+        result = TeacherResult(model.info.name, n_parameters=model.info.n_parameters, evaluations=of_teacher)
+    return write_report(runs, out, teacher=result, evaluations=evaluations)
 
 
-def _test_files(runs: Sequence[Path], given: Sequence[Path]) -> dict[str, Path]:
+def _test_sets(
+    runs: Sequence[Path], given: Sequence[Path], keys: tuple[str | None, str | None]
+) -> dict[str, _TestSet]:
     """Return the test data by name: the file's name up to the first dot."""
-    data: dict[str, Path] = {}
+    found: dict[str, dict[Path, _TestSet]] = {}  # name -> place -> data
     for run in runs:
-        if (run / "config.yaml").exists():
-            data |= make_config(TrainConfig, read_yaml(run / "config.yaml")).test
+        for name, path in make_config(TrainConfig, read_yaml(run / "config.yaml")).test.items():
+            found.setdefault(name, {})[path.resolve()] = _TestSet(path, (None, None), None)
     for path in given:
-        name = path.name.split(".")[0]
-        if name in data and data[name].resolve() != path.resolve():
-            raise ConfigError(f"--test {path}: {data[name]} has the same name {name}; rename one of them")
-        data[name] = path
-    return data
+        found.setdefault(path.name.split(".")[0], {})[path.resolve()] = _TestSet(path, keys, None)
+    return {name: _the_one(name, list(places.values())) for name, places in found.items()}
 
 
-def _evaluate_file(teacher: Teacher, path: Path, batch_size: int) -> Evaluation:
-    source = open_source(path)
+def _the_one(name: str, candidates: Sequence[_TestSet]) -> _TestSet:
+    """Return the data behind a name; several places will do if they hold the same systems and labels."""
+    there = []
+    for candidate in candidates:
+        if candidate.path.exists() or candidate.keys != (None, None):
+            with closing(_open(candidate)) as source:
+                there.append(replace(candidate, fingerprint=fingerprint(source)))
+    for other in there[1:]:
+        if other.fingerprint != there[0].fingerprint:
+            raise ConfigError(
+                f"{there[0].path} and {other.path} are both called {name} but hold other systems or labels; "
+                "rename one, or report the runs apart"
+            )
+    return there[0] if there else candidates[0]
+
+
+def _evaluations_of(
+    run: Path, sets: Mapping[str, _TestSet], device: torch.device, batch_size: int
+) -> dict[str, Evaluation]:
+    """Return what a run gives on every test set: as kept in its folder where that still holds."""
+    if not sets:
+        return {}
+    model = load_teacher(str(run), device=device)
+    results = {}
+    for name, data in sets.items():
+        path = run / FOLDER / f"{name}.npz"
+        known = _kept(path)
+        if known is not None and known.is_of(
+            model.info.weights_sha256, data.fingerprint or known.data_fingerprint
+        ):
+            results[name] = known
+            continue
+        results[name] = _evaluate_set(model, data, batch_size)
+        try:
+            results[name].save(path)
+        except OSError as error:
+            log.warning("%s: not kept (%s), it will be measured again next time", path, error.strerror)
+    return results
+
+
+def _kept(path: Path) -> Evaluation | None:
     try:
+        return Evaluation.load(path) if path.exists() else None
+    except DataError as error:
+        log.warning("%s", error)
+        return None
+
+
+def _open(data: _TestSet) -> Source:
+    energy_key, forces_key = data.keys
+    return open_source(data.path, energy_key=energy_key, forces_key=forces_key)
+
+
+def _evaluate_set(teacher: Teacher, data: _TestSet, batch_size: int) -> Evaluation:
+    if not data.path.exists():
+        raise DataError(
+            f"{data.path}: test data of a run, no longer there; name their present place with --test"
+        )
+    with closing(_open(data)) as source:
         return _evaluate(teacher, source, batch_size, None)
-    finally:
-        source.close()
 
 
 def _evaluate(teacher: Teacher, source: Source, batch_size: int, predictions: Path | None) -> Evaluation:
@@ -142,16 +217,26 @@ def _evaluate(teacher: Teacher, source: Source, batch_size: int, predictions: Pa
         progress = stack.enter_context(
             tqdm(total=len(source), desc=source.path.name, unit="system", disable=None)
         )
-        return evaluate(
+        result = evaluate(
             lambda batch: teacher.compute(batch, ("energy", "forces")),
             known_systems(source, teacher.atomic_numbers, teacher.info.name, teacher.neighbor_rule),
             teacher.neighbor_rule,
             batch_size=batch_size,
             device=teacher.device,
             dtype=torch.float32,
+            weights_sha256=teacher.info.weights_sha256,
             on_batch=lambda done: _advance(progress, done),
             on_prediction=writer.add if writer else None,
         )
+    for kind, n, flag in (
+        ("energies", result.metrics.n_energies, "--energy-key"),
+        ("forces", result.metrics.n_force_atoms, "--forces-key"),
+    ):
+        if n == 0:
+            log.warning(
+                "%s: no %s to compare with; if it holds any, name their key: %s", source.path, kind, flag
+            )
+    return result
 
 
 def _advance(progress: "tqdm[Any]", done: int) -> None:

@@ -20,6 +20,7 @@ from molkd.pipeline.data.sources import Source
 from molkd.pipeline.data.system import System
 from molkd.pipeline.data.validate import check_system
 from molkd.pipeline.errors import DataError, ModelError
+from molkd.pipeline.evaluation.fingerprint import Fingerprint
 from molkd.pipeline.evaluation.metrics import MetricSums
 from molkd.pipeline.evaluation.result import Evaluation, Parity
 from molkd.pipeline.evaluation.sample import RowSample
@@ -46,6 +47,7 @@ def evaluate(
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
     measure_throughput: bool = True,
+    weights_sha256: str = "",
     on_batch: Callable[[int], None] | None = None,
     on_prediction: OnPrediction | None = None,
 ) -> Evaluation:
@@ -61,6 +63,7 @@ def evaluate(
     device, dtype : where batches are moved and their floating type
     seed : of the random choice of points for parity plots
     measure_throughput : False saves the warm-up call, for validation during training
+    weights_sha256 : of the model, kept in the result so that it can be told from another's
     on_batch : called after each batch with the number of systems done so far
     on_prediction : called for each system with its predicted energy and forces
 
@@ -81,6 +84,7 @@ def evaluate(
     energies = RowSample(MAX_PARITY_ENERGIES, n_columns=3, seed=seed)
     forces = RowSample(MAX_PARITY_FORCES, n_columns=6, seed=seed + 1)
     rates: list[tuple[int, float]] = []  # systems in the batch, systems per second
+    seen = Fingerprint()
     n_done = 0
     for chunk in _chunks(systems, batch_size):
         batch = to_device(batch_from_systems(chunk, rule, dtype), device)
@@ -91,6 +95,8 @@ def evaluate(
         rates.append((len(chunk), len(chunk) / seconds))
         energy_pred, forces_pred = _checked(output, chunk)
         _collect(chunk, energy_pred, forces_pred, sums, energies, forces)
+        for system in chunk:
+            seen.add(system)
         n_done += len(chunk)
         if on_prediction is not None:
             for system, energy, its_forces in zip(
@@ -111,7 +117,7 @@ def evaluate(
         forces_pred=force_rows[:, :3],
         forces_label=force_rows[:, 3:],
     )
-    return Evaluation(sums.result(), throughput, parity)
+    return Evaluation(sums.result(), throughput, parity, weights_sha256, seen.hexdigest())
 
 
 def known_systems(

@@ -13,6 +13,7 @@ from molkd.pipeline.errors import DataError
 from molkd.pipeline.evaluation.metrics import Metrics
 from molkd.pipeline.files import write_atomic
 
+_BESIDE_METRICS = ("systems_per_second", "weights_sha256", "data_fingerprint")
 FOLDER = "evaluation"  # inside a run folder: evaluation/<data set>.npz
 
 
@@ -34,6 +35,13 @@ class Evaluation:
     metrics: Metrics
     systems_per_second: float | None  # model time only, warm, median over batches; None: not measured
     parity: Parity
+    weights_sha256: str = ""  # of the model; empty: not known, so nothing shows that this is still its result
+    data_fingerprint: str = ""  # of systems and labels, see `fingerprint.Fingerprint`
+
+    def is_of(self, weights_sha256: str, data_fingerprint: str) -> bool:
+        """Say whether this was measured with these weights on these systems and labels."""
+        mine = (self.weights_sha256, self.data_fingerprint)
+        return all(mine) and mine == (weights_sha256, data_fingerprint)
 
     def to_report(self) -> dict[str, float | None]:
         """Return the four reported metrics with units in their names, and systems_per_second."""
@@ -41,7 +49,8 @@ class Evaluation:
 
     def save(self, path: Path) -> None:
         """Write to `path` (.npz), whole or not at all."""
-        numbers = json.dumps({**asdict(self.metrics), "systems_per_second": self.systems_per_second})
+        others = {name: getattr(self, name) for name in _BESIDE_METRICS}
+        numbers = json.dumps({**asdict(self.metrics), **others})
         buffer = io.BytesIO()
         np.savez_compressed(buffer, numbers=np.array(numbers), **vars(self.parity))
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -60,10 +69,12 @@ class Evaluation:
             with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as file:
                 numbers = json.loads(str(file["numbers"]))
                 parity = Parity(**{name: file[name] for name in Parity.__dataclass_fields__})
-            throughput = numbers.pop("systems_per_second")
-            return cls(Metrics(**numbers), throughput, parity)
+            others = {name: numbers.pop(name) for name in _BESIDE_METRICS if name in numbers}
+            return cls(Metrics(**numbers), parity=parity, **{"systems_per_second": None, **others})
         except (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
-            raise DataError(f"{path}: not a readable evaluation ({error}); run `kd evaluate` again") from None
+            raise DataError(
+                f"{path}: not a readable evaluation ({error}); remove it, `kd report` measures again"
+            ) from None
 
 
 def load_evaluations(run: Path) -> dict[str, Evaluation]:

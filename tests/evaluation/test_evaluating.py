@@ -1,0 +1,136 @@
+"""`kd report` measures again whatever may have changed, and computes nothing before all is in order."""
+
+import shutil
+
+import ase.io
+import numpy as np
+import pytest
+import torch
+from ase.build import molecule
+from ase.calculators.singlepoint import SinglePointCalculator
+
+from molkd.pipeline.data.references import LabelScale
+from molkd.pipeline.errors import ConfigError, DataError
+from molkd.pipeline.evaluating import evaluate_model, report_runs
+from molkd.pipeline.evaluation.result import FOLDER, Evaluation
+from molkd.pipeline.models.potential import Potential
+from molkd.pipeline.models.registry import build_model
+
+
+def write_model(folder, seed=0):
+    config = {"name": "painn", "hidden_channels": 8, "num_layers": 1, "num_rbf": 4, "cutoff": 3.0}
+    torch.manual_seed(seed)
+    model = build_model(config)
+    Potential(model, LabelScale(), {"model": config}).save(folder / "best.safetensors")
+
+
+def write_data(path, shift=0.0, n=3, key=None):
+    rng = np.random.default_rng(0)
+    frames = []
+    for _ in range(n):
+        atoms = molecule("H2O")
+        atoms.rattle(0.05, rng=rng)
+        energy, forces = -10.0 + shift, np.zeros((3, 3))
+        if key is None:
+            atoms.calc = SinglePointCalculator(atoms, energy=energy, forces=forces)
+        else:
+            atoms.info[key] = energy
+        frames.append(atoms)
+    path.parent.mkdir(exist_ok=True)
+    ase.io.write(path, frames, format="extxyz")
+    return path
+
+
+@pytest.fixture
+def run(make_run, tmp_path):
+    """A finished run that names a/hot.extxyz as its test data."""
+    data = write_data(tmp_path / "a" / "hot.extxyz")
+    folder = make_run("run", tests=(), test={"hot": str(data)})
+    write_model(folder)
+    return folder
+
+
+def kept(run):
+    return run / FOLDER / "hot.npz"
+
+
+def energy_error(report):
+    return report.tables["hot"][0].metrics["energy_mae_meV"].mean
+
+
+def test_a_measurement_is_reused_only_with_its_weights_and_data(run, tmp_path):
+    out, data = tmp_path / "out", tmp_path / "a" / "hot.extxyz"
+    first = energy_error(report_runs([run], out))
+    assert first == pytest.approx(evaluate_model(str(run), data).energy_mae_meV)
+    written = kept(run).stat().st_mtime_ns
+    assert energy_error(report_runs([run], out)) == first
+    assert kept(run).stat().st_mtime_ns == written
+
+    write_data(data, shift=1000.0)  # other labels, same structures
+    second = energy_error(report_runs([run], out))
+    assert second == pytest.approx(evaluate_model(str(run), data).energy_mae_meV)
+    assert abs(second - first) > 1e5
+
+    write_model(run, seed=1)
+    third = energy_error(report_runs([run], out))
+    assert third == pytest.approx(evaluate_model(str(run), data).energy_mae_meV)
+    assert third != pytest.approx(second, rel=1e-6)
+
+
+def test_a_measurement_of_unknown_origin_is_made_again(run, make_evaluation, tmp_path):
+    make_evaluation().save(kept(run))
+    report = report_runs([run], tmp_path / "out")
+    assert report.tables["hot"][0].metrics["energy_mae_meV"].mean != pytest.approx(50.0)
+    kept(run).write_bytes(b"damaged")
+    report_runs([run], tmp_path / "out")
+    assert Evaluation.load(kept(run)).metrics.n_systems == 3
+
+
+def test_one_name_for_two_data_sets_is_refused(run, make_run, tmp_path):
+    other = write_data(tmp_path / "b" / "hot.extxyz", shift=1.0)
+    second = make_run("second", seed=1, tests=(), test={"hot": str(other)})
+    write_model(second)
+    with pytest.raises(ConfigError, match=r"a/hot\.extxyz and .*b/hot\.extxyz are both called hot"):
+        report_runs([run, second], tmp_path / "out")
+    with pytest.raises(ConfigError, match=r"a/hot\.extxyz and .*b/hot\.extxyz are both called hot"):
+        report_runs([run], tmp_path / "out", test=[other])
+    assert not kept(run).exists()
+    assert not (tmp_path / "out").exists()
+    copy = write_data(tmp_path / "c" / "hot.extxyz")
+    assert report_runs([run], tmp_path / "out", test=[copy]).tables.keys() == {"hot"}
+
+
+def test_nothing_is_computed_when_a_run_has_not_finished(run, make_run, tmp_path):
+    unfinished = make_run("unfinished", seed=1)
+    (unfinished / "metrics.json").unlink()
+    with pytest.raises(DataError, match="has not finished"):
+        report_runs([run, unfinished], tmp_path / "out")
+    assert not kept(run).exists()
+    assert not (tmp_path / "out").exists()
+
+
+def test_test_data_that_are_gone(run, tmp_path):
+    """What was measured with these weights still counts; without a measurement the remedy is named."""
+    data = tmp_path / "a" / "hot.extxyz"
+    first = energy_error(report_runs([run], tmp_path / "out"))
+    moved = shutil.move(data, write_data(tmp_path / "b" / "hot.extxyz"))
+    assert energy_error(report_runs([run], tmp_path / "out")) == first
+    write_model(run, seed=1)
+    with pytest.raises(DataError, match=r"a/hot\.extxyz: test data of a run, no longer there; .*--test"):
+        report_runs([run], tmp_path / "out")
+    assert energy_error(report_runs([run], tmp_path / "out", test=[moved])) > 0
+
+
+def test_keys_of_labels_in_test_files(run, tmp_path, caplog):
+    named = write_data(tmp_path / "b" / "named.extxyz", key="my_energy")
+    report = report_runs([run], tmp_path / "out", test=[named], energy_key="my_energy")
+    found = report.tables["named"][0].metrics
+    expected = evaluate_model(str(run), named, energy_key="my_energy")
+    assert found["energy_mae_meV"].mean == pytest.approx(expected.energy_mae_meV)
+    assert "named.extxyz: no forces to compare with; if it holds any, name their key: --forces-key" in (
+        caplog.text
+    )
+    assert "no energies" not in caplog.text
+    caplog.clear()
+    assert evaluate_model(str(run), named).energy_mae_meV is None
+    assert "named.extxyz: no energies to compare with" in caplog.text
