@@ -13,10 +13,15 @@ equally far in floating point. In this order:
 Unlike fairchem, atoms outside the cell find all their neighbors, and molecules keep the nearest K rather
 than the first K that a search tree meets. Positions are finite and periodic cells have a volume:
 `molkd.pipeline.data` checks that before anything comes here.
+
+Most of a plain search's time goes into edges that step 2 throws away again. So under a `max_neighbors` a
+search begins with a radius that holds that many atoms in most solids, widens only until every center has its
+K, and hands on only what the system keeps.
 """
 
 from dataclasses import asdict, dataclass
 from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +29,10 @@ from vesin import NeighborList
 
 MIN_DISTANCE = 0.01  # A; closer pairs are the atom itself, or two atoms on one spot
 _RESOLUTION = 1e-6  # A
+_MIN_CLOSEST = round(MIN_DISTANCE / _RESOLUTION)
+_ALL_PAIRS_MAX_ATOMS = 128  # open systems up to here: measuring all pairs beats one search each
+_SPARSE_DENSITY = 0.015  # atoms/A^3, a fifth of a metal's: an adsorbate has most of its neighbors below it
+_WIDENING = 1.2  # of the search radius, where that guess held too few
 _Edges = tuple[NDArray[np.int64], NDArray[np.int32]]
 
 
@@ -65,6 +74,19 @@ def neighbor_list(
     return neighbor_lists(positions, atoms_ptr, np.asarray(cell)[None], np.asarray(pbc)[None], rule)
 
 
+class _Pairs(NamedTuple):
+    """Directed edges in columns, in any order."""
+
+    receiver: NDArray[np.int64]  # (E,)
+    sender: NDArray[np.int64]  # (E,)
+    shift: NDArray[np.int32]  # (E, 3)
+    distance: NDArray[np.int64]  # (E,), in 1e-6 A
+
+    def take(self, idx: NDArray[np.integer] | NDArray[np.bool_]) -> "_Pairs":
+        """Return the edges at these places."""
+        return _Pairs(self.receiver[idx], self.sender[idx], self.shift[idx], self.distance[idx])
+
+
 def neighbor_lists(
     positions: NDArray[np.floating],
     atoms_ptr: NDArray[np.integer],
@@ -74,8 +96,8 @@ def neighbor_lists(
 ) -> _Edges:
     """Return edge_index (2, E), numbered over the whole batch, and shifts (E, 3) of concatenated systems.
 
-    Only the search runs system by system; selecting and sorting is done once for all, which costs a few
-    milliseconds for 32 molecules.
+    Small systems in open space are searched together, the others one by one; what they keep is sorted once
+    for all.
 
     Parameters
     ----------
@@ -85,91 +107,149 @@ def neighbor_lists(
     pbc : (S, 3)
     rule : NeighborRule
     """
-    edges, distances = _candidates(positions, atoms_ptr, cells, pbc, rule)
-    if rule.max_neighbors is not None:
-        edges, distances = _drop_far(edges, distances, rule.max_neighbors, rule.tie_tolerance)
-    order = _canonical_order(edges)
-    edges, distances = edges[order], distances[order]
-    if rule.max_neighbors is not None:
-        edges = edges[_nearest_mask(edges[:, 0], distances, rule.max_neighbors, rule.tie_tolerance)]
-    if rule.symmetrize:
-        edges = _symmetrized(edges)
-        edges = edges[_canonical_order(edges)]
-    return np.ascontiguousarray(edges[:, 1::-1].T), edges[:, 2:].astype(np.int32)
-
-
-def _candidates(
-    positions: NDArray[np.floating],
-    atoms_ptr: NDArray[np.integer],
-    cells: NDArray[np.floating],
-    pbc: NDArray[np.bool_],
-    rule: NeighborRule,
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Return edges (E, 5) = receiver, sender, shift, grouped by receiver, and distances (E,) in 1e-6 A."""
-    cutoff = round(rule.cutoff / _RESOLUTION)
-    search = NeighborList(cutoff=rule.cutoff + 2 * _RESOLUTION, full_list=True, sorted=True, n_threads=1)
     points = np.asarray(positions, dtype=np.float64)
     boxes = np.asarray(cells, dtype=np.float64)
     periodic = np.asarray(pbc, dtype=bool) & rule.use_pbc
-    edges, lengths = [np.empty((0, 5), np.int64)], [np.empty(0)]
+    n_atoms = np.diff(atoms_ptr)
+    together = ~periodic.any(axis=1) & (n_atoms <= _ALL_PAIRS_MAX_ATOMS)
+    parts = [_search_together(points, atoms_ptr, together, rule)]
     for s, (begin, end) in enumerate(pairwise(atoms_ptr)):
-        if begin == end:
-            continue
-        box = boxes[s] if periodic[s].any() else np.zeros((3, 3))
-        pairs, shifts, d = search.compute(points[begin:end], box, periodic[s], "PSd")
-        edges.append(np.concatenate([pairs.astype(np.int64) + begin, shifts], axis=1))
-        lengths.append(d)
-    rounded = np.rint(np.concatenate(lengths) / _RESOLUTION).astype(np.int64)
-    inside = (rounded > round(MIN_DISTANCE / _RESOLUTION)) & (rounded <= cutoff)
-    return np.concatenate(edges)[inside], rounded[inside]
+        if not together[s]:
+            found = _search_alone(points[begin:end], boxes[s], periodic[s], rule)
+            parts.append(found._replace(receiver=found.receiver + begin, sender=found.sender + begin))
+    pairs = _Pairs(
+        receiver=np.concatenate([p.receiver for p in parts]),
+        sender=np.concatenate([p.sender for p in parts]),
+        shift=np.concatenate([p.shift for p in parts]),
+        distance=np.concatenate([p.distance for p in parts]),
+    )
+    if rule.max_neighbors is not None and rule.tie_tolerance <= 0:
+        pairs = _cut_ties(pairs, rule.max_neighbors)
+    if rule.symmetrize:
+        pairs = _symmetrized(pairs)
+    order = _canonical_order(pairs)
+    return np.stack([pairs.sender[order], pairs.receiver[order]]), pairs.shift[order]
 
 
-def _drop_far(
-    edges: NDArray[np.int64], distances: NDArray[np.int64], n_nearest: int, tie_tolerance: float
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Drop edges beyond each receiver's K-th distance (ties stay), before anything is sorted."""
-    receiver = edges[:, 0]
-    n_edges = np.bincount(receiver)
-    if len(edges) == 0 or n_edges.max() <= n_nearest:
-        return edges, distances
-    column = np.arange(len(receiver)) - (np.cumsum(n_edges) - n_edges)[receiver]
-    padded = np.full((len(n_edges), n_edges.max()), np.iinfo(np.int64).max)
-    padded[receiver, column] = distances
-    limit = np.partition(padded, n_nearest - 1, axis=1)[:, n_nearest - 1]  # (N,)
-    near = distances - round(tie_tolerance / _RESOLUTION) <= limit[receiver]
-    return edges[near], distances[near]
+def _search_together(
+    points: NDArray[np.float64], atoms_ptr: NDArray[np.integer], chosen: NDArray[np.bool_], rule: NeighborRule
+) -> _Pairs:
+    """Measure all pairs inside each chosen system at once, in open space."""
+    n_atoms = np.diff(atoms_ptr) * chosen  # (S,)
+    n_senders = np.repeat(n_atoms, np.diff(atoms_ptr))  # (N,), for each receiver
+    first = np.repeat(atoms_ptr[:-1], np.diff(atoms_ptr))  # (N,)
+    receiver = np.repeat(np.arange(len(points)), n_senders)  # (E,)
+    begin = np.cumsum(n_senders) - n_senders
+    sender = np.arange(len(receiver)) + np.repeat(first - begin, n_senders)
+    squared = np.zeros(len(receiver))
+    for axis in points.T:
+        squared += (axis[sender] - np.repeat(axis, n_senders)) ** 2
+    distance = _rounded(np.sqrt(squared))
+    kept = np.flatnonzero(_is_inside(distance, rule))
+    receiver, distance = receiver[kept], distance[kept]
+    shift = np.zeros((len(kept), 3), dtype=np.int32)
+    pairs = _Pairs(receiver, sender[kept], shift, distance)
+    if rule.max_neighbors is None or n_atoms.max(initial=0) <= rule.max_neighbors:
+        return pairs
+    return pairs.take(distance <= _limits(receiver, distance, len(points), rule)[receiver])
 
 
-def _nearest_mask(
-    receiver: NDArray[np.int64], distances: NDArray[np.int64], n_nearest: int, tie_tolerance: float
-) -> NDArray[np.bool_]:
-    """Mark the K nearest of each receiver among edges in canonical order; that order breaks ties."""
-    n_edges = np.bincount(receiver)
-    if tie_tolerance > 0 or len(receiver) == 0 or n_edges.max() <= n_nearest:
-        return np.ones(len(receiver), dtype=bool)
-    order = np.lexsort((distances, receiver))  # stable
-    rank = np.arange(len(receiver)) - (np.cumsum(n_edges) - n_edges)[receiver[order]]
-    mask = np.empty(len(receiver), dtype=bool)
-    mask[order] = rank < n_nearest
-    return mask
+def _search_alone(
+    points: NDArray[np.float64], box: NDArray[np.float64], periodic: NDArray[np.bool_], rule: NeighborRule
+) -> _Pairs:
+    """Search one system with cell lists, no wider than its K nearest neighbors need."""
+    if not periodic.any():
+        box = np.zeros((3, 3))
+    radius = rule.cutoff
+    if rule.max_neighbors is not None and (periodic.any() or len(points) > rule.max_neighbors):
+        radius = min(radius, (3 * rule.max_neighbors / (4 * np.pi * _SPARSE_DENSITY)) ** (1 / 3))
+    while True:
+        # half of the edges, not sorted: doubling and grouping them here is faster
+        search = NeighborList(cutoff=radius + 2 * _RESOLUTION, full_list=False, sorted=False, n_threads=1)
+        half, shift, lengths = search.compute(points, box, periodic, "PSd", copy=False)
+        distance = _rounded(lengths)
+        kept = np.flatnonzero(_is_inside(distance, rule))  # (E/2,)
+        i, j = half.astype(np.int64)[kept].T
+        receiver = np.concatenate([i, j])  # (E,)
+        distance = np.tile(distance[kept], 2)
+        limits = _limits(receiver, distance, len(points), rule)
+        if radius >= rule.cutoff or limits.max(initial=0) <= radius / _RESOLUTION:
+            break
+        radius = min(_WIDENING * radius, rule.cutoff)
+    near = np.flatnonzero(distance <= limits[receiver])
+    mirrored = near >= len(kept)
+    sender = np.concatenate([j, i])[near]
+    shift = shift[kept[near - len(kept) * mirrored]] * np.where(mirrored, -1, 1).astype(np.int32)[:, None]
+    return _Pairs(receiver[near], sender, shift, distance[near])
 
 
-def _symmetrized(edges: NDArray[np.int64]) -> NDArray[np.int64]:
+def _rounded(lengths: NDArray[np.float64]) -> NDArray[np.int64]:
+    """Return lengths in Angstrom as whole multiples of 1e-6 A."""
+    return np.rint(lengths / _RESOLUTION).astype(np.int64)
+
+
+def _is_inside(distance: NDArray[np.int64], rule: NeighborRule) -> NDArray[np.bool_]:
+    """Mark the candidates (rule 1 above)."""
+    return (distance > _MIN_CLOSEST) & (distance <= round(rule.cutoff / _RESOLUTION))
+
+
+def _limits(
+    receiver: NDArray[np.int64], distance: NDArray[np.int64], n_atoms: int, rule: NeighborRule
+) -> NDArray[np.int64]:
+    """Return how far each atom looks (N,), in 1e-6 A: to its K-th neighbor and ties, or to the cutoff."""
+    limits = np.full(n_atoms, round(rule.cutoff / _RESOLUTION))
+    if rule.max_neighbors is None:
+        return limits
+    n_edges = np.bincount(receiver, minlength=n_atoms)
+    enough = n_edges >= rule.max_neighbors
+    span = round(rule.cutoff / _RESOLUTION) + 1
+    ranked = np.sort(receiver * span + distance)  # plain integers sort several times faster than two columns
+    kth = np.cumsum(n_edges) - n_edges + rule.max_neighbors - 1
+    limits[enough] = ranked[kth[enough]] % span + round(rule.tie_tolerance / _RESOLUTION)
+    return limits
+
+
+def _cut_ties(pairs: _Pairs, n_nearest: int) -> _Pairs:
+    """Of a receiver's equally far last neighbors keep the first by (sender, shift), K neighbors in all."""
+    n_edges = np.bincount(pairs.receiver)
+    if n_edges.max(initial=0) <= n_nearest:
+        return pairs
+    farthest = np.zeros(len(n_edges), dtype=np.int64)
+    np.maximum.at(farthest, pairs.receiver, pairs.distance)
+    crowded = n_edges > n_nearest
+    tied = np.flatnonzero(crowded[pairs.receiver] & (pairs.distance == farthest[pairs.receiver]))
+    tied = tied[_canonical_order(pairs.take(tied))]
+    receiver = pairs.receiver[tied]
+    n_tied = np.bincount(receiver, minlength=len(n_edges))
+    n_left = np.cumsum(n_tied)[receiver] - np.arange(len(tied))  # 1 at the last of a receiver's tied edges
+    surplus = tied[n_left <= (n_edges - n_nearest)[receiver]]
+    kept = np.ones(len(pairs.receiver), dtype=bool)
+    kept[surplus] = False
+    return pairs.take(kept)
+
+
+def _symmetrized(pairs: _Pairs) -> _Pairs:
     """Keep one direction of every pair and mirror it (rule 3 above)."""
-    receiver, sender, x, y, z = edges.T
+    x, y, z = pairs.shift.T
     earlier = (x < 0) | ((x == 0) & ((y < 0) | ((y == 0) & (z < 0))))
-    half = edges[(sender < receiver) | ((sender == receiver) & earlier)]
-    mirrored = np.concatenate([half[:, 1::-1], -half[:, 2:]], axis=1)
-    return np.concatenate([half, mirrored])
+    own_image = pairs.sender == pairs.receiver
+    half = pairs.take((pairs.sender < pairs.receiver) | (own_image & earlier))
+    return _Pairs(
+        receiver=np.concatenate([half.receiver, half.sender]),
+        sender=np.concatenate([half.sender, half.receiver]),
+        shift=np.concatenate([half.shift, -half.shift]),
+        distance=np.tile(half.distance, 2),
+    )
 
 
-def _canonical_order(edges: NDArray[np.int64]) -> NDArray[np.int64]:
+def _canonical_order(pairs: _Pairs) -> NDArray[np.int64]:
     """Return the order (E,) by receiver, sender and shift; one integer key sorts faster than 5 columns."""
-    if len(edges) == 0:
-        return np.empty(0, dtype=np.int64)
-    low = edges.min(axis=0)
-    span = edges.max(axis=0) - low + 1
-    if np.prod(span.astype(np.float64)) > 2**62:
-        return np.lexsort(edges.T[::-1])
-    weights = np.append(np.cumprod(span[:0:-1])[::-1], 1)
-    return np.argsort((edges - low) @ weights, kind="stable")
+    columns = [pairs.receiver, pairs.sender, *pairs.shift.T]
+    key, n_keys = np.zeros(len(pairs.receiver), dtype=np.int64), 1.0
+    for column in columns:
+        low, high = int(column.min(initial=0)), int(column.max(initial=0))
+        n_keys *= high - low + 1
+        if n_keys > 2**62:
+            return np.lexsort(columns[::-1])
+        key = key * (high - low + 1) + (column - low)
+    return np.argsort(key)

@@ -154,3 +154,56 @@ def test_whole_cell_translations_of_single_atoms_only_move_shifts(dtype):
     (j2, i2), shifts2 = neighbor_list((positions + moves @ cell).astype(dtype), cell, pbc, rule)
     moved = shifts - moves[j] + moves[i]
     assert sorted(as_edges((j, i), moved)) == sorted(as_edges((j2, i2), shifts2))
+
+
+@pytest.mark.parametrize("max_neighbors", [None, 6])
+@pytest.mark.parametrize("symmetrize", [False, True])
+def test_small_open_large_open_and_periodic_systems_mix_in_one_batch(max_neighbors, symmetrize):
+    """The three are searched in different ways; 150 atoms in open space go through cell lists."""
+    rng = np.random.default_rng(5)
+    rule = NeighborRule(3.0, max_neighbors, symmetrize=symmetrize)
+    zero, nowhere = np.zeros((3, 3)), np.zeros(3, bool)
+    slab = np.array([[4.0, 0, 0], [1.0, 5.0, 0], [0, 0, 9.0]]), np.array([True, True, False])
+    parts = [
+        (rng.random((9, 3)) * 3, zero, nowhere),
+        (rng.random((7, 3)) * 4, *slab),
+        (rng.random((0, 3)), zero, nowhere),
+        (rng.random((150, 3)) * 11, zero, nowhere),
+        (rng.random((1, 3)), zero, nowhere),
+    ]
+    atoms_ptr = np.cumsum([0] + [len(p) for p, _, _ in parts])
+    positions, cells, pbc = (np.concatenate([np.atleast_2d(p[k]) for p in parts]) for k in range(3))
+    got = as_edges(*neighbor_lists(positions, atoms_ptr, cells.reshape(-1, 3, 3), pbc, rule))
+    expected = []
+    for part, begin in zip(parts, atoms_ptr, strict=False):
+        if len(part[0]):
+            expected += [(i + begin, j + begin, *s) for i, j, *s in brute_force(*part, rule)]
+    assert got == expected
+
+
+def test_an_atom_far_above_a_dense_cluster_finds_its_neighbors_up_to_the_cutoff():
+    """One center needs a wider search than all the others, one further off has fewer than K within reach."""
+    grid = np.stack(np.meshgrid(*[np.arange(3.0)] * 3), axis=-1).reshape(-1, 3)
+    positions = np.concatenate([grid, [[0.4, 0.3, 8.0]], [[0.1, 0.2, 13.5]]])
+    cell, pbc = np.diag([0.0, 0.0, 40.0]), np.array([False, False, True])
+    rule = NeighborRule(8.0, max_neighbors=12)
+    got = neighbor_list(positions, cell, pbc, rule)
+    assert as_edges(*got) == brute_force(positions, cell, pbc, rule)
+    assert np.bincount(got[0][1]).tolist() == [12] * 28 + [1]
+
+
+def test_atoms_millions_of_cells_apart_keep_the_canonical_order():
+    """Their shifts are too large for one integer sort key."""
+    cell, pbc = np.diag([4.0, 5.0, 6.0]), np.ones(3, bool)
+    positions = np.array([[0.0, 0, 0], [1.0, 2.0, 0.5], [2.5, 1.0, 3.0], [3.0, 3.0, 1.5]])
+    moves = np.array([[0, 0, 0], [10**6, -(10**6), 10**6], [-(10**6), 3, 10**6], [7, 10**6, -(10**6)]])
+    rule = NeighborRule(4.5, max_neighbors=9, symmetrize=True)
+    (j, i), shifts = neighbor_list(positions + moves @ cell, cell, pbc, rule)
+    edges = as_edges((j, i), shifts)
+    assert edges == sorted(edges)
+    assert np.abs(shifts).max() > 10**6
+    # undone, and without ties in the way: the lists of all neighbors are the same
+    everything = NeighborRule(4.5)
+    (j, i), shifts = neighbor_list(positions + moves @ cell, cell, pbc, everything)
+    near = as_edges(*neighbor_list(positions, cell, pbc, everything))
+    assert sorted(as_edges((j, i), shifts + moves[j] - moves[i])) == near
