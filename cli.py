@@ -146,10 +146,18 @@ def cache_verify(as_json: bool, store: Path, quick: bool) -> None:
     Example:
       kd cache verify coll.kdcache
     """
+    from tqdm import tqdm
+
     from molkd.cache_schema.summary import describe_report
     from molkd.cache_schema.verify import verify
 
-    report = verify(store, quick=quick)
+    with tqdm(desc="verify", unit="B", unit_scale=True, disable=None) as bar:
+
+        def advance(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        report = verify(store, quick=quick, progress=advance)
     _show(report, as_json, describe_report)
     if report.problems:
         sys.exit(3)

@@ -89,12 +89,12 @@ class TrainingConfig(Settings):
     lr: float = Field(1e-3, gt=0)
     weight_decay: float = Field(0.0, ge=0)
     amsgrad: bool = True
-    adam_eps: float = 1e-8
+    adam_eps: float = Field(1e-8, gt=0)
     schedule: ScheduleConfig = ScheduleConfig()
-    ema_decay: float | None = 0.999
-    clip_grad_norm: float | None = 10.0
-    energy_weight: float = 1.0  # a_E of Eq. 1
-    forces_weight: float = 100.0  # a_F of Eq. 1
+    ema_decay: float | None = Field(0.999, ge=0, lt=1)
+    clip_grad_norm: float | None = Field(10.0, gt=0)
+    energy_weight: float = Field(1.0, ge=0)  # a_E of Eq. 1
+    forces_weight: float = Field(100.0, ge=0)  # a_F of Eq. 1
     normalization: Literal["energy", "forces", "none"] = "energy"
     references: Literal["fit", "none"] | dict[int, float] = "fit"  # energy per element in eV
     max_epochs: int = Field(100, ge=1)
@@ -160,7 +160,10 @@ def parse_assignments(assignments: Sequence[str]) -> dict[str, Any]:
         key, separator, value = text.partition("=")
         if not separator or not key:
             raise ConfigError(f"--set {text}: write it as key=value, for example training.lr=1e-3")
-        parsed = yaml.safe_load(value)
+        try:
+            parsed = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise ConfigError(f"--set {text}: {value!r} cannot be read as a YAML value") from None
         if isinstance(parsed, str):
             parsed = _number(parsed)
         for part in reversed(key.split(".")):
@@ -195,7 +198,10 @@ def parse_kd(texts: Sequence[str], head: str = "linear", loss: str = "mse") -> l
         if text == "none":
             continue
         name, _, weight = text.partition("=")
-        term: dict[str, Any] = {"name": name, "weight": _number(weight) if weight else "auto", "loss": loss}
+        number = "auto" if weight in ("", "auto") else _number(weight)
+        if isinstance(number, str) and number != "auto":
+            raise ConfigError(f"--kd {text}: the weight is a number or auto, for example {name}=1.0")
+        term: dict[str, Any] = {"name": name, "weight": number, "loss": loss}
         term["head"] = "linear" if name == "v2v" and head == "mlp" else head
         terms.append(term)
     return terms
@@ -220,7 +226,8 @@ def _explain(kind: type[BaseModel], problem: Mapping[str, Any]) -> str:
     location = [str(part) for part in problem["loc"]]
     where = ".".join(location)
     if problem["type"] != "extra_forbidden":
-        return f"{where}: {problem['msg']} (found {problem['input']!r})" if where else str(problem["msg"])
+        message = str(problem["msg"]).removeprefix("Value error, ")
+        return f"{where}: {message} (found {problem['input']!r})" if where else message
     valid = _valid_keys(kind, location[:-1])
     nearest = difflib.get_close_matches(location[-1], valid, n=1, cutoff=0.0)
     prefix = ".".join(location[:-1] + nearest)

@@ -12,9 +12,13 @@ def choose_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise ConfigError(f"--device {name}: no such device; take auto, cpu, cuda or cuda:1") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
+        device = torch.device("meta")  # as any other kind that is not supported
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"--device {name}: no such device; take auto, cpu, cuda or cuda:1")
+    n_devices = torch.cuda.device_count() if device.type == "cuda" else 1
+    if device.type == "cuda" and (device.index or 0) >= n_devices:
         raise ConfigError(
-            f"--device {name}: torch {torch.__version__} sees no CUDA device; take cpu or see kd doctor"
+            f"--device {name}: torch {torch.__version__} sees {n_devices} CUDA devices; "
+            "take cpu, or see kd doctor"
         )
     return device

@@ -123,7 +123,9 @@ class Objective(nn.Module):
         if term.name == "vanilla2":
             return vanilla2_loss(outputs, targets)
         feature = STUDENT_FEATURE[term.name]
-        return feature_loss(self.heads[term.name](outputs[feature]), targets.teacher[feature], term.loss)
+        return feature_loss(
+            self.heads[term.name](outputs[feature].float()), targets.teacher[feature], term.loss
+        )
 
 
 def needed_signals(terms: tuple[KDTerm, ...], *, pseudo_labels: bool) -> tuple[str, ...]:

@@ -1,14 +1,12 @@
 """How the weights move: AdamW, the paper's learning-rate schedules and the moving average of weights."""
 
+import copy
 from collections.abc import Iterable
 
 import torch
-from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel
+from torch import nn
 
 from molkd.pipeline.config import ScheduleConfig, TrainingConfig
-
-Tensors = tuple[Tensor, ...] | list[Tensor]
 
 
 def make_optimizer(parameters: Iterable[nn.Parameter], config: TrainingConfig) -> torch.optim.AdamW:
@@ -37,11 +35,18 @@ def lr_factor(schedule: ScheduleConfig, step: int, total_steps: int) -> float:
     return factor
 
 
-def make_ema(model: nn.Module, decay: float) -> AveragedModel:
-    """Return a moving average of the weights; a young one forgets faster: decay <= (1 + n) / (10 + n)."""
+def make_ema(model: nn.Module) -> nn.Module:
+    """Return a copy of a model that is to hold the moving average of its weights."""
+    return copy.deepcopy(model).eval().requires_grad_(False)
 
-    def average(averaged: Tensors, current: Tensors, n_averaged: Tensor | int) -> None:
-        n = int(n_averaged)
-        torch._foreach_lerp_(averaged, current, 1.0 - min(decay, (1 + n) / (10 + n)))
 
-    return AveragedModel(model, multi_avg_fn=average)
+def update_ema(ema: nn.Module, model: nn.Module, n_updates: int, decay: float) -> None:
+    """Move the average towards the weights; a young one forgets faster: decay <= (1 + n) / (10 + n).
+
+    Parameters
+    ----------
+    n_updates : updates before this one; counted on the host, so that no step waits for the device
+    """
+    weight = 1.0 - min(decay, (1 + n_updates) / (10 + n_updates))
+    with torch.no_grad():
+        torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), weight)

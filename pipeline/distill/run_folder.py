@@ -1,11 +1,14 @@
 """The folder of one training run: settings, log, metrics, last.pt to go on from, best.safetensors to keep."""
 
 import csv
+import fcntl
 import io
 import json
 import logging
 import math
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -59,12 +62,41 @@ class RunFolder:
                 )
         write_atomic(target, dump_yaml(config))
 
-    def log_to_file(self) -> logging.Handler:
-        """Append the log of the package to log.txt; the caller removes the handler."""
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other processes out of the folder; no file is left, and file systems without locks do without.
+
+        Raises
+        ------
+        ConfigError
+            If another process is training in this folder.
+        """
+        descriptor = os.open(self.path, os.O_RDONLY)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(descriptor)
+            raise ConfigError(
+                f"{self.path}: another process is training in this folder; wait for it, or give another --out"
+            ) from None
+        except OSError:
+            pass
+        try:
+            yield
+        finally:
+            os.close(descriptor)
+
+    @contextmanager
+    def log_to_file(self) -> Iterator[None]:
+        """Append the log of the package to log.txt."""
         handler = logging.FileHandler(self.path / "log.txt")
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         logging.getLogger("molkd").addHandler(handler)
-        return handler
+        try:
+            yield
+        finally:
+            logging.getLogger("molkd").removeHandler(handler)
+            handler.close()
 
     def finished(self) -> dict[str, Any] | None:
         """Return the content of metrics.json if the run is complete."""

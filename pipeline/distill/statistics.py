@@ -1,6 +1,7 @@
 """What the labels of a store look like, for energy references, label scale and the start value of lambda."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -9,18 +10,19 @@ from molkd.cache_schema.reader import Cache
 from molkd.pipeline.data.references import N_ELEMENTS, LabelScale, count_elements, reference_table
 
 _MAX_SYSTEMS = 100_000  # stored order is random, so the first ones are a fair sample
+_RARE = 100  # systems that are read for every element, wherever they stand
 _CHUNK = 2_000
 
 
 @dataclass(frozen=True)
 class LabelStatistics:
-    """Labels of up to 100,000 systems of a subset."""
+    """What a subset is trained on, of about 100,000 systems with every element among them."""
 
     counts: NDArray[np.int64]  # (S, 119) atoms of each element
     energies: NDArray[np.float64]  # (S,) eV, NaN where missing
     forces_rms: float  # eV/A, over components of free atoms; NaN if there are none
     mean_force_norm: float  # eV/A, over free atoms
-    elements: tuple[int, ...]  # atomic numbers that occur
+    elements: tuple[int, ...]  # atomic numbers that occur anywhere in the subset
 
     @property
     def n_energies(self) -> int:
@@ -28,36 +30,80 @@ class LabelStatistics:
         return int(np.isfinite(self.energies).sum())
 
 
-def label_statistics(cache: Cache, subset: NDArray[np.bool_], teacher: str | None = None) -> LabelStatistics:
-    """Read labels of the subset, or the teacher's energies and forces if `teacher` is given."""
-    indices = np.flatnonzero(subset)[:_MAX_SYSTEMS]
-    counts = np.zeros((len(indices), N_ELEMENTS), dtype=np.int64)
-    energies = np.full(len(indices), np.nan)
-    square_sum = norm_sum = 0.0
-    n_free = 0
-    signals = ("energy", "forces") if teacher else ()
-    prefix = "teacher/" if teacher else ""
+def label_statistics(
+    cache: Cache, subset: NDArray[np.bool_], teacher: str | None = None, signals: tuple[str, ...] = ()
+) -> LabelStatistics:
+    """Read the labels of a subset.
+
+    Parameters
+    ----------
+    teacher, signals : where a label is missing the teacher's stands for it, as far as `signals` hold energy
+        (or atomic_energies) and forces; the teacher's forces only count where no force is labelled at all
+    """
+    counts, energies = [], []
+    labelled, taught = _ForceSums(), _ForceSums()
+    kept_per_element = np.zeros(N_ELEMENTS, dtype=np.int64)
+    n_kept = 0
+    indices = np.flatnonzero(subset)
     for begin in range(0, len(indices), _CHUNK):
         part = indices[begin : begin + _CHUNK]
-        arrays = cache.read(
-            part, ("atomic_numbers", "energy", "forces", "fixed"), teacher=teacher, signals=signals
-        )
-        counts[begin : begin + len(part)] = count_elements(
-            arrays["atomic_numbers"], cache.system_n_atoms[part]
-        )
-        energies[begin : begin + len(part)] = arrays[f"{prefix}energy"]
-        forces = arrays[f"{prefix}forces"].astype(np.float64)
-        forces = forces[np.isfinite(forces).all(axis=1) & ~arrays["fixed"].astype(bool)]
-        square_sum += float((forces**2).sum())
-        norm_sum += float(np.linalg.norm(forces, axis=1).sum())
-        n_free += len(forces)
+        numbers = cache.read(part, ("atomic_numbers",))["atomic_numbers"]
+        composition = count_elements(numbers, cache.system_n_atoms[part])
+        rare = composition[:, kept_per_element < _RARE].any(axis=1)
+        chosen = rare | (n_kept + np.arange(len(part)) < _MAX_SYSTEMS)
+        if not chosen.any():
+            continue
+        part, composition = part[chosen], composition[chosen]
+        kept_per_element += (composition > 0).sum(axis=0)
+        arrays = cache.read(part, ("energy", "forces", "fixed"), teacher=teacher, signals=signals)
+        counts.append(composition)
+        energies.append(_energies(arrays, cache.system_n_atoms[part]))
+        free = ~arrays["fixed"].astype(bool)
+        labelled.add(arrays["forces"], free)
+        if "teacher/forces" in arrays:
+            taught.add(arrays["teacher/forces"], free)
+        n_kept += len(part)
+    forces = labelled if labelled.n_atoms else taught
     return LabelStatistics(
-        counts=counts,
-        energies=energies,
-        forces_rms=float(np.sqrt(square_sum / (3 * n_free))) if n_free else float("nan"),
-        mean_force_norm=norm_sum / n_free if n_free else float("nan"),
-        elements=tuple(int(z) for z in np.flatnonzero(counts.any(axis=0))),
+        counts=np.concatenate(counts),
+        energies=np.concatenate(energies),
+        forces_rms=forces.rms,
+        mean_force_norm=forces.mean_norm,
+        elements=tuple(int(z) for z in np.flatnonzero(kept_per_element)),
     )
+
+
+@dataclass
+class _ForceSums:
+    n_atoms: int = 0
+    squares: float = 0.0
+    norms: float = 0.0
+
+    def add(self, forces: NDArray[np.floating], free: NDArray[np.bool_]) -> None:
+        known = forces[np.isfinite(forces).all(axis=1) & free].astype(np.float64)
+        self.n_atoms += len(known)
+        self.squares += float((known**2).sum())
+        self.norms += float(np.linalg.norm(known, axis=1).sum())
+
+    @property
+    def rms(self) -> float:
+        return float(np.sqrt(self.squares / (3 * self.n_atoms))) if self.n_atoms else float("nan")
+
+    @property
+    def mean_norm(self) -> float:
+        return self.norms / self.n_atoms if self.n_atoms else float("nan")
+
+
+def _energies(arrays: dict[str, NDArray[Any]], n_atoms: NDArray[np.integer]) -> NDArray[np.float64]:
+    """Return labels, and the teacher's energies where there are none and the teacher's were read."""
+    labels: NDArray[np.float64] = arrays["energy"]
+    if "teacher/energy" in arrays:
+        taught = arrays["teacher/energy"]
+    elif "teacher/atomic_energies" in arrays:
+        taught = np.add.reduceat(arrays["teacher/atomic_energies"], np.cumsum(n_atoms) - n_atoms)
+    else:
+        return labels
+    return np.where(np.isfinite(labels), labels, taught)
 
 
 def mean_atomic_energy(cache: Cache, teacher: str, scale: LabelScale) -> float:

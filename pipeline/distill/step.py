@@ -6,14 +6,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel
 
 from molkd.cache_schema.reader import Cache
 from molkd.pipeline.config import TrainConfig
 from molkd.pipeline.distill.heads import Objective
 from molkd.pipeline.distill.loader import CacheLoader, Sample, sample_to
 from molkd.pipeline.distill.losses import LossTerms, fill_labels
-from molkd.pipeline.distill.optim import lr_factor, make_ema, make_optimizer
+from molkd.pipeline.distill.optim import lr_factor, make_ema, make_optimizer, update_ema
 from molkd.pipeline.distill.student import Setup
 from molkd.pipeline.models.potential import Potential
 
@@ -25,7 +24,7 @@ class TrainState:
     potential: Potential
     objective: Objective
     optimizer: torch.optim.Optimizer
-    ema: AveragedModel | None
+    ema: nn.Module | None  # holds the moving average of the weights
     loader: CacheLoader
     step: int = 0
     seconds: float = 0.0
@@ -41,7 +40,7 @@ class TrainState:
             "model": self.potential.model.state_dict(),
             "objective": self.objective.state_dict(),
             "optimizer": self.optimizer.state_dict(),
-            "ema": self.ema.state_dict() if self.ema else None,
+            "ema": self.ema.state_dict() if self.ema is not None else None,
             "loader": self.loader.state_dict(),
             "counters": {
                 "step": self.step,
@@ -59,7 +58,7 @@ class TrainState:
         self.potential.model.load_state_dict(state["model"])
         self.objective.load_state_dict(state["objective"])
         self.optimizer.load_state_dict(state["optimizer"])
-        if self.ema:
+        if self.ema is not None:
             self.ema.load_state_dict(state["ema"])
         self.loader.load_state_dict(state["loader"])
         for name, value in state["counters"].items():
@@ -76,7 +75,7 @@ def initial_state(cache: Cache, setup: Setup, config: TrainConfig, device: torch
         potential=setup.potential,
         objective=setup.objective,
         optimizer=make_optimizer([*model.parameters(), *setup.objective.parameters()], config.training),
-        ema=make_ema(model, config.training.ema_decay) if config.training.ema_decay else None,
+        ema=make_ema(model) if config.training.ema_decay else None,
         loader=CacheLoader(
             cache,
             setup.train,
@@ -103,15 +102,17 @@ def train_step(
         targets = fill_labels(targets)
     with torch.autocast(device.type, torch.bfloat16, enabled=config.amp == "bf16"):
         outputs = state.potential.model(batch)
-        terms: LossTerms = state.objective(outputs, targets)
+    terms: LossTerms = state.objective(
+        outputs, targets
+    )  # heads and losses in float32, as in the official code
     state.optimizer.zero_grad(set_to_none=True)
     terms.total.backward()
     if training.clip_grad_norm:
         parameters = [p for group in state.optimizer.param_groups for p in group["params"]]
         nn.utils.clip_grad_norm_(parameters, training.clip_grad_norm)
     state.optimizer.step()
-    if state.ema:
-        state.ema.update_parameters(state.potential.model)
+    if state.ema is not None and training.ema_decay:
+        update_ema(state.ema, state.potential.model, state.step, training.ema_decay)
     return terms
 
 

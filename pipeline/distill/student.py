@@ -1,7 +1,7 @@
 """Everything a run decides before its first step: systems, scale, student, weights of the losses."""
 
 import logging
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -61,11 +61,15 @@ def choose_teacher(cache: Cache, config: TrainConfig) -> str | None:
 
 
 def choose_systems(
-    cache: Cache, config: TrainConfig, teacher: str | None, signals: tuple[str, ...]
+    cache: Cache,
+    config: TrainConfig,
+    teacher: str | None,
+    signals: tuple[str, ...],
+    held_out: frozenset[bytes] = frozenset(),
 ) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
     """Return masks (S,) of training and validation systems.
 
-    Quarantined systems are left out.
+    Quarantined systems are left out, and so is everything that also stands in the validation or test data.
 
     Raises
     ------
@@ -76,6 +80,13 @@ def choose_systems(
     if config.val is None and config.val_fraction:
         val = split_mask(cache.ids, config.val_fraction)
     train = ~val
+    if held_out:
+        met = np.array([row.tobytes() in held_out for row in cache.ids])
+        if n_met := int((train & met).sum()):
+            log.warning(
+                "%d systems of the store are in the validation or test data too: not trained on", n_met
+            )
+        train &= ~met
     if teacher is not None:
         for name in signals:
             entry = cache.teachers[teacher].signals.get(name)
@@ -104,25 +115,31 @@ def choose_systems(
     return train, val
 
 
-def prepare(cache: Cache, config: TrainConfig, device: torch.device) -> Setup:
-    """Decide everything from store and settings; each decision is logged with its reason."""
+def prepare(
+    cache: Cache, config: TrainConfig, device: torch.device, held_out: frozenset[bytes] = frozenset()
+) -> Setup:
+    """Decide everything from store and settings; each decision is logged with its reason.
+
+    Parameters
+    ----------
+    held_out : ids of systems that must not be trained on
+    """
     teacher = choose_teacher(cache, config)
     signals = needed_signals(config.kd, pseudo_labels=config.pseudo_labels)
-    train, val = choose_systems(cache, config, teacher, signals)
-    statistics = label_statistics(cache, train)
+    train, val = choose_systems(cache, config, teacher, signals, held_out)
+    uses_energies = teacher is not None and bool({"energy", "atomic_energies"} & set(signals))
+    scalar_signals = tuple(sorted({"energy", "atomic_energies", "forces"} & set(signals)))
+    statistics = label_statistics(cache, train, teacher, scalar_signals if uses_energies else ())
     _check_labels(cache, config, statistics)
-    n_energies = statistics.n_energies
-    if n_energies == 0 and teacher and {"energy", "atomic_energies"} & set(signals):
-        log.info("no energies in the training systems: references and energy scale come from the teacher")
-        of_teacher = label_statistics(cache, train, teacher)
-        has_forces = not np.isnan(statistics.forces_rms)
-        statistics = replace(statistics, energies=of_teacher.energies) if has_forces else of_teacher
     scale = _fit_scale(config, statistics)
-    if teacher and {"energy", "atomic_energies"} & set(signals):
+    known_elements = _elements_with_reference(cache, statistics, scale)
+    if teacher is not None and uses_energies:
         _check_energy_reference(cache, train, teacher, scale)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         model: Any = build_model(config.model)
+        if "forces" not in model.signals:
+            raise ConfigError("a student needs forces: leave model.regress_forces true")
         specs = _teacher_specs(cache, teacher)
         weights: dict[str, float] = {
             t.name: _weight(t, cache, teacher, statistics, scale, config) for t in config.kd
@@ -136,15 +153,24 @@ def prepare(cache: Cache, config: TrainConfig, device: torch.device) -> Setup:
             config.training.forces_weight,
         )
     _check_elements(statistics, int(model.max_atomic_number), cache.path)
-    if model.forces_from == "gradient" and scale.forces_std != scale.energy_std:
-        raise ConfigError(
-            "forces by gradient need one scale for energies and forces; set training.normalization"
-        )
-    provenance = _provenance(cache, config, teacher, weights, statistics)
-    provenance["n_training_energies"] = n_energies
-    metadata = {"model": config.model, "provenance": provenance}
-    potential = Potential(model.to(device), scale, metadata)
+    provenance = _provenance(cache, config, teacher, weights, train) | {"elements": known_elements}
+    potential = Potential(model.to(device), scale, {"model": config.model, "provenance": provenance})
     return Setup(train, val, teacher, signals, potential, objective.to(device))
+
+
+def _elements_with_reference(cache: Cache, statistics: LabelStatistics, scale: LabelScale) -> list[int]:
+    """Return the elements whose energies the student learns; others occur without any energy."""
+    if not scale.references:
+        return list(statistics.elements)
+    without = [z for z in statistics.elements if z not in scale.references]
+    if without:
+        log.warning(
+            "%s: no system with an energy holds the elements with atomic numbers %s; the student learns "
+            "features and forces of them, but will refuse to predict their energies",
+            cache.path,
+            ", ".join(str(z) for z in without),
+        )
+    return [z for z in statistics.elements if z in scale.references]
 
 
 def _teacher_specs(cache: Cache, teacher: str | None) -> dict[str, FieldSpec]:
@@ -198,9 +224,9 @@ def _fit_scale(config: TrainConfig, statistics: LabelStatistics) -> LabelScale:
 
 def zero_model_loss(statistics: LabelStatistics, scale: LabelScale, config: TrainConfig) -> float:
     """Return L_0 (Eq. 1) of a model that always predicts zero, in normalised units."""
-    normalised = scale.normalize_energy(statistics.energies, statistics.counts)
-    known = normalised[np.isfinite(normalised)]
-    energy = float(np.abs(known).mean()) if len(known) else 0.0
+    known = np.isfinite(statistics.energies)
+    normalised = scale.normalize_energy(statistics.energies[known], statistics.counts[known])
+    energy = float(np.abs(normalised).mean()) if known.any() else 0.0
     forces = 0.0 if np.isnan(statistics.mean_force_norm) else statistics.mean_force_norm / scale.forces_std
     return config.training.energy_weight * energy + config.training.forces_weight * forces
 
@@ -232,6 +258,11 @@ def _weight(
         assert entry.statistics is not None  # complete signals have statistics
         variance = float(np.mean(entry.statistics.variance))
         start = variance if term.loss == "mse" else float(np.sqrt(variance))
+    if not start > 0:
+        raise CacheError(
+            f"{cache.path}: signal {signal} of {teacher} is the same for every atom, nothing can be learnt "
+            f"from it; drop --kd {term.name}, or give its weight as a number"
+        )
     weight = zero_model_loss(statistics, scale, config) / start
     log.info("lambda(%s) = %.4g: the term starts as large as the base loss", term.name, weight)
     return weight
@@ -250,18 +281,18 @@ def _provenance(
     config: TrainConfig,
     teacher: str | None,
     weights: dict[str, float],
-    statistics: LabelStatistics,
+    train: NDArray[np.bool_],
 ) -> dict[str, Any]:
     parent = cache.teachers[teacher].provenance if teacher else None
     return {
         "student": config.student,
         "label": config.label,
-        "elements": list(statistics.elements),
         "dataset_fingerprint": cache.fingerprint,
         "store": Path(cache.path).name,
         "data": {k: v for k in ("licence", "citation") if (v := cache.dataset.get(k))},
         "code": f"molkd {version('molkd')}, torch {torch.__version__}",
-        "n_training_systems": len(statistics.energies),
+        "n_training_systems": int(train.sum()),
+        "n_training_energies": int(np.isfinite(cache.energy[train]).sum()),
         "teacher": parent,
         "kd": [t.model_dump() | {"weight": weights[t.name]} for t in config.kd],
         "pseudo_labels": config.pseudo_labels,

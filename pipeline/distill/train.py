@@ -3,6 +3,7 @@
 No teacher runs here, and nothing of `teachers` or `caching` is imported.
 """
 
+import hashlib
 import logging
 import math
 import signal
@@ -10,6 +11,7 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -68,22 +70,20 @@ def train_student(config: TrainConfig) -> TrainSummary:
     if (done := run.finished()) is not None:
         log.info("%s: finished before, nothing to do", config.out)
         return TrainSummary(**{k: done[k] for k in TrainSummary.__dataclass_fields__})
-    handler = run.log_to_file()
-    try:
+    with run.locked(), run.log_to_file():
         return _train(config, run)
-    finally:
-        logging.getLogger("molkd").removeHandler(handler)
-        handler.close()
 
 
 def _train(config: TrainConfig, run: RunFolder) -> TrainSummary:
     device = choose_device(config.device)
     cache = Cache.open(config.store)
-    setup = prepare(cache, config, device)
+    setup = prepare(cache, config, device, _held_out_ids(config))
     state = initial_state(cache, setup, config, device)
     total_steps, val_every = _length(state.loader.batches_per_epoch, config)
+    val_systems = _validation_systems(cache, setup, config)
+    data = _data_of(cache, setup, val_systems)
     if (saved := run.load_state()) is not None:
-        _check_same_data(config, saved.get("data", {}), _data_of(setup))
+        _check_same_data(config, saved.get("data", {}), data)
         state.load_state_dict(saved)
         log.info("continuing at step %d of %d", state.step, total_steps)
     n_parameters = sum(p.numel() for p in setup.potential.model.parameters())
@@ -96,9 +96,9 @@ def _train(config: TrainConfig, run: RunFolder) -> TrainSummary:
         config.training.batch_size,
         device,
     )
-    val_systems = _validation_systems(cache, setup, config)
-    for path in config.test.values():
-        open_source(path).close()  # a wrong path shows now, not when the training is over
+    for path in config.test.values():  # what is wrong with them shows now, not when the training is over
+        for _ in _read(path, setup.potential.elements, config.student):
+            pass
     part_names = ["loss", "energy", "forces", *(t.name for t in config.kd)]
     run.start_metrics(_columns(part_names), state.step)
     writer = _tensorboard(config, run)
@@ -107,28 +107,31 @@ def _train(config: TrainConfig, run: RunFolder) -> TrainSummary:
         _interruptible() as interrupted,
         tqdm(total=total_steps, initial=state.step, desc="train", unit="step", disable=None) as progress,
     ):
+        mark = time.perf_counter()
         for sample in _until(state, total_steps):
-            began = time.perf_counter()
             terms = train_step(state, sample, config, device, total_steps)
             accumulate(state, terms)
             state.step += 1
-            state.seconds += time.perf_counter() - began
+            last = state.step == total_steps
+            validates = last or state.step % val_every == 0
+            losses = None
+            if validates or state.step % config.log_every == 0:
+                losses = _mean_losses(state, config)  # waits for the device, so that the clock below is right
+            state.seconds += time.perf_counter() - mark  # waiting for data included, validation not
             progress.update()
-            row: dict[str, float | int] = {}
-            if state.step % config.log_every == 0 or state.step % val_every == 0 or state.step == total_steps:
-                row = _training_row(state, part_names, config, total_steps)
-            if state.step % val_every == 0 or state.step == total_steps:
-                row |= _validate(state, val_systems, run, device)
-            if row:
+            if losses is not None:
+                row = _row(state, part_names, losses, config, total_steps)
+                row |= _validate(state, val_systems, run, device) if validates else {}
                 run.add_metrics(row)
                 _to_tensorboard(writer, row)
-            if interrupted() or state.step % config.checkpoint_every == 0 or state.step == total_steps:
-                run.save_state(state.state_dict() | {"data": _data_of(setup)})
+            if interrupted() or last or state.step % config.checkpoint_every == 0:
+                run.save_state(state.state_dict() | {"data": data})
             if interrupted():
                 log.warning(
                     "interrupted at step %d of %d; the same command continues", state.step, total_steps
                 )
                 break
+            mark = time.perf_counter()
 
     finished = state.step >= total_steps
     test = _test(config, run, device) if finished else {}
@@ -164,18 +167,22 @@ def _length(batches_per_epoch: int, config: TrainConfig) -> tuple[int, int]:
     return total, config.val_every or max(batches_per_epoch, math.ceil(total / _MAX_VALIDATIONS))
 
 
-def _data_of(setup: Setup) -> dict[str, Any]:
-    """Return what tells two stores apart, wherever they lie."""
-    provenance = setup.potential.metadata["provenance"]
-    return {"systems": provenance["dataset_fingerprint"], "teacher": provenance["teacher"]}
+def _data_of(cache: Cache, setup: Setup, val_systems: list[System]) -> dict[str, Any]:
+    """Return what tells the data of two runs apart, wherever they lie."""
+    return {
+        "systems": cache.fingerprint,
+        "teacher": setup.potential.metadata["provenance"]["teacher"],
+        "training systems": hashlib.sha256(cache.ids[setup.train].tobytes()).hexdigest(),
+        "validation systems": hashlib.sha256(b"".join(s.id for s in val_systems)).hexdigest(),
+    }
 
 
 def _check_same_data(config: TrainConfig, old: dict[str, Any], new: dict[str, Any]) -> None:
-    differ = [key for key in old if old[key] != new[key]]
+    differ = [key for key in old if old[key] != new.get(key)]
     if differ:
         raise CacheError(
-            f"{config.store}: other {' and '.join(differ)} than in the store that {config.out} was begun "
-            "with; give that store again, or another --out"
+            f"{config.store}: other {' and '.join(differ)} than those that {config.out} was begun with; "
+            "give the same store and --val again, or another --out"
         )
 
 
@@ -188,23 +195,28 @@ def _until(state: TrainState, total_steps: int) -> Iterator[Sample]:
         samples.close()  # type: ignore[attr-defined]  # a generator: this stops the prefetch thread
 
 
-def _training_row(
-    state: TrainState, part_names: list[str], config: TrainConfig, total_steps: int
-) -> dict[str, float | int]:
+def _mean_losses(state: TrainState, config: TrainConfig) -> list[float]:
+    """Return the mean of the loss and its parts since the last call."""
     assert state.sums is not None
-    means = (state.sums / state.n_summed).tolist()
+    means: list[float] = (state.sums / state.n_summed).tolist()
     state.sums, state.n_summed = None, 0
     if not math.isfinite(means[0]):
         raise ModelError(
             f"{config.out}: the loss is not finite around step {state.step}; "
             "lower training.lr or the weight of --kd, or remove the folder and start with --amp off"
         )
+    return means
+
+
+def _row(
+    state: TrainState, part_names: list[str], losses: list[float], config: TrainConfig, total_steps: int
+) -> dict[str, float | int]:
     return {
         "step": state.step,
         "epoch": state.loader.epoch,
         "lr": config.training.lr * lr_factor(config.training.schedule, state.step - 1, total_steps),
         "seconds": state.seconds,
-        **{f"train_{name}": value for name, value in zip(part_names, means, strict=True)},
+        **{f"train_{name}": value for name, value in zip(part_names, losses, strict=True)},
     }
 
 
@@ -213,14 +225,30 @@ def _columns(part_names: list[str]) -> list[str]:
     return ["step", "epoch", "lr", "seconds", *(f"train_{n}" for n in part_names), *validation]
 
 
+def _held_out_ids(config: TrainConfig) -> frozenset[bytes]:
+    """Return the ids of everything in the validation and test data."""
+    ids = set()
+    for path in [*config.test.values(), *([config.val] if config.val else [])]:
+        ids |= {system.id for system in _read(path, None, config.student)}
+    return frozenset(ids)
+
+
+def _read(path: Path, elements: frozenset[int] | None, model: str) -> Iterator[System]:
+    """Yield the systems of a file; given the elements that a model knows, refuse others."""
+    source = open_source(path)
+    try:
+        if elements is None:
+            yield from (source.read(i) for i in range(len(source)))
+        else:
+            yield from known_systems(source, elements, model)
+    finally:
+        source.close()
+
+
 def _validation_systems(cache: Cache, setup: Setup, config: TrainConfig) -> list[System]:
     """Read what is held out; without any label a system cannot tell a good student from a bad one."""
     if config.val is not None:
-        source = open_source(config.val)
-        try:
-            systems = list(known_systems(source, setup.potential.elements, config.student))
-        finally:
-            source.close()
+        systems = list(_read(config.val, setup.potential.elements, config.student))
     else:
         held_out = StoreSource(cache)
         systems = [held_out.read(int(i)) for i in np.flatnonzero(setup.val)]
@@ -236,7 +264,7 @@ def _validate(
     state: TrainState, systems: list[System], run: RunFolder, device: torch.device
 ) -> dict[str, float | int]:
     """Evaluate the averaged weights; keep them if they are the best so far."""
-    model = state.ema.module if state.ema else state.potential.model
+    model = state.ema if state.ema is not None else state.potential.model
     averaged = Potential(model, state.potential.scale, state.potential.metadata)
     if not systems:
         state.best_step = state.step
@@ -273,12 +301,8 @@ def _test(config: TrainConfig, run: RunFolder, device: torch.device) -> dict[str
     best = Potential.load(run.best, device)
     results = {}
     for name, path in config.test.items():
-        source = open_source(path)
-        try:
-            systems = known_systems(source, best.elements, str(config.out))
-            evaluation = _evaluate(best, systems, device, measure_throughput=True)
-        finally:
-            source.close()
+        systems = _read(path, best.elements, str(config.out))
+        evaluation = _evaluate(best, systems, device, measure_throughput=True)
         evaluation.save(run.path / FOLDER / f"{name}.npz")
         results[name] = evaluation.to_report()
     return results

@@ -39,7 +39,7 @@ PAINN = {
     "cutoff": 4.0,
     "max_neighbors": 50,
     "direct_forces": True,
-    "use_pbc": False,
+    "use_pbc": True,
 }
 MODELS: dict[str, dict[str, Any]] = {
     "painn-direct": PAINN,
@@ -51,7 +51,7 @@ MODELS: dict[str, dict[str, Any]] = {
         "num_interactions": 2,
         "num_gaussians": 8,
         "cutoff": 4.0,
-        "use_pbc": False,
+        "use_pbc": True,
     },
 }
 TEACHER = PAINN | {"hidden_channels": 24, "num_layers": 3, "cutoff": 5.0}
@@ -63,6 +63,14 @@ def read_systems(path: Path = COLL) -> list[System]:
         return [source.read(i) for i in range(len(source))]
     finally:
         source.close()
+
+
+def write_part(path: Path, begin: int, end: int) -> Path:
+    """Write frames `begin` to `end` of the small set, text unchanged."""
+    lines = COLL.read_text().splitlines(keepends=True)
+    starts = np.concatenate([[0], np.cumsum([s.n_atoms + 2 for s in read_systems()])])
+    path.write_text("".join(lines[starts[begin] : starts[end]]))
+    return path
 
 
 def scale_of(systems: list[System], mode: Any = "forces", references: Any = "fit") -> LabelScale:

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from molkd.pipeline.config import ScheduleConfig, TrainingConfig, make_config
-from molkd.pipeline.distill.optim import lr_factor, make_ema, make_optimizer
+from molkd.pipeline.distill.optim import lr_factor, make_ema, make_optimizer, update_ema
 from molkd.pipeline.models.registry import load_preset
 
 
@@ -55,18 +55,18 @@ def test_a_constant_rate_still_warms_up():
 
 
 def test_moving_average_is_a_plain_loop_with_a_young_phase():
-    """The first update copies; then decay is min(0.5, (1 + n) / (10 + n)), which reaches 0.5 at n = 8."""
+    """The decay is min(0.5, (1 + n) / (10 + n)), 0.5 from n = 8 on; it starts from the first weights."""
     model = nn.Linear(2, 3)
-    ema = make_ema(model, 0.5)
-    expected = None
+    torch.nn.init.constant_(model.weight, 7.0)
+    ema = make_ema(model)
+    expected = 7.0
     for step in range(14):
         with torch.no_grad():
             model.weight.copy_(torch.full((3, 2), float(step**2)))
-        ema.update_parameters(model)
-        n = step  # updates before this one
-        decay = min(0.5, (1 + n) / (10 + n))
-        expected = float(step**2) if expected is None else decay * expected + (1 - decay) * step**2
-        torch.testing.assert_close(ema.module.weight, torch.full((3, 2), expected))
+        update_ema(ema, model, step, 0.5)
+        decay = min(0.5, (1 + step) / (10 + step))
+        expected = decay * expected + (1 - decay) * step**2
+        torch.testing.assert_close(ema.weight, torch.full((3, 2), expected))
     assert model.weight[0, 0].item() == 169.0  # the raw weights are left alone
 
 

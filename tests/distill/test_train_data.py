@@ -3,46 +3,51 @@
 import shutil
 from dataclasses import replace
 
+import ase.io
 import numpy as np
 import pytest
 import torch
 from distill_cases import (
     COLL,
+    TEACHER,
     add_teacher,
     column,
     ids_of,
     interrupt_after,
     make_store,
     read_systems,
+    scale_of,
     train_config,
+    write_part,
 )
 
 from molkd.cache_schema.reader import Cache
 from molkd.pipeline.data.splits import split_mask
 from molkd.pipeline.device import choose_device
-from molkd.pipeline.distill import train
+from molkd.pipeline.distill import statistics, train
+from molkd.pipeline.distill.run_folder import RunFolder
+from molkd.pipeline.distill.step import initial_state
 from molkd.pipeline.distill.student import prepare
 from molkd.pipeline.distill.train import train_student
 from molkd.pipeline.errors import CacheError, ConfigError, DataError, ModelError
 from molkd.pipeline.models.potential import Potential
+from molkd.pipeline.models.registry import build_model
 
 COMMENT = 'Properties=species:S:1:pos:R:3:forces:R:3 energy=-1.0 pbc="F F F"'
+CPU = torch.device("cpu")
 PRINTED = 1e-6  # relative; metrics.csv keeps 8 digits
 
 
 def test_an_unfinished_run_refuses_a_store_of_other_systems(store, mixed_store, tmp_path, monkeypatch):
     interrupt_after(monkeypatch, 4)
     assert not train_student(train_config(store, tmp_path)).finished
-    with pytest.raises(CacheError, match=r"other systems than in the store that .* was begun with"):
+    with pytest.raises(CacheError, match=r"other systems .*than those that .* was begun with"):
         train_student(train_config(mixed_store, tmp_path))
 
 
 def test_validation_systems_are_split_off_by_id(store, tmp_path):
     """A system keeps its side in a store that holds only a part of the others."""
-    half = tmp_path / "half.extxyz"
-    text = COLL.read_text().splitlines(keepends=True)
-    ends = np.cumsum([s.n_atoms + 2 for s in read_systems()])
-    half.write_text("".join(text[: ends[23]]))
+    half = write_part(tmp_path / "half.extxyz", 0, 24)
     part = Cache.open(make_store(tmp_path / "half.kdcache", half))
     whole = Cache.open(store)
     device = choose_device("cpu")
@@ -69,6 +74,93 @@ def test_validation_systems_are_never_trained_on(store, tmp_path, monkeypatch):
     cache = Cache.open(store)
     val = split_mask(cache.ids, 0.3)
     assert seen == {row.tobytes() for row in cache.ids[~val]}
+
+
+def test_what_is_held_out_is_never_trained_on_even_if_it_is_in_the_store(
+    store, tmp_path, monkeypatch, caplog
+):
+    seen, step = set(), train.train_step
+
+    def record(state, sample, *rest):
+        seen.update(ids_of(sample))
+        return step(state, sample, *rest)
+
+    monkeypatch.setattr(train, "train_step", record)
+    val, test = write_part(tmp_path / "val.extxyz", 0, 6), write_part(tmp_path / "test.extxyz", 6, 10)
+    train_student(train_config(store, tmp_path / "run", val=val, test={"test": test}))
+    assert "10 systems of the store are in the validation or test data too" in caplog.text
+    assert seen == {s.id for s in read_systems()[10:]}
+
+
+def test_another_validation_set_behind_a_begun_run_is_refused(store, tmp_path, monkeypatch):
+    interrupt_after(monkeypatch, 4)
+    first, second = write_part(tmp_path / "a.extxyz", 0, 6), write_part(tmp_path / "b.extxyz", 6, 12)
+    assert not train_student(train_config(store, tmp_path / "run", val=first)).finished
+    with pytest.raises(CacheError, match="other training systems and validation systems than those"):
+        train_student(train_config(store, tmp_path / "run", val=second))
+
+
+def test_two_processes_do_not_train_in_one_folder(store, tmp_path):
+    config = train_config(store, tmp_path)
+    with RunFolder(tmp_path).locked(), pytest.raises(ConfigError, match="another process is training"):
+        train_student(config)
+    assert train_student(config).finished
+
+
+def with_nitrogen(path, energy):
+    """Frames with an N atom in place of every first atom; their energies are `energy` or none."""
+    frames = ase.io.read(COLL, "30:42")
+    for frame in frames:
+        frame.numbers[0] = 7
+        frame.calc = None
+        frame.info.pop("energy", None)
+        if energy is not None:
+            frame.info["energy"] = energy
+    ase.io.write(path, frames)
+    return path
+
+
+@pytest.mark.parametrize("terms", [[{"name": "n2n"}], [{"name": "vanilla1"}], [{"name": "vanilla2"}]])
+def test_an_element_without_labels_gets_the_teachers_reference_or_no_energy(tmp_path, terms):
+    """48 labelled systems of C, H, O; nitrogen only in structures that the teacher alone knows."""
+    labelled = write_part(tmp_path / "labelled.extxyz", 0, 30)
+    pool = with_nitrogen(tmp_path / "pool.extxyz", None)
+    reference = -111.0
+    scale = scale_of(read_systems())
+    model = build_model(TEACHER)
+    teacher = Potential(
+        model, replace(scale, references={**scale.references, 7: reference}), {"model": TEACHER}
+    )
+    teacher.save(tmp_path / "teacher.safetensors")
+    store = make_store(tmp_path / "mixed.kdcache", labelled, drop_labels=(pool,))
+    add_teacher(store, tmp_path / "teacher.safetensors")
+    setup = prepare(Cache.open(store), train_config(store, tmp_path, kd=terms), choose_device("cpu"))
+    if terms[0]["name"] == "n2n":
+        assert 7 not in setup.potential.scale.references
+        assert 7 not in setup.potential.elements
+    else:
+        assert setup.potential.scale.references[7] == pytest.approx(reference, abs=20.0)
+        assert 7 in setup.potential.elements
+        loader = initial_state(Cache.open(store), setup, train_config(store, tmp_path, kd=terms), CPU).loader
+        signal = "energy" if terms[0]["name"] == "vanilla1" else "atomic_energies"
+        values = torch.cat(
+            [next(samples).targets.teacher[signal] for samples in [iter(loader)] for _ in range(4)]
+        )
+        assert values.abs().max() < 50  # in label scales; without its reference nitrogen is off by a hundred
+
+
+def test_rare_elements_behind_the_sample_are_seen(tmp_path, monkeypatch):
+    """With a sample of ten systems, nitrogen in the others still gets its reference from their labels."""
+    monkeypatch.setattr(statistics, "_MAX_SYSTEMS", 10)
+    monkeypatch.setattr(statistics, "_RARE", 3)
+    monkeypatch.setattr(statistics, "_CHUNK", 5)
+    labelled = write_part(tmp_path / "labelled.extxyz", 0, 30)
+    store = make_store(tmp_path / "n.kdcache", labelled, with_nitrogen(tmp_path / "n.extxyz", -400.0))
+    cache = Cache.open(store)
+    found = statistics.label_statistics(cache, np.ones(cache.n_systems, dtype=bool))
+    assert found.elements == (1, 6, 7, 8)
+    assert (found.counts[:, 7] > 0).sum() >= 3
+    assert len(found.energies) < cache.n_systems
 
 
 def test_validation_data_of_their_own_leave_the_whole_store_for_training(store, tmp_path):
