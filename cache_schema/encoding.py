@@ -96,7 +96,8 @@ def encode(values: NDArray[Any], encoding: Encoding, where: str) -> NDArray[Any]
             raise CacheError(f"{where}: infinite value in row {place[0]}{channel}")
         raise CacheError(
             f"{where}: {value:.6g} in row {place[0]}{channel} is too large for {encoding.name} "
-            f"(at most {np.finfo(encoding.dtype).max:.6g}); take --encoding fp32"
+            f"(at most {np.finfo(encoding.dtype).max:.6g}); run the command again with --encoding fp32, "
+            "and with another --name if shards of this signal are finished"
         )
     return stored
 

@@ -223,6 +223,25 @@ def load_commit(root: Path, plan: Plan, group: Group, shard: int) -> Commit | No
     return commit
 
 
+def require_unchanged(root: Path, group: Group) -> None:
+    """Refuse to commit values of a signal that another process has declared anew since it was loaded.
+
+    Raises
+    ------
+    CacheError
+        Naming the signal.
+    """
+    if group.name == ATOMS:
+        return  # described by the plan
+    for name, digest in group.metadata.items():
+        raw = read_zarr_json(root, name)
+        if raw is None or hashlib.sha256(raw).hexdigest() != digest:
+            raise CacheError(
+                f"{root / DATA / name}: changed while {group.name} was being written, another process asked "
+                "for it with another encoding; nothing is committed, run one of them again"
+            )
+
+
 def check_metadata(root: Path, group: Group, recorded: dict[str, str]) -> None:
     """Compare a group's metadata with what was recorded.
 

@@ -1,5 +1,6 @@
 """Finish a store by folding all commits into one sealed file, and describe what it holds."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +94,7 @@ def info(path: str | Path) -> dict[str, Any]:
             "systems_with_energy": int((cache.energy == cache.energy).sum()),  # NaN differs from itself
             "shards": packing.n_shards,
             "rows_per_shard": packing.rows_per_shard,
-            "finished": (root / MANIFEST).is_file(),
+            "finished": all(entry.complete for entry in _entries(cache)),
             "bytes": n_bytes,
             "bytes_per_atom": n_bytes / packing.n_atoms,
             "dataset": cache.dataset,
@@ -108,6 +109,12 @@ def info(path: str | Path) -> dict[str, Any]:
                 for name, teacher in cache.teachers.items()
             },
         }
+
+
+def _entries(cache: Cache) -> Iterator[SignalEntry]:
+    yield from cache.fields.values()
+    for teacher in cache.teachers.values():
+        yield from teacher.signals.values()
 
 
 def _describe(entry: SignalEntry, cache: Cache) -> dict[str, Any]:

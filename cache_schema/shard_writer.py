@@ -28,7 +28,7 @@ from molkd.cache_schema.files import (
     write_error,
     write_file,
 )
-from molkd.cache_schema.groups import Group, load_commit
+from molkd.cache_schema.groups import Group, load_commit, require_unchanged
 from molkd.cache_schema.jsonfile import seal
 from molkd.cache_schema.layout import ArrayLayout, record_path
 from molkd.cache_schema.plan import Plan, Systems
@@ -268,6 +268,7 @@ class ShardWriter:
             if other is not None:
                 self._agree(commit, other)
                 return
+            require_unchanged(self._root, self._group)
             for file in self._files.values():
                 file.temporary.replace(file.target)
                 fsync_folder(file.target.parent)

@@ -17,17 +17,16 @@ from molkd.cache_schema.creation import (
     describe_difference,
     match_order,
 )
+from molkd.cache_schema.declaration import declare_signal, put_group
 from molkd.cache_schema.errors import CacheError, IntegrityError
 from molkd.cache_schema.fields import FieldSpec
 from molkd.cache_schema.files import (
     exclusive,
     fsync_folder,
-    inside,
     make_folder,
     sweep,
     temporary_path,
     write_error,
-    write_file,
 )
 from molkd.cache_schema.groups import (
     ATOMS,
@@ -37,7 +36,6 @@ from molkd.cache_schema.groups import (
     list_teachers,
     load_atoms,
     load_signal,
-    read_zarr_json,
     teacher_provenance,
 )
 from molkd.cache_schema.jsonfile import canonical, read_sealed
@@ -50,7 +48,6 @@ from molkd.cache_schema.layout import (
     check_name,
     check_signal_spec,
     signal_group,
-    signal_layout,
     split_signal_group,
 )
 from molkd.cache_schema.plan import Plan, Systems, read_plan, read_systems
@@ -135,7 +132,7 @@ class Store:
                 f"teacher {name}: its provenance must name the sha256 of its weights (weights_sha256)"
             )
         canonical(provenance)
-        self._put_group(f"teachers/{name}", zarr_json.teacher_attributes(name, provenance))
+        put_group(self.path, f"teachers/{name}", zarr_json.teacher_attributes(name, provenance))
         known = teacher_provenance(self.path, name) or {}
         differs = [k for k in TEACHER_IDENTITY if canonical(known.get(k)) != canonical(provenance.get(k))]
         if differs:
@@ -150,6 +147,8 @@ class Store:
     def add_signal(self, teacher: str, spec: FieldSpec, encoding: str) -> str:
         """Make room for a signal; asking for the same one again does nothing.
 
+        A signal of which nothing is stored yet may be asked for with another encoding: it is declared anew.
+
         Returns
         -------
         str
@@ -158,7 +157,7 @@ class Store:
         Raises
         ------
         CacheError
-            If the teacher is unknown, or the signal exists with another shape or encoding.
+            If the teacher is unknown, or values of the signal are stored with another shape or encoding.
         """
         self._require_writable()
         check_signal_spec(spec, encoding)
@@ -172,20 +171,9 @@ class Store:
                 raise CacheError(
                     f"{self.path}: signal {spec.name} cannot lie inside or around {other}; rename one"
                 )
-        parts = group.split("/")
-        for k in range(3, len(parts)):
-            self._put_group("/".join(parts[:k]), {})
-        layout = signal_layout(group, spec, encoding, self.plan.packing)["values"]
-        if read_zarr_json(self.path, f"{group}/zarr.json") is None:
-            self._put(f"{layout.path}/zarr.json", zarr_json.array_document(layout))
-        self._put_group(group, zarr_json.signal_attributes(spec, encoding))
-        known = self._load(group).layouts["values"]
-        if (known.spec, known.encoding) != (spec, encoding):
-            raise CacheError(
-                f"{self.path}: signal {spec.name} of {teacher} is stored as "
-                f"{_words(known.spec, known.encoding)}, asked for {_words(spec, encoding)}; "
-                "ask for what is stored, or give the teacher another name"
-            )
+        in_manifest = group in self._names_in_manifest(group)
+        declare_signal(self.path, self.plan, self.systems, group, spec, encoding, in_manifest=in_manifest)
+        self._groups.pop(group, None)  # it may have been declared anew
         return group
 
     @property
@@ -236,35 +224,26 @@ class Store:
             self._groups[group] = load_signal(self.path, self.plan, self.systems, group)
         return self._groups[group]
 
-    def _put_group(self, name: str, attributes: dict[str, Any]) -> None:
-        self._put(f"{name}/zarr.json", zarr_json.group_document(attributes))
-
-    def _put(self, name: str, document: dict[str, Any]) -> None:
-        """Write a zarr.json unless there is one; of two writers at once one wins, both compare afterwards."""
-        raw = zarr_json.dump(document)
-        path = inside(self.path, f"{DATA}/{name}")
-        try:
-            make_folder(path.parent)
-            sweep(path.parent)
-            if not path.exists():
-                write_file(path, raw, replace=False)
-        except OSError as error:
-            raise write_error(path, error, len(raw)) from error
-
     def _drop_stale_manifest(self, group: Group, shard: int) -> None:
         """Remove a manifest that says this shard is finished though its record is gone."""
         manifest = self.path / MANIFEST
         if not manifest.exists() or shard in committed_shards(self.path, group):
             return
-        if self._manifest_groups is None:
-            try:
-                document, _ = read_sealed(manifest, max_bytes=MAX_MANIFEST_BYTES, remedy="")
-                self._manifest_groups = set(document.get("groups", {}))
-            except IntegrityError:
-                self._manifest_groups = {group.name}  # damaged: it is made from the records again
-        if group.name in self._manifest_groups:
+        if group.name in self._names_in_manifest(group.name):
             manifest.unlink(missing_ok=True)
             self._manifest_groups = None
+
+    def _names_in_manifest(self, asked: str) -> set[str]:
+        """Return the groups the manifest names; a damaged one names `asked`, it is made anew from records."""
+        if not (self.path / MANIFEST).exists():
+            return set()
+        if self._manifest_groups is None:
+            try:
+                document, _ = read_sealed(self.path / MANIFEST, max_bytes=MAX_MANIFEST_BYTES, remedy="")
+                self._manifest_groups = set(document.get("groups", {}))
+            except IntegrityError:
+                self._manifest_groups = {asked}
+        return self._manifest_groups
 
     def _require_writable(self) -> None:
         if self.mode != "a":
@@ -395,10 +374,6 @@ def _take_rights(folder: Path, like: Path) -> None:
     if folder.stat().st_gid != rights.st_gid:
         os.chown(folder, -1, rights.st_gid)
     folder.chmod(rights.st_mode & 0o7777)
-
-
-def _words(spec: FieldSpec, encoding: str) -> str:
-    return f"{encoding} {spec.dtype} {spec.axis} {spec.shape} in {spec.unit} ({spec.symmetry})"
 
 
 def _short(value: object) -> str:

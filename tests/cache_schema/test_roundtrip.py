@@ -25,6 +25,7 @@ from molkd.cache_schema.encoding import encoding_for
 from molkd.cache_schema.fields import energy_spec, forces_spec, node_spec
 from molkd.cache_schema.manifest import finalize, info
 from molkd.cache_schema.reader import Cache
+from molkd.cache_schema.summary import describe_info
 from molkd.cache_schema.verify import verify
 from molkd.cache_schema.writer import Store
 
@@ -160,8 +161,7 @@ def test_the_same_from_manifest_and_from_records(store_path):
     with_manifest = info(store_path)
     (store_path / "manifest.json").unlink()
     without = info(store_path)
-    assert with_manifest.pop("finished")
-    assert not without.pop("finished")
+    assert with_manifest["finished"]
     for one in (with_manifest, without):
         del one["bytes"], one["bytes_per_atom"]
     assert with_manifest == without
@@ -174,6 +174,10 @@ def test_signals_added_later_are_read_beside_the_manifest(store_path, example):
     group = store.add_signal(TEACHER, node_spec(4, "again"), "fp32")
     example.signals["again"] = example.signals["node"]
     write_shard(store, example, group, 1)
+    found = info(store_path)
+    assert (store_path / "manifest.json").exists()  # of what was finished before
+    assert not found["finished"]
+    assert "UNFINISHED" in describe_info(found)
     with Cache.open(store_path) as cache:
         entry = cache.teachers[TEACHER].signals["again"]
         assert not entry.complete
@@ -183,6 +187,9 @@ def test_signals_added_later_are_read_beside_the_manifest(store_path, example):
         np.testing.assert_array_equal(values, shard_arrays(store, example, group, 1)["values"])
         assert cache[inside[0]]["painn/again"].shape == (cache.system_n_atoms[inside[0]], 4)
         assert "painn/again" not in cache[0]
+    for shard in store.missing_shards(group):
+        write_shard(store, example, group, shard)
+    assert info(store_path)["finished"]
 
 
 def test_bad_systems_are_nan_and_listed(tmp_path, example):

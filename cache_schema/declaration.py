@@ -1,0 +1,119 @@
+"""Metadata of groups: written once, compared ever after; a signal without values may be declared anew."""
+
+from pathlib import Path
+from typing import Any
+
+from molkd.cache_schema import zarr_json
+from molkd.cache_schema.errors import CacheError
+from molkd.cache_schema.fields import FieldSpec
+from molkd.cache_schema.files import (
+    TMP_PREFIX,
+    exclusive,
+    inside,
+    is_abandoned,
+    make_folder,
+    sweep,
+    write_error,
+    write_file,
+)
+from molkd.cache_schema.groups import Group, committed_shards, load_signal, read_zarr_json
+from molkd.cache_schema.layout import DATA, LOG, signal_layout
+from molkd.cache_schema.plan import Plan, Systems
+
+
+def put_group(root: Path, name: str, attributes: dict[str, Any]) -> None:
+    """Write a group's zarr.json unless there is one.
+
+    Raises
+    ------
+    CacheError
+        If the disk is full or the folder cannot be written.
+    """
+    _put(root, f"{name}/zarr.json", zarr_json.group_document(attributes))
+
+
+def declare_signal(
+    root: Path,
+    plan: Plan,
+    systems: Systems,
+    group: str,
+    spec: FieldSpec,
+    encoding: str,
+    *,
+    in_manifest: bool,
+) -> None:
+    """Write the metadata of a signal, or check that what is there says the same.
+
+    Parameters
+    ----------
+    in_manifest : whether the manifest names the group: then its values are finished
+
+    Raises
+    ------
+    CacheError
+        If values of the signal are stored, or being written, with another shape or encoding.
+    """
+    parts = group.split("/")
+    for k in range(3, len(parts)):
+        put_group(root, "/".join(parts[:k]), {})
+    log = inside(root, f"{LOG}/{group}")
+    try:
+        make_folder(log)
+        with exclusive(log):
+            if read_zarr_json(root, f"{group}/zarr.json") is not None:
+                known = load_signal(root, plan, systems, group)
+                found = known.layouts["values"]
+                if (found.spec, found.encoding) == (spec, encoding):
+                    return
+                _require_unused(root, known, _words(spec, encoding), in_manifest=in_manifest)
+                _remove(root, known)
+            layout = signal_layout(group, spec, encoding, plan.packing)["values"]
+            if not any(log.glob("*.json")):  # of a declaration that was stopped half-way
+                inside(root, f"{DATA}/{layout.path}/zarr.json").unlink(missing_ok=True)
+            _put(root, f"{layout.path}/zarr.json", zarr_json.array_document(layout))
+            put_group(root, group, zarr_json.signal_attributes(spec, encoding))
+            load_signal(root, plan, systems, group)
+    except OSError as error:
+        raise write_error(log, error, 0) from error
+
+
+def _require_unused(root: Path, group: Group, asked: str, *, in_manifest: bool) -> None:
+    """Refuse to declare a signal anew once a value of it is stored or under way."""
+    n_committed = len(group.rows) if in_manifest else len(committed_shards(root, group))
+    temporaries = (root / DATA / group.name).rglob(f"{TMP_PREFIX}*")
+    if n_committed:
+        reason = f"{n_committed} of its {len(group.rows)} shards are finished"
+    elif not all(map(is_abandoned, temporaries)):
+        reason = "another process is writing it"
+    else:
+        return
+    found = group.layouts["values"]
+    raise CacheError(
+        f"{root}: {group.name} is stored as {_words(found.spec, found.encoding)}, asked for {asked}, "
+        f"and {reason}; ask for what is stored, or give the teacher another name (--name)"
+    )
+
+
+def _remove(root: Path, group: Group) -> None:
+    """Remove a signal of which no shard is committed; the file that makes it a signal goes first."""
+    layout = group.layouts["values"]
+    unread = [layout.file(shard) for shard in range(len(group.rows))]  # published by a writer that died
+    for name in (f"{DATA}/{group.name}/zarr.json", *unread):
+        inside(root, name).unlink(missing_ok=True)
+
+
+def _put(root: Path, name: str, document: dict[str, Any]) -> None:
+    """Write a zarr.json unless there is one; of two writers at once one wins, both compare afterwards."""
+    raw = zarr_json.dump(document)
+    path = inside(root, f"{DATA}/{name}")
+    try:
+        make_folder(path.parent)
+        sweep(path.parent)
+        if not path.exists():
+            write_file(path, raw, replace=False)
+    except OSError as error:
+        raise write_error(path, error, len(raw)) from error
+
+
+def _words(spec: FieldSpec, encoding: str) -> str:
+    return f"{encoding} {spec.dtype} {spec.axis} {spec.shape} in {spec.unit} ({spec.symmetry})"
