@@ -82,9 +82,15 @@ class _Pairs(NamedTuple):
     shift: NDArray[np.int32]  # (E, 3)
     distance: NDArray[np.int64]  # (E,), in 1e-6 A
 
-    def take(self, idx: NDArray[np.integer] | NDArray[np.bool_]) -> "_Pairs":
+    def take(self, idx: NDArray[np.integer]) -> "_Pairs":
         """Return the edges at these places."""
-        return _Pairs(self.receiver[idx], self.sender[idx], self.shift[idx], self.distance[idx])
+        # ndarray.take, here and below: whole rows of `shift` come several times faster than by [...]
+        return _Pairs(
+            self.receiver.take(idx),
+            self.sender.take(idx),
+            self.shift.take(idx, axis=0),
+            self.distance.take(idx),
+        )
 
 
 def neighbor_lists(
@@ -128,7 +134,8 @@ def neighbor_lists(
     if rule.symmetrize:
         pairs = _symmetrized(pairs)
     order = _canonical_order(pairs)
-    return np.stack([pairs.sender[order], pairs.receiver[order]]), pairs.shift[order]
+    pairs = pairs.take(order)
+    return np.stack([pairs.sender, pairs.receiver]), pairs.shift
 
 
 def _search_together(
@@ -151,7 +158,8 @@ def _search_together(
     pairs = _Pairs(receiver, sender[kept], shift, distance)
     if rule.max_neighbors is None or n_atoms.max(initial=0) <= rule.max_neighbors:
         return pairs
-    return pairs.take(distance <= _limits(receiver, distance, len(points), rule)[receiver])
+    limits = _limits(receiver, distance, len(points), rule)
+    return pairs.take(np.flatnonzero(distance <= limits[receiver]))
 
 
 def _search_alone(
@@ -169,18 +177,18 @@ def _search_alone(
         half, shift, lengths = search.compute(points, box, periodic, "PSd", copy=False)
         distance = _rounded(lengths)
         kept = np.flatnonzero(_is_inside(distance, rule))  # (E/2,)
-        i, j = half.astype(np.int64)[kept].T
+        i, j = half.take(kept, axis=0).astype(np.int64).T
         receiver = np.concatenate([i, j])  # (E,)
         distance = np.tile(distance[kept], 2)
         limits = _limits(receiver, distance, len(points), rule)
         if radius >= rule.cutoff or limits.max(initial=0) <= radius / _RESOLUTION:
             break
         radius = min(_WIDENING * radius, rule.cutoff)
-    near = np.flatnonzero(distance <= limits[receiver])
+    near = np.flatnonzero(distance <= limits.take(receiver))
     mirrored = near >= len(kept)
-    sender = np.concatenate([j, i])[near]
-    shift = shift[kept[near - len(kept) * mirrored]] * np.where(mirrored, -1, 1).astype(np.int32)[:, None]
-    return _Pairs(receiver[near], sender, shift, distance[near])
+    shift = shift.take(kept.take(near - len(kept) * mirrored), axis=0)
+    shift *= np.where(mirrored, -1, 1).astype(np.int32)[:, None]
+    return _Pairs(receiver.take(near), np.concatenate([j, i]).take(near), shift, distance.take(near))
 
 
 def _rounded(lengths: NDArray[np.float64]) -> NDArray[np.int64]:
@@ -225,7 +233,7 @@ def _cut_ties(pairs: _Pairs, n_nearest: int) -> _Pairs:
     surplus = tied[n_left <= (n_edges - n_nearest)[receiver]]
     kept = np.ones(len(pairs.receiver), dtype=bool)
     kept[surplus] = False
-    return pairs.take(kept)
+    return pairs.take(np.flatnonzero(kept))
 
 
 def _symmetrized(pairs: _Pairs) -> _Pairs:
@@ -233,7 +241,7 @@ def _symmetrized(pairs: _Pairs) -> _Pairs:
     x, y, z = pairs.shift.T
     earlier = (x < 0) | ((x == 0) & ((y < 0) | ((y == 0) & (z < 0))))
     own_image = pairs.sender == pairs.receiver
-    half = pairs.take((pairs.sender < pairs.receiver) | (own_image & earlier))
+    half = pairs.take(np.flatnonzero((pairs.sender < pairs.receiver) | (own_image & earlier)))
     return _Pairs(
         receiver=np.concatenate([half.receiver, half.sender]),
         sender=np.concatenate([half.sender, half.receiver]),
