@@ -13,7 +13,7 @@ from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
 
 from molkd.pipeline.data.references import LabelScale, reference_table
-from molkd.pipeline.errors import ModelError
+from molkd.pipeline.errors import ConfigError, DataError, ModelError
 from molkd.pipeline.files import write_atomic
 from molkd.pipeline.graphs.batch import Batch
 from molkd.pipeline.graphs.neighbors import NeighborRule
@@ -31,6 +31,7 @@ class Potential:
     scale: LabelScale
     metadata: dict[str, Any] = field(default_factory=dict)  # model (config), scale, provenance
     weights_sha256: str = ""
+    _tables: dict[torch.device, Tensor] = field(default_factory=dict, init=False, repr=False)
 
     @property
     def neighbor_rule(self) -> NeighborRule:
@@ -58,8 +59,7 @@ class Potential:
     def predict(self, batch: Batch, taps: Collection[str] = ()) -> dict[str, Tensor]:
         """Return energy (S,), atomic_energies (N,) in eV (float64), forces (N, 3) in eV/A, and features."""
         out = dict(self.model(batch, taps))
-        table = torch.from_numpy(reference_table(self.scale.references)).to(batch.positions.device)
-        references = table[batch.atomic_numbers]  # (N,)
+        references = self._reference_table(batch.positions.device)[batch.atomic_numbers]  # (N,)
         n_atoms = batch.atoms_ptr.diff()
         offset = references.new_zeros(batch.n_systems).index_add(0, batch.system_idx, references)
         out["energy"] = out["energy"].double() * self.scale.energy_std + self.scale.energy_mean + offset
@@ -68,6 +68,12 @@ class Potential:
         out["atomic_energies"] = out["atomic_energies"].double() * self.scale.energy_std + references + share
         out["forces"] = out["forces"] * self.scale.forces_std
         return out
+
+    def _reference_table(self, device: torch.device) -> Tensor:
+        """Return the references (119,) in eV; copied to a device once, a copy per call would wait for it."""
+        if device not in self._tables:
+            self._tables[device] = torch.from_numpy(reference_table(self.scale.references)).to(device)
+        return self._tables[device]
 
     def save(self, path: Path) -> None:
         """Write weights and metadata to `path` (.safetensors), whole or not at all."""
@@ -101,16 +107,32 @@ class Potential:
             raise ModelError(
                 f"{path}: no molkd metadata inside; only files written by `kd train-student` fit here"
             )
-        metadata = json.loads(text)
+        metadata = _parse(text, path)
         if metadata.get("format") != FORMAT:
             raise ModelError(
                 f"{path}: model format {metadata.get('format')}, this version reads {FORMAT}; upgrade molkd"
             )
-        model = build_model(metadata["model"])
+        try:
+            model = build_model(metadata["model"])
+            scale = LabelScale.from_dict(metadata.pop("scale"))
+        except (ConfigError, DataError, KeyError, TypeError, ValueError, AttributeError) as error:
+            reason = f"{error} is missing" if isinstance(error, KeyError) else error
+            raise ModelError(
+                f"{path}: its metadata do not describe a model ({reason}); copy the file again"
+            ) from None
         try:
             model.load_state_dict(tensors)
         except RuntimeError as error:
             raise ModelError(f"{path}: weights do not fit the configuration in the file: {error}") from None
         model.eval().to(device)
-        scale = LabelScale.from_dict(metadata.pop("scale"))
         return cls(model, scale, metadata, hashlib.sha256(path.read_bytes()).hexdigest())
+
+
+def _parse(text: str, path: Path) -> dict[str, Any]:
+    try:
+        metadata = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ModelError(f"{path}: damaged metadata ({error}); copy the file again") from None
+    if not isinstance(metadata, dict) or not isinstance(metadata.get("provenance", {}), dict):
+        raise ModelError(f"{path}: its metadata do not describe a model; copy the file again")
+    return metadata

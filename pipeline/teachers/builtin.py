@@ -2,6 +2,7 @@
 
 from collections.abc import Collection
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,14 +32,15 @@ class BuiltinTeacher:
         metadata = self.potential.metadata
         config = dict(metadata.get("model", {}))
         provenance = dict(metadata.get("provenance", {}))
+        data = dict(provenance.get("data") or {})
         self.info = TeacherInfo(
             name=group_name(_default_name(path)),
             architecture=type(self.potential.model).__name__,
             weights_sha256=self.potential.weights_sha256,
             config=config,
             taps={name: _place(name) for name in self.signals if name not in ("energy", "forces")},
-            licence=str(provenance.get("licence", "")),
-            citation=str(provenance.get("citation", "")),
+            licence=_licence(provenance, data),
+            citation=str(provenance.get("citation") or data.get("citation") or ""),
             energy_reference="total energies as in the labels it was trained on",
             n_parameters=sum(p.numel() for p in self.potential.model.parameters()),
             extra={"provenance": provenance},
@@ -63,6 +65,13 @@ class BuiltinTeacher:
 def _place(signal: str) -> str:
     """Say in words where in the network a signal is taken."""
     return _PLACES.get(signal, f"scalar features after block {signal.removeprefix('layer/')}")
+
+
+def _licence(provenance: dict[str, Any], data: dict[str, Any]) -> str:
+    """Return the weights' own licence; where none was given, that of the data they were made from."""
+    if provenance.get("licence"):
+        return str(provenance["licence"])
+    return f"licence of its training data: {data['licence']}" if data.get("licence") else ""
 
 
 def _default_name(path: Path) -> str:

@@ -66,4 +66,4 @@ def load_teacher(
     found = (
         "is not a kind of file that a teacher comes in" if path.exists() else "is no file and no known name"
     )
-    raise TeacherError(f"--teacher {spec}: {found}; give {_POSSIBLE}")
+    raise TeacherError(f"{spec}: {found}; give {_POSSIBLE}")

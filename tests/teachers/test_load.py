@@ -50,3 +50,8 @@ def test_a_missing_package_is_reported_with_its_remedy(monkeypatch):
     found = available_teachers()
     assert found["sevennet-0"] == "needs pip install 'molkd[sevenn]'"
     assert found["molkd"] == "installed"
+
+
+def test_an_unknown_model_is_not_blamed_on_an_option_nobody_gave():
+    with pytest.raises(TeacherError, match=r"^nothere: is no file and no known name; give a molkd model"):
+        load_teacher("nothere")
