@@ -25,6 +25,7 @@ from molkd.pipeline.distill.statistics import (
 from molkd.pipeline.errors import CacheError, ConfigError, DataError
 from molkd.pipeline.models.potential import Potential
 from molkd.pipeline.models.registry import build_model
+from molkd.pipeline.scope import Scope
 
 log = logging.getLogger(__name__)
 
@@ -152,7 +153,8 @@ def prepare(
             config.training.energy_weight,
             config.training.forces_weight,
         )
-    _check_elements(statistics, int(model.max_atomic_number), cache.path)
+    embedded = range(1, int(model.max_atomic_number) + 1)
+    Scope(config.student, frozenset(embedded), model.neighbor_rule).check_store(cache, np.flatnonzero(train))
     provenance = _provenance(cache, config, teacher, weights, train) | {"elements": known_elements}
     potential = Potential(model.to(device), scale, {"model": config.model, "provenance": provenance})
     return Setup(train, val, teacher, signals, potential, objective.to(device))
@@ -266,14 +268,6 @@ def _weight(
     weight = zero_model_loss(statistics, scale, config) / start
     log.info("lambda(%s) = %.4g: the term starts as large as the base loss", term.name, weight)
     return weight
-
-
-def _check_elements(statistics: LabelStatistics, largest: int, path: Path | str) -> None:
-    unknown = [z for z in statistics.elements if z > largest]
-    if unknown:
-        raise DataError(
-            f"{path}: element with atomic number {unknown[0]}, but this student knows 1 to {largest}"
-        )
 
 
 def _provenance(

@@ -187,7 +187,7 @@ def test_a_process_that_is_ended_from_outside(store, tmp_path, uninterrupted, la
     pid = int(launcher.stdout.readline())
     wait_for_step(run, 9 if number == signal.SIGKILL else 3)
     os.kill(pid, number)
-    assert int(launcher.stdout.readline()) == (0 if number == signal.SIGTERM else -signal.SIGKILL)
+    assert int(launcher.stdout.readline()) == (130 if number == signal.SIGTERM else -signal.SIGKILL)
     assert not (run / "metrics.json").exists()
     assert ("the same command continues" in (run / "log.txt").read_text()) == (number == signal.SIGTERM)
     state = torch.load(run / "last.pt", weights_only=True)
