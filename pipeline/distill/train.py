@@ -101,10 +101,10 @@ def _train(config: TrainConfig, run: RunFolder) -> TrainSummary:
             pass
     part_names = ["loss", "energy", "forces", *(t.name for t in config.kd)]
     run.start_metrics(_columns(part_names), state.step)
-    writer = _tensorboard(config, run)
 
     with (
         _interruptible() as interrupted,
+        _tensorboard(config, run, state.step) as writer,
         tqdm(total=total_steps, initial=state.step, desc="train", unit="step", disable=None) as progress,
     ):
         mark = time.perf_counter()
@@ -325,14 +325,18 @@ def _interruptible() -> Iterator[Any]:
             signal.signal(caught_number, handler)
 
 
-def _tensorboard(config: TrainConfig, run: RunFolder) -> Any:
+@contextmanager
+def _tensorboard(config: TrainConfig, run: RunFolder, step: int) -> Iterator[Any]:
+    """Open the event file; of earlier ones the rows beyond `step`, which are made again, stop counting."""
     if not config.tensorboard:
-        return None
+        yield None
+        return
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         raise ModelError("tensorboard is not installed; pip install 'molkd[tensorboard]'") from None
-    return SummaryWriter(str(run.path / "tensorboard"))
+    with SummaryWriter(str(run.path / "tensorboard"), purge_step=step + 1) as writer:
+        yield writer
 
 
 def _to_tensorboard(writer: Any, row: dict[str, float | int]) -> None:
