@@ -21,8 +21,9 @@ from kd_step import prepare_store
 
 from molkd.cache_schema.reader import Cache
 from molkd.pipeline.allocator import keep_freed_memory
-from molkd.pipeline.caching import Work, cache_teacher, make_work
+from molkd.pipeline.caching import cache_teacher
 from molkd.pipeline.config import CacheConfig
+from molkd.pipeline.teacher_pass import Work, make_work
 from molkd.pipeline.teachers.load import load_teacher
 
 SIGNALS = ("energy", "forces", "atomic_energies", "node", "v2v")

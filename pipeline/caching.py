@@ -7,10 +7,10 @@ gave to the host, checks it and writes it. Shards are done one after another; a 
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 from tqdm import tqdm
 
 from molkd.cache_schema.encoding import encoding_for
@@ -33,17 +32,16 @@ from molkd.pipeline.data.sources import open_source
 from molkd.pipeline.device import choose_device
 from molkd.pipeline.errors import ConfigError, TeacherError
 from molkd.pipeline.forecast import Forecast, forecast, row_bytes
-from molkd.pipeline.graphs.batch import Batch, make_batch, to_device
-from molkd.pipeline.graphs.neighbors import NeighborRule
 from molkd.pipeline.ingest import ingest
 from molkd.pipeline.prefetch import prefetch
 from molkd.pipeline.scope import Scope, source_of
+from molkd.pipeline.teacher_pass import TeacherPass, Work, make_work
 from molkd.pipeline.teachers.interface import Teacher
 from molkd.pipeline.teachers.load import load_teacher
+from molkd.pipeline.transfer import HostCopy, pin, side_stream
 
 log = logging.getLogger(__name__)
 
-_FIELDS = ("atomic_numbers", "positions", "tags", "fixed", "cell", "pbc")
 _BATCH_ATOMS = {"cpu": 1024, "cuda": 16_384}
 _BATCH_EDGES = {"cpu": 60_000, "cuda": 1_000_000}
 _PREFETCH = 3  # batches
@@ -63,15 +61,6 @@ class CacheSummary:
     seconds: float
     bytes_written: int
     bad_systems: list[str] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class Work:
-    """One batch of consecutive systems of a shard."""
-
-    indices: NDArray[np.int64]  # stored system indices
-    batch: Batch
-    n_atoms: NDArray[np.int64]
 
 
 def cache_teacher(
@@ -108,16 +97,22 @@ def cache_teacher(
     encodings = choose_encodings(teacher, config)
     store.add_teacher(name, provenance(teacher))
     groups = {s: store.add_signal(name, teacher.signals[s], e) for s, e in encodings.items()}
-    missing = {signal: set(store.missing_shards(group)) for signal, group in groups.items()}
-    shards = sorted(set().union(*missing.values()))
+    shards = sorted(set[int]().union(*(store.missing_shards(group) for group in groups.values())))
     if not shards:
         log.info("%s: all of %s is there, nothing to do", config.store, ", ".join(groups))
-    n_systems = sum(len(store.systems_of_shard(s)) for s in shards)
-    n_bytes, bad = 0, set[int]()
-    with tqdm(total=n_systems, desc="teacher", unit="system", disable=None) as progress:
+    n_total = sum(len(store.systems_of_shard(s)) for s in shards)
+    teacher_pass = TeacherPass(teacher, cache)
+    n_computed, n_bytes, bad = 0, 0, set[int]()
+    with tqdm(total=n_total, desc="teacher", unit="system", disable=None) as progress:
         for shard in shards:
-            wanted = {signal: group for signal, group in groups.items() if shard in missing[signal]}
-            bad |= _cache_shard(teacher, cache, store, shard, wanted, config, progress.update)
+            # Asked anew each time: another process may have finished this shard meanwhile.
+            wanted = {s: group for s, group in groups.items() if shard in store.missing_shards(group)}
+            n_systems = len(store.systems_of_shard(shard))
+            if not wanted:
+                progress.update(n_systems)
+                continue
+            bad |= _cache_shard(teacher_pass, store, shard, wanted, config, progress.update)
+            n_computed += n_systems
             n_bytes += sum(_shard_bytes(store, shard, teacher.signals[s], encodings[s]) for s in wanted)
     if not finalize_if_complete(store):
         log.info("%s: other signals are unfinished, so no manifest yet", config.store)
@@ -127,7 +122,7 @@ def cache_teacher(
         signals=encodings,
         n_systems=cache.n_systems,
         n_atoms=cache.n_atoms,
-        n_computed=n_systems,
+        n_computed=n_computed,
         seconds=time.perf_counter() - began,
         bytes_written=n_bytes,
         bad_systems=[source_of(cache, i) for i in sorted(bad)],
@@ -243,45 +238,8 @@ def provenance(teacher: Teacher) -> dict[str, Any]:
     }
 
 
-def make_work(
-    cache: Cache,
-    indices: NDArray[np.int64],
-    rule: NeighborRule,
-    dtype: torch.dtype,
-    max_atoms: int,
-    max_edges: int,
-) -> Iterator[Work]:
-    """Cut consecutive systems into batches within budgets of atoms and edges; one system always fits."""
-    n_atoms = cache.system_n_atoms[indices].astype(np.int64)
-    begin = 0
-    while begin < len(indices):
-        fits = np.searchsorted(np.cumsum(n_atoms[begin:]), max_atoms, side="right")
-        end = begin + max(int(fits), 1)
-        yield from _split_by_edges(cache, indices[begin:end], n_atoms[begin:end], rule, dtype, max_edges)
-        begin = end
-
-
-def _split_by_edges(
-    cache: Cache,
-    indices: NDArray[np.int64],
-    n_atoms: NDArray[np.int64],
-    rule: NeighborRule,
-    dtype: torch.dtype,
-    max_edges: int,
-) -> Iterator[Work]:
-    arrays = cache.read(indices, _FIELDS)
-    batch = make_batch(**{name: arrays[name] for name in _FIELDS}, n_atoms=n_atoms, rule=rule, dtype=dtype)
-    if len(indices) == 1 or batch.edge_index.shape[1] <= max_edges:
-        yield Work(indices, batch, n_atoms)
-        return
-    half = len(indices) // 2
-    yield from _split_by_edges(cache, indices[:half], n_atoms[:half], rule, dtype, max_edges)
-    yield from _split_by_edges(cache, indices[half:], n_atoms[half:], rule, dtype, max_edges)
-
-
 def _cache_shard(
-    teacher: Teacher,
-    cache: Cache,
+    teacher_pass: TeacherPass,
     store: Store,
     shard: int,
     groups: dict[str, str],
@@ -289,7 +247,9 @@ def _cache_shard(
     on_systems: Callable[[int], object],
 ) -> set[int]:
     """Compute and commit the given signals of one shard; return the systems that were given up."""
+    teacher, cache = teacher_pass.teacher, teacher_pass.cache
     kind = teacher.device.type
+    stream = side_stream(teacher.device)
     works = make_work(
         cache,
         np.asarray(store.systems_of_shard(shard), dtype=np.int64),
@@ -298,16 +258,19 @@ def _cache_shard(
         config.batch_atoms or _BATCH_ATOMS.get(kind, _BATCH_ATOMS["cpu"]),
         config.batch_edges or _BATCH_EDGES.get(kind, _BATCH_EDGES["cpu"]),
     )
-    bad: set[int] = set()
+    if stream is not None:
+        works = (replace(work, batch=pin(work.batch)) for work in works)  # in the prefetch thread
+    bad = set[int]()
     with ExitStack() as stack, ThreadPoolExecutor(1, "kd-write") as pool:
         writers = {s: stack.enter_context(store.shard_writer(group, shard)) for s, group in groups.items()}
         pending: deque[Future[None]] = deque()
         for work in prefetch(works, _PREFETCH):
-            signals = teacher.compute(to_device(work.batch, teacher.device), tuple(groups))
-            pending.append(pool.submit(_write, writers, work, signals, cache, bad, skip_bad=config.skip_bad))
-            while len(pending) > _PREFETCH or (pending and pending[0].done()):
-                pending.popleft().result()
-            on_systems(len(work.indices))
+            for part, signals in teacher_pass.run(work, tuple(groups)):
+                copy = HostCopy(signals, stream)
+                pending.append(pool.submit(_write, writers, part, copy, cache, bad, skip_bad=config.skip_bad))
+                while len(pending) > _PREFETCH or (pending and pending[0].done()):
+                    pending.popleft().result()
+                on_systems(len(part.indices))
         for future in pending:
             future.result()
     return bad
@@ -316,14 +279,14 @@ def _cache_shard(
 def _write(
     writers: dict[str, ShardWriter],
     work: Work,
-    signals: dict[str, Tensor],
+    copy: HostCopy,
     cache: Cache,
     bad: set[int],
     *,
     skip_bad: bool,
 ) -> None:
-    """Copy to the host (this waits for the device, off the main thread), check and append."""
-    arrays = {name: signals[name].cpu().numpy() for name in writers}
+    """Wait for the values (off the main thread), check and append."""
+    arrays = copy.wait()
     broken = _non_finite_systems(arrays, work)
     if len(broken) and not skip_bad:
         raise TeacherError(

@@ -34,8 +34,9 @@ class Forecast:
     free_bytes: int
     fits: bool
     teacher_systems_per_second: float
+    graph_systems_per_second: float  # neighbour lists and batches, in one thread beside the teacher
     write_bytes_per_second: float
-    seconds: float  # of the teacher or of writing, whichever is slower: they overlap
+    seconds: float  # of teacher, graphs or writing, whichever is slowest: they overlap
 
 
 def forecast(
@@ -48,7 +49,7 @@ def forecast(
     *,
     new_store: bool,
 ) -> Forecast:
-    """Time the teacher and the disk briefly and scale up.
+    """Time teacher, graphs and disk briefly and scale up.
 
     Parameters
     ----------
@@ -70,7 +71,7 @@ def forecast(
         size = float(row_bytes(spec, encoding))
         per_atom[name] = size if spec.axis == "atom" else size / atoms_per_system
     total = round(sum(per_atom.values()) * n_atoms)
-    rate = _teacher_rate(teacher, sample, tuple(encodings), batch_size)
+    rate, graph_rate = _rates(teacher, sample, tuple(encodings), batch_size)
     folder = next(p for p in [store, *store.absolute().parents] if p.is_dir())
     bandwidth = _write_bandwidth(folder)
     free = shutil.disk_usage(folder).free
@@ -84,8 +85,9 @@ def forecast(
         free_bytes=free,
         fits=total < free,
         teacher_systems_per_second=rate,
+        graph_systems_per_second=graph_rate,
         write_bytes_per_second=bandwidth,
-        seconds=max(n_systems / rate, total / bandwidth),
+        seconds=max(n_systems / rate, n_systems / graph_rate, total / bandwidth),
     )
 
 
@@ -94,24 +96,29 @@ def row_bytes(spec: FieldSpec, encoding: str) -> int:
     return int(np.dtype(ENCODINGS[encoding].dtype).itemsize * np.prod(spec.shape, dtype=int))
 
 
-def _teacher_rate(
+def _rates(
     teacher: Teacher, sample: Sequence[System], signals: tuple[str, ...], batch_size: int
-) -> float:
-    """Systems per second after one warm-up batch; graph building overlaps in the real run and is left out."""
-    done, spent = 0, 0.0
+) -> tuple[float, float]:
+    """Return systems per second of the teacher and of building graphs, after one warm-up batch."""
+    done, computing, building = 0, 0.0, 0.0
     starts = range(0, len(sample), batch_size)
     for k, start in enumerate([0, *starts]):
         part = sample[start : start + batch_size]
-        batch = to_device(batch_from_systems(part, teacher.neighbor_rule, teacher.dtype), teacher.device)
-        _synchronize(teacher.device)
         began = time.perf_counter()
+        batch = batch_from_systems(part, teacher.neighbor_rule, teacher.dtype)
+        built = time.perf_counter()
+        batch = to_device(batch, teacher.device)
+        _synchronize(teacher.device)
+        moved = time.perf_counter()
         teacher.compute(batch, signals)
         _synchronize(teacher.device)
         if k > 0:
-            done, spent = done + len(part), spent + time.perf_counter() - began
-        if spent > _PROBE_SECONDS:
+            done += len(part)
+            building += built - began
+            computing += time.perf_counter() - moved
+        if computing + building > _PROBE_SECONDS:
             break
-    return done / spent
+    return done / computing, done / building
 
 
 def _synchronize(device: torch.device) -> None:

@@ -19,11 +19,12 @@ from molkd.cache_schema.reader import Cache
 from molkd.cache_schema.verify import verify
 from molkd.cache_schema.writer import Store
 from molkd.pipeline import caching
-from molkd.pipeline.caching import cache_teacher, make_work, plan_teacher
+from molkd.pipeline.caching import cache_teacher, plan_teacher
 from molkd.pipeline.config import CacheConfig
 from molkd.pipeline.data.store_source import StoreSource
 from molkd.pipeline.errors import CacheError, ConfigError, ModelError, TeacherError
 from molkd.pipeline.graphs.neighbors import NeighborRule
+from molkd.pipeline.teacher_pass import make_work
 from molkd.pipeline.teachers.load import load_teacher
 
 # Largest difference, in units of the signal's largest value, between a system in a batch and alone: rounding
@@ -156,7 +157,7 @@ def test_two_teachers_in_one_store(small_store, teacher_file, tmp_path):
         cache_teacher(config(small_store, other))
     with pytest.raises(CacheError, match=r"another one .*precision"):
         cache_teacher(config(small_store, teacher_file, precision="float64"))
-    with pytest.raises(CacheError, match=r"signal node .*stored as fp16.*asked for fp32"):
+    with pytest.raises(CacheError, match=r"node .*stored as fp16.*asked for fp32"):
         cache_teacher(config(small_store, teacher_file, encoding="fp32"))
     assert files(small_store) == content
     cache_teacher(config(small_store, other, name="second"))
@@ -270,7 +271,12 @@ def test_forecast_of_size_and_nothing_written(made, teacher_file, tmp_path, new_
     price = plan_teacher(asked, data)
     assert files(tmp_path) == before
     assert price.fits
-    assert price.seconds > 0
+    slowest = max(
+        price.n_systems / price.teacher_systems_per_second,
+        price.n_systems / price.graph_systems_per_second,
+        price.total_bytes / price.write_bytes_per_second,
+    )
+    assert price.seconds == pytest.approx(slowest)
     cache_teacher(asked, data)
     with Cache.open(store) as cache:
         entries = list(cache.teachers["teacher"].signals.values())
@@ -289,6 +295,8 @@ def test_forecast_refuses_what_the_run_would_refuse(small, teacher_file, tmp_pat
         plan_teacher(config(tmp_path / "s", teacher_file), data)
     with pytest.raises(TeacherError, match="gives no signal q"):
         plan_teacher(config(tmp_path / "s", teacher_file, "q"), small / "a.xyz")
+    with pytest.raises(ConfigError, match=r"a\.xyz: is not a store; name one"):
+        plan_teacher(config(small / "a.xyz", teacher_file), small / "a.xyz")
 
 
 def test_probe_reads_structures_of_a_store(small_store, teacher_file):

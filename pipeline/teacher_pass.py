@@ -1,0 +1,122 @@
+"""The teacher over batches of a store; batches that are too large for the device are halved."""
+
+import logging
+import math
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from molkd.cache_schema.reader import Cache
+from molkd.pipeline.errors import TeacherError
+from molkd.pipeline.graphs.batch import Batch, make_batch, to_device
+from molkd.pipeline.graphs.neighbors import NeighborRule
+from molkd.pipeline.scope import source_of
+from molkd.pipeline.teachers.interface import Teacher
+
+log = logging.getLogger(__name__)
+
+_FIELDS = ("atomic_numbers", "positions", "tags", "fixed", "cell", "pbc")
+
+
+@dataclass(frozen=True)
+class Work:
+    """One batch of consecutive systems of a shard."""
+
+    indices: NDArray[np.int64]  # stored system indices
+    batch: Batch
+    n_atoms: NDArray[np.int64]
+
+    @property
+    def n_edges(self) -> int:
+        """Number of edges E."""
+        return self.batch.edge_index.shape[1]
+
+
+def make_work(
+    cache: Cache,
+    indices: NDArray[np.int64],
+    rule: NeighborRule,
+    dtype: torch.dtype,
+    max_atoms: int,
+    max_edges: int,
+) -> Iterator[Work]:
+    """Cut consecutive systems into batches within budgets of atoms and edges; one system always fits."""
+    n_atoms = cache.system_n_atoms[indices].astype(np.int64)
+    begin = 0
+    while begin < len(indices):
+        fits = np.searchsorted(np.cumsum(n_atoms[begin:]), max_atoms, side="right")
+        end = begin + max(int(fits), 1)
+        yield from _split_by_edges(cache, indices[begin:end], rule, dtype, max_edges)
+        begin = end
+
+
+def _split_by_edges(
+    cache: Cache, indices: NDArray[np.int64], rule: NeighborRule, dtype: torch.dtype, max_edges: int
+) -> Iterator[Work]:
+    work = _build(cache, indices, rule, dtype)
+    if len(indices) == 1 or work.n_edges <= max_edges:
+        yield work
+        return
+    for half in _halves(indices):
+        yield from _split_by_edges(cache, half, rule, dtype, max_edges)
+
+
+def _build(cache: Cache, indices: NDArray[np.int64], rule: NeighborRule, dtype: torch.dtype) -> Work:
+    arrays = cache.read(indices, _FIELDS)
+    n_atoms = cache.system_n_atoms[indices].astype(np.int64)
+    batch = make_batch(**{name: arrays[name] for name in _FIELDS}, n_atoms=n_atoms, rule=rule, dtype=dtype)
+    return Work(indices, batch, n_atoms)
+
+
+def _halves(indices: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    return indices[: len(indices) // 2], indices[len(indices) // 2 :]
+
+
+class TeacherPass:
+    """Computes signals of one piece of work after another and learns what the device can hold."""
+
+    def __init__(self, teacher: Teacher, cache: Cache) -> None:
+        self.teacher, self.cache = teacher, cache
+        self._too_many_edges = math.inf  # so many did not fit before: halve at once instead of failing again
+
+    def run(self, work: Work, signals: Collection[str]) -> Iterator[tuple[Work, dict[str, Tensor]]]:
+        """Yield the work with its signals, in parts and in order if it does not fit in one.
+
+        Raises
+        ------
+        TeacherError
+            If a single system needs more memory than the device has.
+        """
+        is_single = len(work.indices) == 1
+        if is_single or work.n_edges < self._too_many_edges:
+            found = self._try(work, signals)
+            if found is not None:
+                yield work, found
+                return
+            if is_single:
+                raise TeacherError(
+                    f"{source_of(self.cache, int(work.indices[0]))}: {work.batch.n_atoms} atoms with "
+                    f"{work.n_edges} edges need more memory than {self.teacher.device} has; "
+                    "leave this system out, take a larger device, or --device cpu"
+                )
+            self._too_many_edges = min(self._too_many_edges, work.n_edges)
+            log.warning(
+                "%s is out of memory at %d atoms and %d edges, going on with half; lower --batch-edges",
+                self.teacher.device, work.batch.n_atoms, work.n_edges,
+            )  # fmt: skip
+        for half in _halves(work.indices):
+            part = _build(self.cache, half, self.teacher.neighbor_rule, self.teacher.dtype)
+            yield from self.run(part, signals)
+
+    def _try(self, work: Work, signals: Collection[str]) -> dict[str, Tensor] | None:
+        """Return the signals, None if they do not fit; what the failed attempt held is free then."""
+        try:
+            return self.teacher.compute(to_device(work.batch, self.teacher.device), signals)
+        except torch.OutOfMemoryError:
+            pass  # only after this block is the traceback gone, and with it what it keeps alive
+        torch.cuda.empty_cache()
+        return None
