@@ -94,6 +94,12 @@ def test_nothing_in_the_root_would_be_swept_into_the_wheel():
     assert {p.name for p in ROOT.glob("*.py")} == {"cli.py"}
 
 
+def test_packages_are_imported_by_name_in_adapters_only():
+    """The import contracts see statements; `import_module` would pass them by."""
+    using = {p.relative_to(ROOT) for p in source_files("*.py") if "import_module(" in p.read_text()}
+    assert {p.parent for p in using} == {Path("pipeline/teachers")}
+
+
 def test_scripts(project):
     assert project["project"]["scripts"] == {"kd": "molkd.cli:main", "molkd": "molkd.cli:main"}
     installed = {e.name: e for e in entry_points(group="console_scripts") if e.value == "molkd.cli:main"}
