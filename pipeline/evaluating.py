@@ -128,6 +128,7 @@ def report_runs(
     sets = _test_sets(runs, test, (energy_key, forces_key))
     chosen = choose_device(device)
     evaluations = {Path(run): _evaluations_of(run, sets, chosen, batch_size) for run in runs}
+    _check_same_data(evaluations)
     result = None
     if teacher is not None:
         model = load_teacher(teacher, device=chosen)
@@ -187,6 +188,19 @@ def _evaluations_of(
         except OSError as error:
             log.warning("%s: not kept (%s), it will be measured again next time", path, error.strerror)
     return results
+
+
+def _check_same_data(evaluations: Mapping[Path, Mapping[str, Evaluation]]) -> None:
+    """Refuse kept measurements on different data of one name, which their files no longer tell apart."""
+    first: dict[str, tuple[Path, str]] = {}
+    for run, results in evaluations.items():
+        for name, result in results.items():
+            other, expected = first.setdefault(name, (run, result.data_fingerprint))
+            if result.data_fingerprint != expected:
+                raise ConfigError(
+                    f"{other} and {run} were measured on different data called {name}, "
+                    "which are no longer there; name the data for both with --test, or report the runs apart"
+                )
 
 
 def _kept(path: Path) -> Evaluation | None:

@@ -121,6 +121,18 @@ def test_test_data_that_are_gone(run, tmp_path):
     assert energy_error(report_runs([run], tmp_path / "out", test=[moved])) > 0
 
 
+def test_kept_measurements_on_different_data_that_are_gone(run, make_run, tmp_path):
+    other = write_data(tmp_path / "b" / "hot.extxyz", shift=1.0)
+    second = make_run("second", seed=1, tests=(), test={"hot": str(other)})
+    write_model(second)
+    for folder in (run, second):
+        report_runs([folder], tmp_path / "out")
+    (tmp_path / "a" / "hot.extxyz").unlink()
+    other.unlink()
+    with pytest.raises(ConfigError, match=r"run and .*second were measured on different data called hot"):
+        report_runs([run, second], tmp_path / "out")
+
+
 def test_keys_of_labels_in_test_files(run, tmp_path, caplog):
     named = write_data(tmp_path / "b" / "named.extxyz", key="my_energy")
     report = report_runs([run], tmp_path / "out", test=[named], energy_key="my_energy")
