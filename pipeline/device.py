@@ -16,7 +16,8 @@ def choose_device(name: str) -> torch.device:
     if device.type not in ("cpu", "cuda"):
         raise ConfigError(f"--device {name}: no such device; take auto, cpu, cuda or cuda:1")
     n_devices = torch.cuda.device_count() if device.type == "cuda" else 1
-    if device.type == "cuda" and (device.index or 0) >= n_devices:
+    # torch keeps an index in one byte: 999 would come back as -25.
+    if device.type == "cuda" and not 0 <= int(name.partition(":")[2] or 0) < n_devices:
         raise ConfigError(
             f"--device {name}: torch {torch.__version__} sees {n_devices} CUDA devices; "
             "take cpu, or see kd doctor"

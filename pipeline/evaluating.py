@@ -22,6 +22,7 @@ from molkd.pipeline.evaluation.report import Report, write_report
 from molkd.pipeline.evaluation.result import FOLDER, Evaluation
 from molkd.pipeline.evaluation.results import TeacherResult
 from molkd.pipeline.evaluation.runs import read_run
+from molkd.pipeline.scope import Scope
 from molkd.pipeline.teachers.interface import Teacher
 from molkd.pipeline.teachers.load import load_teacher
 
@@ -233,7 +234,7 @@ def _evaluate(teacher: Teacher, source: Source, batch_size: int, predictions: Pa
         )
         result = evaluate(
             lambda batch: teacher.compute(batch, ("energy", "forces")),
-            known_systems(source, teacher.atomic_numbers, teacher.info.name, teacher.neighbor_rule),
+            known_systems(source, Scope(teacher.info.name, teacher.atomic_numbers, teacher.neighbor_rule)),
             teacher.neighbor_rule,
             batch_size=batch_size,
             device=teacher.device,

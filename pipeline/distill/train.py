@@ -32,8 +32,8 @@ from molkd.pipeline.distill.student import Setup, prepare
 from molkd.pipeline.errors import CacheError, ModelError
 from molkd.pipeline.evaluation.evaluate import evaluate, known_systems
 from molkd.pipeline.evaluation.result import FOLDER, Evaluation
-from molkd.pipeline.models.interface import check_elements
 from molkd.pipeline.models.potential import Potential
+from molkd.pipeline.scope import Scope
 
 log = logging.getLogger(__name__)
 
@@ -97,7 +97,7 @@ def _train(config: TrainConfig, run: RunFolder) -> TrainSummary:
         device,
     )
     for path in config.test.values():  # what is wrong with them shows now, not when the training is over
-        for _ in _read(path, setup.potential.elements, config.student):
+        for _ in _read(path, _scope(setup.potential, config.student)):
             pass
     part_names = ["loss", "energy", "forces", *(t.name for t in config.kd)]
     run.start_metrics(_columns(part_names), state.step)
@@ -229,31 +229,36 @@ def _held_out_ids(config: TrainConfig) -> frozenset[bytes]:
     """Return the ids of everything in the validation and test data."""
     ids = set()
     for path in [*config.test.values(), *([config.val] if config.val else [])]:
-        ids |= {system.id for system in _read(path, None, config.student)}
+        ids |= {system.id for system in _read(path)}
     return frozenset(ids)
 
 
-def _read(path: Path, elements: frozenset[int] | None, model: str) -> Iterator[System]:
-    """Yield the systems of a file; given the elements that a model knows, refuse others."""
+def _scope(potential: Potential, name: str) -> Scope:
+    return Scope(name, potential.elements, potential.neighbor_rule)
+
+
+def _read(path: Path, scope: Scope | None = None) -> Iterator[System]:
+    """Yield the systems of a file; those that make no sense or are out of scope are refused."""
     source = open_source(path)
     try:
-        if elements is None:
+        if scope is None:
             yield from (source.read(i) for i in range(len(source)))
         else:
-            yield from known_systems(source, elements, model)
+            yield from known_systems(source, scope)
     finally:
         source.close()
 
 
 def _validation_systems(cache: Cache, setup: Setup, config: TrainConfig) -> list[System]:
     """Read what is held out; without any label a system cannot tell a good student from a bad one."""
+    scope = _scope(setup.potential, config.student)
     if config.val is not None:
-        systems = list(_read(config.val, setup.potential.elements, config.student))
+        systems = list(_read(config.val, scope))
     else:
         held_out = StoreSource(cache)
         systems = [held_out.read(int(i)) for i in np.flatnonzero(setup.val)]
         for system in systems:
-            check_elements(system.atomic_numbers, setup.potential.model)
+            scope.check(system)
     labelled = [s for s in systems if np.isfinite(s.energy) or np.isfinite(s.forces[~s.fixed]).any()]
     if not labelled:
         log.info("no labelled system is held out: the last weights are kept as the best ones")
@@ -292,6 +297,7 @@ def _evaluate(
         batch_size=_EVALUATION_BATCH,
         device=device,
         measure_throughput=measure_throughput,
+        weights_sha256=potential.weights_sha256,
     )
 
 
@@ -301,7 +307,7 @@ def _test(config: TrainConfig, run: RunFolder, device: torch.device) -> dict[str
     best = Potential.load(run.best, device)
     results = {}
     for name, path in config.test.items():
-        systems = _read(path, best.elements, str(config.out))
+        systems = _read(path, _scope(best, str(config.out)))
         evaluation = _evaluate(best, systems, device, measure_throughput=True)
         evaluation.save(run.path / FOLDER / f"{name}.npz")
         results[name] = evaluation.to_report()

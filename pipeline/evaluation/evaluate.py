@@ -9,7 +9,7 @@ Works with anything that turns a `Batch` into energies and forces, so with a stu
 import itertools
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -120,25 +120,16 @@ def evaluate(
     return Evaluation(sums.result(), throughput, parity, weights_sha256, seen.hexdigest())
 
 
-def known_systems(
-    source: Source, elements: Set[int], model: str, rule: NeighborRule | None = None
-) -> Iterator[System]:
+def known_systems(source: Source, scope: Scope) -> Iterator[System]:
     """Yield the systems of a source, refusing what makes no sense and what a model was not made for.
-
-    Parameters
-    ----------
-    elements : atomic numbers that the model was trained on
-    model : its name, for messages
-    rule : the model's; without it periodic systems pass, also where the model ignores cells
 
     Raises
     ------
     DataError
         If a system cannot be read or makes no sense.
     ModelError
-        If it holds another element, or is periodic and the model ignores cells.
+        If it is out of scope.
     """
-    scope = Scope(model, elements, rule or NeighborRule(cutoff=0.0))
     for index in range(len(source)):
         system = source.read(index)
         check_system(system)

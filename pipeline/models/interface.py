@@ -19,13 +19,9 @@ layer/<tap>        (N, C)      1       features inside the model, on request
 from collections.abc import Collection
 from typing import Literal, Protocol, runtime_checkable
 
-import numpy as np
-from ase.data import chemical_symbols
-from numpy.typing import NDArray
 from torch import Tensor
 
 from molkd.cache_schema.fields import FieldSpec
-from molkd.pipeline.errors import ModelError
 from molkd.pipeline.graphs.batch import Batch
 from molkd.pipeline.graphs.neighbors import NeighborRule
 
@@ -48,27 +44,3 @@ class Model(Protocol):
     def __call__(self, batch: Batch, taps: Collection[str] = ()) -> Outputs:
         """Return energy, forces, atomic_energies, node, (v2v) and the `layer/...` signals named in `taps`."""
         ...
-
-
-def check_elements(atomic_numbers: NDArray[np.integer], model: Model) -> None:
-    """Refuse elements that the embedding has no row for; on the host, so that no device step waits for it.
-
-    Parameters
-    ----------
-    atomic_numbers : (N,)
-    model : Model
-
-    Raises
-    ------
-    ModelError
-        With the unknown elements by name.
-    """
-    numbers = np.unique(atomic_numbers)
-    unknown = numbers[(numbers < 1) | (numbers > model.max_atomic_number)]
-    if len(unknown):
-        names = ", ".join(f"{chemical_symbols[z]} ({z})" if 0 <= z < 119 else f"({z})" for z in unknown)
-        raise ModelError(
-            f"{type(model).__name__} does not know {names}: it covers H (1) to "
-            f"{chemical_symbols[model.max_atomic_number]} ({model.max_atomic_number}); "
-            "leave these systems out or choose another model"
-        )

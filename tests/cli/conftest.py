@@ -72,8 +72,9 @@ def refused(kd, tmp_path):
 def everything(tmp_path_factory):
     """One of everything; nobody changes it.
 
-    train.extxyz, bare.extxyz (no labels), strange.extxyz (system 3 holds nitrogen); train.kdcache with the
-    signals of teacher.safetensors, bare.kdcache; schnet.safetensors, ethanol.npz; run/ of a painn-tiny.
+    train.extxyz, test.extxyz, bare.extxyz (no labels), strange.extxyz (system 3 holds nitrogen);
+    train.kdcache with the signals of teacher.safetensors, bare.kdcache; schnet.safetensors, ethanol.npz; run/
+    of a painn-tiny.
     """
     from stage_one_cases import make_store, structures, write_extxyz, write_teacher
 
@@ -89,6 +90,7 @@ def everything(tmp_path_factory):
     bare = write_extxyz(folder / "bare.extxyz", structures(10, labelled=False))
     make_store(folder / "bare.kdcache", bare)
     data = write_extxyz(folder / "train.extxyz", structures(60))
+    test = write_extxyz(folder / "test.extxyz", structures(12, seed=5))
     store = make_store(folder / "train.kdcache", data)
     teacher = write_teacher(folder / "teacher")
     cache_teacher(CacheConfig(store=store, teacher=str(teacher), signals=SIGNALS))
@@ -96,7 +98,7 @@ def everything(tmp_path_factory):
     write_teacher(folder / "ethanol", "schnetpack")
     settings = ["model.hidden_channels=8", "model.num_layers=1"]
     flags = {"store": store, "out": folder / "run", "student": "painn-tiny", "steps": 3, "batch_size": 4}
-    train_student(resolve(None, settings, flags | {"kd_terms": ("n2n=auto",), "test": (data,)}))
+    train_student(resolve(None, settings, flags | {"kd_terms": ("n2n=auto",), "test": (test,)}))
     return folder
 
 

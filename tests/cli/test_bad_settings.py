@@ -19,7 +19,7 @@ from cli_arguments import train
         (["--set", "training.schedule.kind=zigzag"], ["training.schedule.kind", "warmup_exponential"]),
         (["--kd", "n2m=1"], ["'n2n', 'v2v'", "'n2m'"]),
         (["--kd", "n2n=-1"], ["kd.0", "positive"]),
-        (["--kd", "n2n=much"], ["kd.0.weight", "'much'"]),
+        (["--kd", "n2n=much"], ["n2n=much", "a number or auto"]),
         (["--kd", "none", "--kd", "n2n"], ["--kd none cannot be combined"]),
         (["--kd", "n2n", "--kd", "n2n=2"], ["each KD loss can be given once"]),
         (["--kd", "n2n", "--teacher", "other"], ["no teacher other; it has teacher"]),

@@ -11,7 +11,7 @@ import pytest
 import torch
 from cli_arguments import train
 from forked_commands import run
-from stage_one_cases import files, one_batch, structures
+from stage_one_cases import files, one_batch, structures, write_extxyz
 
 from molkd.cache_schema.reader import Cache
 from molkd.pipeline.teachers.load import load_teacher
@@ -59,12 +59,13 @@ def test_both_stages(kd, everything, tmp_path):
     assert checked["problems"] == checked["notes"] == []
     assert checked["n_bytes"] == info["bytes"] == sum(map(len, files(store).values()))
 
-    student = train(store, tmp_path / "run", "--kd", "n2n=auto", "--kd", "v2v=1.0", "--test", data)
+    test = write_extxyz(tmp_path / "test.extxyz", structures(12, seed=5))
+    student = train(store, tmp_path / "run", "--kd", "n2n=auto", "--kd", "v2v=1.0", "--test", test)
     trained = result_of(kd, *student)
     assert trained["finished"]
     assert trained["steps"] == 2
-    evaluated = result_of(kd, "evaluate", tmp_path / "run", data)
-    assert evaluated["energy_mae_meV"] == pytest.approx(trained["test"]["train"]["energy_mae_meV"], rel=1e-5)
+    evaluated = result_of(kd, "evaluate", tmp_path / "run", test)
+    assert evaluated["energy_mae_meV"] == pytest.approx(trained["test"]["test"]["energy_mae_meV"], rel=1e-5)
     assert result_of(kd, *student) == trained
 
 

@@ -7,9 +7,8 @@ import pytest
 import torch
 
 from molkd.pipeline.data.system import System
-from molkd.pipeline.errors import ModelError
 from molkd.pipeline.graphs.batch import batch_from_systems, to_device
-from molkd.pipeline.models.interface import Model, check_elements
+from molkd.pipeline.models.interface import Model
 from molkd.pipeline.models.registry import MODELS, build_model
 
 _PAINN = {"name": "painn", "hidden_channels": 16, "num_layers": 2, "num_rbf": 8, "cutoff": 4.0}
@@ -237,14 +236,6 @@ def test_energies_only(periodic):
         model = build_model(config | {"use_pbc": periodic, "regress_forces": False}).double()
         assert "forces" not in model.signals
         assert run(model, [make_system(19, periodic=periodic)]).keys() == model.signals.keys()
-
-
-def test_unknown_elements_are_named(model):
-    check_elements(np.array([1, model.max_atomic_number]), model)
-    with pytest.raises(ModelError, match=r"does not know .*Fm \(100\).*covers H \(1\) to"):
-        check_elements(np.array([1, 100, 6]), model)
-    with pytest.raises(ModelError, match=r"X \(0\)"):
-        check_elements(np.array([0, 1]), model)
 
 
 @pytest.mark.gpu

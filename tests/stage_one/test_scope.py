@@ -61,7 +61,7 @@ def test_the_first_misfit_of_a_store_is_named_by_its_file(mixed):
 def test_systems_of_a_file_are_checked_one_by_one(mixed, elements, rule, says):
     source = open_source(mixed / "m.xyz")
     with pytest.raises(ModelError, match=says):
-        list(known_systems(source, elements, "big", rule))
+        list(known_systems(source, Scope("big", elements, rule)))
     source.close()
 
 
