@@ -9,14 +9,13 @@ import pytest
 import torch
 from distill_cases import (
     COLL,
-    TEACHER,
     add_teacher,
     column,
     ids_of,
     interrupt_after,
     make_store,
     read_systems,
-    scale_of,
+    save_teacher,
     train_config,
     write_part,
 )
@@ -31,7 +30,6 @@ from molkd.pipeline.distill.student import prepare
 from molkd.pipeline.distill.train import train_student
 from molkd.pipeline.errors import CacheError, ConfigError, DataError, ModelError
 from molkd.pipeline.models.potential import Potential
-from molkd.pipeline.models.registry import build_model
 
 COMMENT = 'Properties=species:S:1:pos:R:3:forces:R:3 energy=-1.0 pbc="F F F"'
 CPU = torch.device("cpu")
@@ -126,11 +124,8 @@ def test_an_element_without_labels_gets_the_teachers_reference_or_no_energy(tmp_
     labelled = write_part(tmp_path / "labelled.extxyz", 0, 30)
     pool = with_nitrogen(tmp_path / "pool.extxyz", None)
     reference = -111.0
-    scale = scale_of(read_systems())
-    model = build_model(TEACHER)
-    teacher = Potential(
-        model, replace(scale, references={**scale.references, 7: reference}), {"model": TEACHER}
-    )
+    teacher = Potential.load(save_teacher(tmp_path / "teacher.safetensors"))
+    teacher.scale = replace(teacher.scale, references={**teacher.scale.references, 7: reference})
     teacher.save(tmp_path / "teacher.safetensors")
     store = make_store(tmp_path / "mixed.kdcache", labelled, drop_labels=(pool,))
     add_teacher(store, tmp_path / "teacher.safetensors")
@@ -296,7 +291,7 @@ def test_elements_the_student_does_not_know_are_refused(tmp_path):
     heavy = tmp_path / "heavy.extxyz"
     heavy.write_text(f"2\n{COMMENT}\nPo 0 0 0 0.1 0 0\nH 0 0 1.7 -0.1 0 0\n")
     path = make_store(tmp_path / "heavy.kdcache", heavy)
-    with pytest.raises(DataError, match="atomic number 84, but this student knows 1 to 83"):
+    with pytest.raises(ModelError, match=r"heavy.extxyz#0: holds Po \(atomic number 84\)"):
         train_student(train_config(path, tmp_path / "run", val_fraction=0.0))
 
 
@@ -310,7 +305,7 @@ def test_held_out_elements_are_checked_too(tmp_path):
     held_out = int(np.flatnonzero(split_mask(ids, 0.5)[4:])[0]) + 4
     (tmp_path / "two.extxyz").write_text("".join([*frames[:4], frames[held_out]]))
     path = make_store(tmp_path / "two.kdcache", tmp_path / "two.extxyz")
-    with pytest.raises(ModelError, match=r"PaiNN does not know Po \(84\)"):
+    with pytest.raises(ModelError, match=r"two.kdcache#.*holds Po \(atomic number 84\)"):
         train_student(train_config(path, tmp_path / "run", val_fraction=0.5))
 
 
