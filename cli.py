@@ -146,18 +146,12 @@ def cache_verify(as_json: bool, store: Path, quick: bool) -> None:
     Example:
       kd cache verify coll.kdcache
     """
-    from tqdm import tqdm
-
     from molkd.cache_schema.summary import describe_report
     from molkd.cache_schema.verify import verify
+    from molkd.pipeline.progress import Progress
 
-    with tqdm(desc="verify", unit="B", unit_scale=True, disable=None) as bar:
-
-        def advance(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
-        report = verify(store, quick=quick, progress=advance)
+    with Progress(0, "verify", "byte") as progress:
+        report = verify(store, quick=quick, progress=progress.advance_to)
     _show(report, as_json, describe_report)
     if report.problems:
         sys.exit(3)

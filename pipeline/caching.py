@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from tqdm import tqdm
 
 from molkd.cache_schema.encoding import encoding_for
 from molkd.cache_schema.fields import FieldSpec
@@ -34,6 +33,7 @@ from molkd.pipeline.errors import ConfigError, TeacherError
 from molkd.pipeline.forecast import Forecast, forecast, row_bytes
 from molkd.pipeline.ingest import ingest
 from molkd.pipeline.prefetch import prefetch
+from molkd.pipeline.progress import Progress
 from molkd.pipeline.scope import Scope, source_of
 from molkd.pipeline.teacher_pass import TeacherPass, Work, make_work
 from molkd.pipeline.teachers.interface import Teacher
@@ -103,7 +103,7 @@ def cache_teacher(
     n_total = sum(len(store.systems_of_shard(s)) for s in shards)
     teacher_pass = TeacherPass(teacher, cache)
     n_computed, n_bytes, bad = 0, 0, set[int]()
-    with tqdm(total=n_total, desc="teacher", unit="system", disable=None) as progress:
+    with Progress(n_total, "teacher", "system") as progress:
         for shard in shards:
             # Asked anew each time: another process may have finished this shard meanwhile.
             wanted = {s: group for s, group in groups.items() if shard in store.missing_shards(group)}

@@ -5,10 +5,8 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from molkd.pipeline.config import TrainConfig, make_config, read_yaml
 from molkd.pipeline.data.sources import Source, open_source
@@ -22,6 +20,7 @@ from molkd.pipeline.evaluation.report import Report, write_report
 from molkd.pipeline.evaluation.result import FOLDER, Evaluation
 from molkd.pipeline.evaluation.results import TeacherResult
 from molkd.pipeline.evaluation.runs import read_run
+from molkd.pipeline.progress import Progress
 from molkd.pipeline.scope import Scope
 from molkd.pipeline.teachers.interface import Teacher
 from molkd.pipeline.teachers.load import load_teacher
@@ -229,9 +228,7 @@ def _evaluate_set(teacher: Teacher, data: _TestSet, batch_size: int) -> Evaluati
 def _evaluate(teacher: Teacher, source: Source, batch_size: int, predictions: Path | None) -> Evaluation:
     with ExitStack() as stack:
         writer = stack.enter_context(ExtxyzPredictions(predictions)) if predictions else None
-        progress = stack.enter_context(
-            tqdm(total=len(source), desc=source.path.name, unit="system", disable=None)
-        )
+        progress = stack.enter_context(Progress(len(source), source.path.name, "system"))
         result = evaluate(
             lambda batch: teacher.compute(batch, ("energy", "forces")),
             known_systems(source, Scope(teacher.info.name, teacher.atomic_numbers, teacher.neighbor_rule)),
@@ -240,7 +237,7 @@ def _evaluate(teacher: Teacher, source: Source, batch_size: int, predictions: Pa
             device=teacher.device,
             dtype=torch.float32,
             weights_sha256=teacher.info.weights_sha256,
-            on_batch=lambda done: _advance(progress, done),
+            on_batch=progress.advance_to,
             on_prediction=writer.add if writer else None,
         )
     for kind, n, flag in (
@@ -252,7 +249,3 @@ def _evaluate(teacher: Teacher, source: Source, batch_size: int, predictions: Pa
                 "%s: no %s to compare with; if it holds any, name their key: %s", source.path, kind, flag
             )
     return result
-
-
-def _advance(progress: "tqdm[Any]", done: int) -> None:
-    progress.update(done - progress.n)

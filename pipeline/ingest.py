@@ -4,11 +4,10 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from tqdm import tqdm
 
 from molkd.cache_schema.creation import LABELS_SHA256
 from molkd.cache_schema.identity import ID_BYTES, labels_digest, labels_fingerprint
@@ -21,6 +20,7 @@ from molkd.pipeline.data.sources import Source, open_sources
 from molkd.pipeline.data.system import System
 from molkd.pipeline.data.validate import check_system
 from molkd.pipeline.errors import DataError
+from molkd.pipeline.progress import Progress
 
 log = logging.getLogger(__name__)
 
@@ -115,7 +115,7 @@ def _scan(sources: Sequence[Source], unlabelled: set[int], *, require_labels: bo
     total = sum(len(s) for s in sources)
     if total == 0:
         raise DataError(f"{', '.join(str(s.path) for s in sources)}: no systems inside; nothing to store")
-    with tqdm(total=total, desc="scan", unit="system", disable=None) as progress:
+    with Progress(total, "scan", "system") as progress:
         for k, source in enumerate(sources):
             for row in range(len(source)):
                 system = _read(source, row, keep_labels=k not in unlabelled)
@@ -219,26 +219,32 @@ def _write_shards(
             "continuing: %d of %d shards are there", store.plan.n_shards - len(missing), store.plan.n_shards
         )
     assert store.input_index is not None
-    for shard in tqdm(missing, desc="write", unit="shard", disable=None):
-        with store.shard_writer("atoms", shard) as writer:
-            for index in store.systems_of_shard(shard):
-                # Rows of this scan: the call that made the store may have named its files in another order.
-                i = int(keep[store.input_index[index]])
-                k = table.source[i]
-                system = _read(sources[k], table.source_row[i], keep_labels=k not in unlabelled)
-                if system.id != table.ids[i] or _labels_of(system) != table.labels[i]:
-                    raise DataError(
-                        f"{system.source}: changed while it was being read; run the command again"
-                    )
-                writer.write(
-                    {
-                        "atomic_numbers": system.atomic_numbers,
-                        "positions": system.positions,
-                        "forces": system.forces,
-                        "tags": system.tags,
-                        "fixed": system.fixed,
-                    }
-                )
+    n_systems = sum(len(store.systems_of_shard(shard)) for shard in missing)
+    with Progress(n_systems, "write", "system") as progress:
+        for shard in missing:
+            with store.shard_writer("atoms", shard) as writer:
+                for index in store.systems_of_shard(shard):
+                    # Rows of this scan: the call that made the store may have named other files first.
+                    i = int(keep[store.input_index[index]])
+                    writer.write(_reread(table, i, sources, unlabelled))
+                    progress.update()
+
+
+def _reread(
+    table: _Table, i: int, sources: Sequence[Source], unlabelled: set[int]
+) -> dict[str, NDArray[Any]]:
+    """Return the arrays of a scanned system; what has changed since is refused."""
+    k = table.source[i]
+    system = _read(sources[k], table.source_row[i], keep_labels=k not in unlabelled)
+    if system.id != table.ids[i] or _labels_of(system) != table.labels[i]:
+        raise DataError(f"{system.source}: changed while it was being read; run the command again")
+    return {
+        "atomic_numbers": system.atomic_numbers,
+        "positions": system.positions,
+        "forces": system.forces,
+        "tags": system.tags,
+        "fixed": system.fixed,
+    }
 
 
 def _id_array(ids: Sequence[bytes]) -> NDArray[np.uint8]:

@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from molkd.cache_schema.reader import Cache
 from molkd.pipeline.config import TrainConfig
@@ -33,6 +32,7 @@ from molkd.pipeline.errors import CacheError, ModelError
 from molkd.pipeline.evaluation.evaluate import evaluate, known_systems
 from molkd.pipeline.evaluation.result import FOLDER, Evaluation
 from molkd.pipeline.models.potential import Potential
+from molkd.pipeline.progress import Progress
 from molkd.pipeline.scope import Scope
 
 log = logging.getLogger(__name__)
@@ -105,7 +105,7 @@ def _train(config: TrainConfig, run: RunFolder) -> TrainSummary:
     with (
         _interruptible() as interrupted,
         _tensorboard(config, run, state.step) as writer,
-        tqdm(total=total_steps, initial=state.step, desc="train", unit="step", disable=None) as progress,
+        Progress(total_steps, "train", "step", state.step) as progress,
     ):
         mark = time.perf_counter()
         for sample in _until(state, total_steps):
