@@ -54,8 +54,8 @@ def test_all_problems_at_once(make_system):
 
 
 def brute_force(positions, cell, pbc):
-    """Smallest distance over pairs and images, for atoms at most one cell outside."""
-    shifts = itertools.product(*(range(-3, 4) if p else (0,) for p in pbc))
+    """Smallest distance over pairs and images, for atoms at most two cells outside."""
+    shifts = itertools.product(*(range(-5, 6) if p else (0,) for p in pbc))
     offsets = np.array(list(shifts)) @ cell
     vectors = positions[None, :, None] + offsets[None, None] - positions[:, None, None]  # (N, N, images, 3)
     distances = np.linalg.norm(vectors, axis=-1)
