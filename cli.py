@@ -173,6 +173,8 @@ def cache_verify(as_json: bool, store: Path, quick: bool) -> None:
 @click.option("--val", type=PATH, help="Validation data or store; default: a part of STORE by id.")
 @click.option("--val-fraction", type=float, help="Share of STORE held out by id; default 0.1.")
 @click.option("--test", multiple=True, type=PATH, help="Evaluated once at the end; never trained on.")
+@click.option("--energy-key", help="Name of the energy in validation and test files (eV).")
+@click.option("--forces-key", help="Name of the forces in validation and test files (eV/A).")
 @click.option("--epochs", type=int, help="Passes over the training systems.")
 @click.option("--steps", type=int, help="Steps at most.")
 @click.option("--batch-size", type=int, help="Systems a step.")

@@ -115,6 +115,8 @@ class TrainConfig(Settings):
     val: Path | None = None  # file or store; None: val_fraction of the store, by id
     val_fraction: float = Field(0.1, ge=0, lt=1)
     test: dict[str, Path] = Field(default_factory=dict)  # evaluated once at the end
+    energy_key: str | None = None  # name of the energy in val and test files; None tries the usual ones
+    forces_key: str | None = None
     val_every: int | None = Field(None, ge=1)  # steps; None: once an epoch, but at most 50 times a run
     checkpoint_every: int = Field(1000, ge=1)  # steps
     log_every: int = Field(50, ge=1)

@@ -97,7 +97,7 @@ def _train(config: TrainConfig, run: RunFolder) -> TrainSummary:
         device,
     )
     for path in config.test.values():  # what is wrong with them shows now, not when the training is over
-        for _ in _read(path, _scope(setup.potential, config.student)):
+        for _ in _read(path, config, _scope(setup.potential, config.student)):
             pass
     part_names = ["loss", "energy", "forces", *(t.name for t in config.kd)]
     run.start_metrics(_columns(part_names), state.step)
@@ -229,7 +229,7 @@ def _held_out_ids(config: TrainConfig) -> frozenset[bytes]:
     """Return the ids of everything in the validation and test data."""
     ids = set()
     for path in [*config.test.values(), *([config.val] if config.val else [])]:
-        ids |= {system.id for system in _read(path)}
+        ids |= {system.id for system in _read(path, config)}
     return frozenset(ids)
 
 
@@ -237,9 +237,9 @@ def _scope(potential: Potential, name: str) -> Scope:
     return Scope(name, potential.elements, potential.neighbor_rule)
 
 
-def _read(path: Path, scope: Scope | None = None) -> Iterator[System]:
+def _read(path: Path, config: TrainConfig, scope: Scope | None = None) -> Iterator[System]:
     """Yield the systems of a file; those that make no sense or are out of scope are refused."""
-    source = open_source(path)
+    source = open_source(path, energy_key=config.energy_key, forces_key=config.forces_key)
     try:
         if scope is None:
             yield from (source.read(i) for i in range(len(source)))
@@ -253,7 +253,7 @@ def _validation_systems(cache: Cache, setup: Setup, config: TrainConfig) -> list
     """Read what is held out; without any label a system cannot tell a good student from a bad one."""
     scope = _scope(setup.potential, config.student)
     if config.val is not None:
-        systems = list(_read(config.val, scope))
+        systems = list(_read(config.val, config, scope))
     else:
         held_out = StoreSource(cache)
         systems = [held_out.read(int(i)) for i in np.flatnonzero(setup.val)]
@@ -307,7 +307,7 @@ def _test(config: TrainConfig, run: RunFolder, device: torch.device) -> dict[str
     best = Potential.load(run.best, device)
     results = {}
     for name, path in config.test.items():
-        systems = _read(path, _scope(best, str(config.out)))
+        systems = _read(path, config, _scope(best, str(config.out)))
         evaluation = _evaluate(best, systems, device, measure_throughput=True)
         evaluation.save(run.path / FOLDER / f"{name}.npz")
         results[name] = evaluation.to_report()

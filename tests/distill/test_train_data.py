@@ -335,3 +335,15 @@ def test_one_kind_of_label_is_enough(tmp_path, label, scale):
     metric = {"energy": "energy_mae_meV", "forces": "force_mae_meV_A"}
     assert {name for name in metric if summary.val[metric[name]] is not None} == {label}
     assert Potential.load(tmp_path / "run").scale.forces_std > 0
+
+
+def test_labels_of_held_out_files_can_be_named(store, tmp_path):
+    frames = ase.io.read(COLL, "0:6")
+    for frame in frames:
+        frame.info["E_dft"], frame.arrays["F_dft"] = frame.get_potential_energy(), frame.get_forces()
+        frame.calc = None
+    ase.io.write(tmp_path / "val.extxyz", frames)
+    named = {"energy_key": "E_dft", "forces_key": "F_dft"}
+    plain = train_student(train_config(store, tmp_path / "a", val=write_part(tmp_path / "part.extxyz", 0, 6)))
+    summary = train_student(train_config(store, tmp_path / "b", val=tmp_path / "val.extxyz", **named))
+    assert summary.val == pytest.approx(plain.val, rel=1e-6)
