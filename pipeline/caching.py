@@ -6,11 +6,10 @@ gave to the host, checks it and writes it. Shards are done one after another; a 
 
 import logging
 import time
-from collections import deque
-from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -32,7 +31,7 @@ from molkd.pipeline.device import choose_device
 from molkd.pipeline.errors import ConfigError, TeacherError
 from molkd.pipeline.forecast import Forecast, forecast, row_bytes
 from molkd.pipeline.ingest import ingest
-from molkd.pipeline.prefetch import prefetch
+from molkd.pipeline.prefetch import Background, prefetch
 from molkd.pipeline.progress import Progress
 from molkd.pipeline.scope import Scope, source_of
 from molkd.pipeline.teacher_pass import TeacherPass, Work, make_work
@@ -103,7 +102,7 @@ def cache_teacher(
     n_total = sum(len(store.systems_of_shard(s)) for s in shards)
     teacher_pass = TeacherPass(teacher, cache)
     n_computed, n_bytes, bad = 0, 0, set[int]()
-    with Progress(n_total, "teacher", "system") as progress:
+    with Progress(n_total, "teacher", "system") as progress, Background("kd-write", _PREFETCH) as writing:
         for shard in shards:
             # Asked anew each time: another process may have finished this shard meanwhile.
             wanted = {s: group for s, group in groups.items() if shard in store.missing_shards(group)}
@@ -111,7 +110,7 @@ def cache_teacher(
             if not wanted:
                 progress.update(n_systems)
                 continue
-            bad |= _cache_shard(teacher_pass, store, shard, wanted, config, progress.update)
+            _cache_shard(teacher_pass, store, shard, wanted, config, writing, bad, progress.update)
             n_computed += n_systems
             n_bytes += sum(_shard_bytes(store, shard, teacher.signals[s], encodings[s]) for s in wanted)
     if not finalize_if_complete(store):
@@ -244,9 +243,14 @@ def _cache_shard(
     shard: int,
     groups: dict[str, str],
     config: CacheConfig,
+    writing: Background,
+    bad: set[int],
     on_systems: Callable[[int], object],
-) -> set[int]:
-    """Compute and commit the given signals of one shard; return the systems that were given up."""
+) -> None:
+    """Compute the given signals of one shard; writing and committing follow behind.
+
+    Systems that are given up are added to `bad`.
+    """
     teacher, cache = teacher_pass.teacher, teacher_pass.cache
     kind = teacher.device.type
     stream = side_stream(teacher.device)
@@ -260,20 +264,25 @@ def _cache_shard(
     )
     if stream is not None:
         works = (replace(work, batch=pin(work.batch)) for work in works)  # in the prefetch thread
-    bad = set[int]()
-    with ExitStack() as stack, ThreadPoolExecutor(1, "kd-write") as pool:
+    with ExitStack() as stack:
         writers = {s: stack.enter_context(store.shard_writer(group, shard)) for s, group in groups.items()}
-        pending: deque[Future[None]] = deque()
+        stack.callback(writing.settle)  # if anything fails: nobody writes any more when the files are dropped
         for work in prefetch(works, _PREFETCH):
             for part, signals in teacher_pass.run(work, tuple(groups)):
                 copy = HostCopy(signals, stream)
-                pending.append(pool.submit(_write, writers, part, copy, cache, bad, skip_bad=config.skip_bad))
-                while len(pending) > _PREFETCH or (pending and pending[0].done()):
-                    pending.popleft().result()
+                write = partial(_write, writers, part, copy, cache, bad, skip_bad=config.skip_bad)
+                writing.submit(write)
                 on_systems(len(part.indices))
-        for future in pending:
-            future.result()
-    return bad
+        stack.pop_all()
+    # Files are forced to disk and committed while the teacher is at the next shard. After a failed write rows
+    # are missing, and a writer that lacks rows commits nothing.
+    writing.submit(partial(_commit, list(writers.values())))
+
+
+def _commit(writers: Sequence[ShardWriter]) -> None:
+    with ExitStack() as stack:
+        for writer in writers:
+            stack.push(writer)
 
 
 def _write(

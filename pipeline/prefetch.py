@@ -1,9 +1,12 @@
-"""One thread that stays a few items ahead of whoever consumes them."""
+"""A thread that stays a few items ahead of its consumer, and one that works off what is left behind."""
 
 import queue
 import threading
-from collections.abc import Generator, Iterator
-from typing import Any, TypeVar
+from collections import deque
+from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from types import TracebackType
+from typing import Any, Self, TypeVar
 
 T = TypeVar("T")
 
@@ -50,3 +53,40 @@ def _put(ready: "queue.Queue[Any]", item: object, stop: threading.Event) -> bool
             continue
         return True
     return False
+
+
+class Background:
+    """One thread that does what it is given, in order, while the caller goes on; leaving waits for all of it.
+
+    Parameters
+    ----------
+    name : of the thread
+    depth : jobs that may wait; with more, `submit` waits for the oldest
+    """
+
+    def __init__(self, name: str, depth: int) -> None:
+        self._pool = ThreadPoolExecutor(1, name)
+        self._depth = depth
+        self._pending: deque[Future[object]] = deque()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            while self._pending and error is None:
+                self._pending.popleft().result()
+        finally:
+            self._pool.shutdown(wait=True)
+
+    def submit(self, job: Callable[[], object]) -> None:
+        """Queue a job; what an earlier one raised is raised here, or when leaving."""
+        self._pending.append(self._pool.submit(job))
+        while len(self._pending) > self._depth or (self._pending and self._pending[0].done()):
+            self._pending.popleft().result()
+
+    def settle(self) -> None:
+        """Wait until nothing is running, whatever came of it."""
+        wait(self._pending)
