@@ -57,14 +57,15 @@ def main() -> None:
     print(json.dumps(results, indent=2))
 
 
-def prepare_store(folder: Path) -> tuple[Path, Path]:
-    """Cache a PaiNN-big with random weights over the demo's molecules."""
+def prepare_store(folder: Path, data: Path | None = None) -> tuple[Path, Path]:
+    """Cache a PaiNN-big with random weights over the demo's molecules, or over other data."""
     torch.manual_seed(0)
     preset = load_preset(TEACHER, periodic=False)
     teacher = Potential(build_model(preset["model"]), LabelScale(), {"model": preset["model"]})
     teacher.save(folder / "teacher.safetensors")
     store = folder / "store.kdcache"
-    ingest(IngestConfig(data=(Path(str(files("molkd.pipeline.demo") / "train.extxyz.xz")),), store=store))
+    data = data or Path(str(files("molkd.pipeline.demo") / "train.extxyz.xz"))
+    ingest(IngestConfig(data=(data,), store=store))
     signals = ("energy", "forces", "node", "v2v")
     cache_teacher(CacheConfig(store=store, teacher=str(folder / "teacher.safetensors"), signals=signals))
     return store, folder / "teacher.safetensors"

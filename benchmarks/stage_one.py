@@ -1,6 +1,6 @@
 """Stage one over the bare teacher loop: what reading, neighbours, checking, encoding and writing add.
 
-    OMP_NUM_THREADS=1 python benchmarks/stage_one.py [--repeats 5]
+    OMP_NUM_THREADS=1 python benchmarks/stage_one.py [--repeats 5] [--data FILE]
 
 The bare loop runs the teacher over the same batches, already built and in memory, and throws its output
 away. Teacher: PaiNN-big (COLL preset, random weights) on the molecules bundled for the demo, signals energy,
@@ -35,12 +35,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--data", type=Path, help="other structures than the bundled ones")
     parser.add_argument("--repeats", type=int, default=5)
     args = parser.parse_args()
     keep_freed_memory()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        store, teacher_file = prepare_store(folder)
+        store, teacher_file = prepare_store(folder, args.data)
         teacher = load_teacher(str(teacher_file), device="cpu")
         cache = Cache.open(store)
         works: list[Work] = []
