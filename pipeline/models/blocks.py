@@ -26,6 +26,15 @@ class GaussianSmearing(nn.Module):
         return torch.exp(self.coefficient * (distance.unsqueeze(1) - self.offset).square())  # (E, K)
 
 
+def linear(n_in: int, n_out: int, *, bias: bool = True) -> nn.Linear:
+    """Linear layer with Glorot weights and zero bias."""
+    layer = nn.Linear(n_in, n_out, bias=bias)
+    nn.init.xavier_uniform_(layer.weight)
+    if bias:
+        nn.init.zeros_(layer.bias)
+    return layer
+
+
 def sum_at(index: Int[Tensor, " M"], values: Float[Tensor, "M ..."], n_rows: int) -> Float[Tensor, "R ..."]:
     """Sum rows of `values` that share an index: edges at their receiver, atoms in their system.
 

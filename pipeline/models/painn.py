@@ -25,7 +25,13 @@ from molkd.cache_schema.fields import (
 from molkd.pipeline.config import Settings
 from molkd.pipeline.graphs.batch import Batch, edge_vectors
 from molkd.pipeline.graphs.neighbors import NeighborRule
-from molkd.pipeline.models.blocks import GaussianSmearing, full_precision, sum_at, with_gradient_forces
+from molkd.pipeline.models.blocks import (
+    GaussianSmearing,
+    full_precision,
+    linear,
+    sum_at,
+    with_gradient_forces,
+)
 from molkd.pipeline.models.interface import Outputs
 
 MAX_ATOMIC_NUMBER = 83  # rows of the embedding: H to Bi
@@ -282,15 +288,6 @@ class PaiNN(nn.Module):
         assert vec is not None  # there is at least one layer
         outputs["v2v"] = vec
         return outputs
-
-
-def linear(n_in: int, n_out: int, *, bias: bool = True) -> nn.Linear:
-    """Linear layer with Glorot weights and zero bias."""
-    layer = nn.Linear(n_in, n_out, bias=bias)
-    nn.init.xavier_uniform_(layer.weight)
-    if bias:
-        nn.init.zeros_(layer.bias)
-    return layer
 
 
 def mlp(n_in: int, n_hidden: int, n_out: int) -> nn.Sequential:

@@ -17,7 +17,13 @@ from molkd.cache_schema.fields import FieldSpec, atomic_energies_spec, energy_sp
 from molkd.pipeline.config import Settings
 from molkd.pipeline.graphs.batch import Batch, edge_vectors
 from molkd.pipeline.graphs.neighbors import NeighborRule
-from molkd.pipeline.models.blocks import GaussianSmearing, full_precision, sum_at, with_gradient_forces
+from molkd.pipeline.models.blocks import (
+    GaussianSmearing,
+    full_precision,
+    linear,
+    sum_at,
+    with_gradient_forces,
+)
 from molkd.pipeline.models.interface import Outputs
 
 MAX_ATOMIC_NUMBER = 99  # the embedding has a row 0 for padding
@@ -158,11 +164,3 @@ class SchNet(nn.Module):
         outputs["atomic_energies"] = atomic_energies
         outputs["node"] = h
         return outputs
-
-
-def linear(n_in: int, n_out: int) -> nn.Linear:
-    """Linear layer with Glorot weights and zero bias."""
-    layer = nn.Linear(n_in, n_out)
-    nn.init.xavier_uniform_(layer.weight)
-    nn.init.zeros_(layer.bias)
-    return layer
