@@ -23,3 +23,9 @@ def choose_device(name: str) -> torch.device:
             "take cpu, or see kd doctor"
         )
     return device
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for what runs on the device; without it only the launch of kernels would be timed."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from molkd.cache_schema.encoding import ENCODINGS, exact_encoding
 from molkd.cache_schema.fields import ATOM_FIELDS, FieldSpec
 from molkd.pipeline.data.system import System
+from molkd.pipeline.device import synchronize
 from molkd.pipeline.graphs.batch import batch_from_systems, to_device
 from molkd.pipeline.teachers.interface import Teacher
 
@@ -108,10 +108,10 @@ def _rates(
         batch = batch_from_systems(part, teacher.neighbor_rule, teacher.dtype)
         built = time.perf_counter()
         batch = to_device(batch, teacher.device)
-        _synchronize(teacher.device)
+        synchronize(teacher.device)
         moved = time.perf_counter()
         teacher.compute(batch, signals)
-        _synchronize(teacher.device)
+        synchronize(teacher.device)
         if k > 0:
             done += len(part)
             building += built - began
@@ -119,11 +119,6 @@ def _rates(
         if computing + building > _PROBE_SECONDS:
             break
     return done / computing, done / building
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def _write_bandwidth(folder: Path) -> float:

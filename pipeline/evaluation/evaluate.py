@@ -19,6 +19,7 @@ from torch import Tensor
 from molkd.pipeline.data.sources import Source
 from molkd.pipeline.data.system import System
 from molkd.pipeline.data.validate import check_system
+from molkd.pipeline.device import synchronize
 from molkd.pipeline.errors import DataError, ModelError
 from molkd.pipeline.evaluation.fingerprint import Fingerprint
 from molkd.pipeline.evaluation.metrics import MetricSums
@@ -144,16 +145,11 @@ def _chunks(systems: Iterable[System], size: int) -> Iterable[list[System]]:
 
 
 def _timed(predict: Predict, batch: Batch, device: torch.device) -> tuple[Mapping[str, Tensor], float]:
-    _synchronize(device)
+    synchronize(device)
     begin = time.perf_counter()
     output = predict(batch)
-    _synchronize(device)  # kernels run behind the host: without it only their launch would be timed
+    synchronize(device)  # kernels run behind the host: without it only their launch would be timed
     return output, max(time.perf_counter() - begin, 1e-9)
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def _checked(
