@@ -63,3 +63,13 @@ def node_spec(n_channels: int, name: str = "node") -> FieldSpec:
 def v2v_spec(n_channels: int) -> FieldSpec:
     """Vector features per atom (Eq. 6, v2v), shape (3, C)."""
     return FieldSpec("v2v", "atom", (3, n_channels), "float32", "1", "vector")
+
+
+def e2n_spec(n_channels: int) -> FieldSpec:
+    """Edge features summed at their receivers (Eq. 5, e2n), shape (C,)."""
+    return node_spec(n_channels, "e2n")
+
+
+def edge_spec(n_channels: int) -> FieldSpec:
+    """Raw features of the directed edges (e2e), shape (C,)."""
+    return FieldSpec("edge", "edge", (n_channels,), "float32", "1")

@@ -10,8 +10,14 @@ forces             (N, 3)      eV/A*   direct head, or minus the gradient of the
 atomic_energies    (N,)        eV*     energy head before the sum
 node               (N, C)      1       scalar features that the energy head reads (n2n)
 v2v                (N, 3, C)   1       vector features, models that have them
+e2n                (N, C)      1       edge features summed at their receivers, on request
+edge               (E, C)      1       edge features, on request; with them come
+edge_index         (2, E)      1       their sender and receiver, and
+edge_shift         (E, 3)      1       the sender's image, both as in Batch
 layer/<tap>        (N, C)      1       features inside the model, on request
 =================  ==========  ======  ==================================================
+
+What is on request comes only if `taps` names it (edge_index and edge_shift with "edge").
 
 (*) of the normalised labels; `molkd.pipeline.models.potential` turns them into eV and eV/A.
 """
@@ -42,5 +48,5 @@ class Model(Protocol):
         ...
 
     def __call__(self, batch: Batch, taps: Collection[str] = ()) -> Outputs:
-        """Return energy, forces, atomic_energies, node, (v2v) and the `layer/...` signals named in `taps`."""
+        """Return energy, forces, atomic_energies, node, (v2v) and what `taps` asks for."""
         ...

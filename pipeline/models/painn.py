@@ -12,7 +12,6 @@ import torch
 from jaxtyping import Float, Int
 from pydantic import Field
 from torch import Tensor, nn
-from torch.nn.functional import silu
 
 from molkd.cache_schema.fields import (
     FieldSpec,
@@ -25,17 +24,15 @@ from molkd.cache_schema.fields import (
 from molkd.pipeline.config import Settings
 from molkd.pipeline.graphs.batch import Batch, edge_vectors
 from molkd.pipeline.graphs.neighbors import NeighborRule
-from molkd.pipeline.models.blocks import (
-    GaussianSmearing,
-    full_precision,
-    linear,
-    sum_at,
-    with_gradient_forces,
-)
+from molkd.pipeline.models.blocks import full_precision, linear, sum_at, with_gradient_forces
 from molkd.pipeline.models.interface import Outputs
-
-MAX_ATOMIC_NUMBER = 83  # rows of the embedding: H to Bi
-ENVELOPE_EXPONENT = 5
+from molkd.pipeline.models.ocp_blocks import (
+    MAX_ATOMIC_NUMBER,
+    AtomEmbedding,
+    GaussianBasis,
+    ScaledSiLU,
+    ScaleFactor,
+)
 
 
 class PaiNNConfig(Settings):
@@ -50,51 +47,6 @@ class PaiNNConfig(Settings):
     regress_forces: bool = True
     direct_forces: bool = True  # False: minus the gradient of the energy
     use_pbc: bool = True
-
-
-class ScaledSiLU(nn.Module):
-    """SiLU with about unit variance for standard normal input."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Apply elementwise."""
-        return silu(x) * (1 / 0.6)
-
-
-class AtomEmbedding(nn.Module):
-    """One learned row per element, the first is hydrogen."""
-
-    def __init__(self, n_channels: int) -> None:
-        super().__init__()
-        self.embeddings = nn.Embedding(MAX_ATOMIC_NUMBER, n_channels)
-        nn.init.uniform_(self.embeddings.weight, -math.sqrt(3), math.sqrt(3))  # unit variance
-
-    def forward(self, atomic_numbers: Int[Tensor, " N"]) -> Float[Tensor, "N C"]:
-        """Look up the rows."""
-        rows: Tensor = self.embeddings(atomic_numbers - 1)
-        return rows
-
-
-class RadialBasis(nn.Module):
-    """Gaussians of d/cutoff under an envelope that ends smoothly at the cutoff."""
-
-    def __init__(self, n_rbf: int, cutoff: float) -> None:
-        super().__init__()
-        self.cutoff = cutoff
-        self.rbf = GaussianSmearing(1.0, n_rbf)
-
-    def forward(self, distance: Float[Tensor, " E"]) -> Float[Tensor, "E K"]:
-        """Expand distances in Angstrom."""
-        u = distance * (1 / self.cutoff)
-        gaussians: Tensor = self.rbf(u)
-        return envelope(u).unsqueeze(1) * gaussians
-
-
-def envelope(u: Float[Tensor, " E"]) -> Float[Tensor, " E"]:
-    """Fall from 1 at u = 0 to 0 at u = 1 with two smooth derivatives (Gasteiger et al. 2020, Eq. 8)."""
-    p = ENVELOPE_EXPONENT
-    a, b, c = -(p + 1) * (p + 2) / 2, p * (p + 2), -p * (p + 1) / 2
-    value = 1 + u**p * (a + u * (b + u * c))
-    return torch.where(u < 1, value, torch.zeros_like(u))
 
 
 class MessageBlock(nn.Module):
@@ -150,19 +102,6 @@ class UpdateBlock(nn.Module):
         dx = (p + q * product) * (1 / math.sqrt(2))
         dvec = t.unsqueeze(1) * v1
         return dx, dvec
-
-
-class ScaleFactor(nn.Module):
-    """A fitted constant factor; 0 means not fitted, and then nothing is scaled."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.scale_factor = nn.Parameter(torch.tensor(0.0), requires_grad=False)
-
-    def forward(self, x: Float[Tensor, "N C"]) -> Float[Tensor, "N C"]:
-        """Scale without asking the device for the value."""
-        factor = self.scale_factor
-        return x * torch.where(factor == 0, torch.ones_like(factor), factor)
 
 
 class GatedEquivariantBlock(nn.Module):
@@ -227,7 +166,7 @@ class PaiNN(nn.Module):
             config.cutoff, config.max_neighbors, symmetrize=True, use_pbc=config.use_pbc
         )
         self.atom_emb = AtomEmbedding(C)
-        self.radial_basis = RadialBasis(K, config.cutoff)
+        self.radial_basis = GaussianBasis(K, config.cutoff)
         self.message_layers = nn.ModuleList(MessageBlock(C, K) for _ in range(config.num_layers))
         self.update_layers = nn.ModuleList(UpdateBlock(C) for _ in range(config.num_layers))
         for i in range(config.num_layers):
