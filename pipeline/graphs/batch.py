@@ -53,11 +53,15 @@ def make_batch(
     tags: NDArray[np.integer],
     fixed: NDArray[np.bool_],
     rule: NeighborRule,
+    edges: tuple[NDArray[np.int64], NDArray[np.integer]] | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Batch:
-    """Build a batch from concatenated arrays: (N,), (N, 3) A, (S,), (S, 3, 3) A, (S, 3), (N,), (N,)."""
+    """Build a batch from concatenated arrays: (N,), (N, 3) A, (S,), (S, 3, 3) A, (S, 3), (N,), (N,).
+
+    `edges`, edge_index (2, E) and edge_shift (E, 3) in the batch's order, take the place of the rule's.
+    """
     atoms_ptr = np.concatenate([[0], np.cumsum(n_atoms)]).astype(np.int64)
-    edge_index, edge_shift = neighbor_lists(positions, atoms_ptr, cell, pbc, rule)
+    edge_index, edge_shift = edges if edges else neighbor_lists(positions, atoms_ptr, cell, pbc, rule)
     return Batch(
         atomic_numbers=torch.from_numpy(atomic_numbers.astype(np.int64)),
         positions=torch.as_tensor(positions).to(dtype),

@@ -133,8 +133,7 @@ def neighbor_lists(
         pairs = _cut_ties(pairs, rule.max_neighbors)
     if rule.symmetrize:
         pairs = _symmetrized(pairs)
-    order = _canonical_order(pairs)
-    pairs = pairs.take(order)
+    pairs = pairs.take(canonical_order(pairs.receiver, pairs.sender, pairs.shift))
     return np.stack([pairs.sender, pairs.receiver]), pairs.shift
 
 
@@ -226,7 +225,8 @@ def _cut_ties(pairs: _Pairs, n_nearest: int) -> _Pairs:
     np.maximum.at(farthest, pairs.receiver, pairs.distance)
     crowded = n_edges > n_nearest
     tied = np.flatnonzero(crowded[pairs.receiver] & (pairs.distance == farthest[pairs.receiver]))
-    tied = tied[_canonical_order(pairs.take(tied))]
+    edges = pairs.take(tied)
+    tied = tied[canonical_order(edges.receiver, edges.sender, edges.shift)]
     receiver = pairs.receiver[tied]
     n_tied = np.bincount(receiver, minlength=len(n_edges))
     n_left = np.cumsum(n_tied)[receiver] - np.arange(len(tied))  # 1 at the last of a receiver's tied edges
@@ -250,10 +250,12 @@ def _symmetrized(pairs: _Pairs) -> _Pairs:
     )
 
 
-def _canonical_order(pairs: _Pairs) -> NDArray[np.int64]:
-    """Return the order (E,) by receiver, sender and shift; one integer key sorts faster than 5 columns."""
-    columns = [pairs.receiver, pairs.sender, *pairs.shift.T]
-    key, n_keys = np.zeros(len(pairs.receiver), dtype=np.int64), 1.0
+def canonical_order(
+    receiver: NDArray[np.integer], sender: NDArray[np.integer], shift: NDArray[np.integer]
+) -> NDArray[np.int64]:
+    """Return the order (E,) of edges by receiver (E,), sender (E,) and shift (E, 3)."""
+    columns = [receiver, sender, *shift.T]  # in one integer key, which sorts faster
+    key, n_keys = np.zeros(len(receiver), dtype=np.int64), 1.0
     for column in columns:
         low, high = int(column.min(initial=0)), int(column.max(initial=0))
         n_keys *= high - low + 1
