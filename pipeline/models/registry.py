@@ -9,10 +9,15 @@ from torch import nn
 
 from molkd.pipeline.config import make_config, read_yaml
 from molkd.pipeline.errors import ConfigError
+from molkd.pipeline.models.gemnet_oc.model import GemNetOC
 from molkd.pipeline.models.painn import PaiNN
 from molkd.pipeline.models.schnet import SchNet
 
-MODELS: dict[str, type[PaiNN] | type[SchNet]] = {"painn": PaiNN, "schnet": SchNet}
+MODELS: dict[str, type[GemNetOC] | type[PaiNN] | type[SchNet]] = {
+    "gemnet_oc": GemNetOC,
+    "painn": PaiNN,
+    "schnet": SchNet,
+}
 _PRESETS = Path(__file__).parent / "presets"
 
 

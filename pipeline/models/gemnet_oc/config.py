@@ -1,0 +1,118 @@
+"""Hyper-parameters of GemNet-OC under OCP's names; the defaults are those of OCP's OC20 model."""
+
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from molkd.pipeline.config import Settings
+from molkd.pipeline.graphs.neighbors import NeighborRule
+
+_TIE_TOLERANCE = 0.01  # A, what OCP keeps behind the K-th neighbor if the limit is not strict
+
+
+class RadialBasisConfig(Settings):
+    """Gaussians are the only radial basis."""
+
+    name: Literal["gaussian"] = "gaussian"
+
+
+class EnvelopeConfig(Settings):
+    """Polynomial that ends the radial basis smoothly at the cutoff."""
+
+    name: Literal["polynomial"] = "polynomial"
+    exponent: int = Field(5, ge=1)
+
+
+class CircularBasisConfig(Settings):
+    """Basis of angles."""
+
+    name: Literal["spherical_harmonics"] = "spherical_harmonics"
+
+
+class SphericalBasisConfig(Settings):
+    """Basis of pairs of an angle and a dihedral angle."""
+
+    name: Literal["legendre_outer"] = "legendre_outer"
+
+
+class GemNetOCConfig(Settings):
+    """Sizes, cutoffs in Angstrom, numbers of nearest neighbors and which interactions are on."""
+
+    name: Literal["gemnet_oc"] = "gemnet_oc"
+    num_spherical: int = Field(7, ge=1)
+    num_radial: int = Field(128, ge=2)
+    num_blocks: int = Field(4, ge=1)
+    emb_size_atom: int = Field(256, ge=1)
+    emb_size_edge: int = Field(512, ge=1)
+    emb_size_trip_in: int = Field(64, ge=1)
+    emb_size_trip_out: int = Field(64, ge=1)
+    emb_size_quad_in: int = Field(32, ge=1)
+    emb_size_quad_out: int = Field(32, ge=1)
+    emb_size_aint_in: int = Field(64, ge=1)
+    emb_size_aint_out: int = Field(64, ge=1)
+    emb_size_rbf: int = Field(16, ge=1)
+    emb_size_cbf: int = Field(16, ge=1)
+    emb_size_sbf: int = Field(32, ge=1)
+    num_before_skip: int = Field(2, ge=0)
+    num_after_skip: int = Field(2, ge=0)
+    num_concat: int = Field(1, ge=0)
+    num_atom: int = Field(3, ge=0)
+    num_output_afteratom: int = Field(3, ge=0)
+    num_atom_emb_layers: int = Field(0, ge=0)
+    num_global_out_layers: int = Field(2, ge=0)
+    cutoff: float = Field(12.0, gt=0)  # A, of the main graph
+    cutoff_qint: float | None = Field(None, gt=0)  # None: as `cutoff`
+    cutoff_aeaint: float | None = Field(None, gt=0)
+    cutoff_aint: float | None = Field(None, gt=0)
+    max_neighbors: int = Field(30, ge=1)
+    max_neighbors_qint: int | None = Field(None, ge=1)  # None: as `max_neighbors`
+    max_neighbors_aeaint: int | None = Field(None, ge=1)
+    max_neighbors_aint: int | None = Field(None, ge=1)
+    enforce_max_neighbors_strictly: bool = True
+    rbf: RadialBasisConfig = RadialBasisConfig()
+    envelope: EnvelopeConfig = EnvelopeConfig()
+    cbf: CircularBasisConfig = CircularBasisConfig()
+    sbf: SphericalBasisConfig = SphericalBasisConfig()
+    extensive: bool = True  # energy: sum over the atoms; otherwise their mean
+    output_init: Literal["HeOrthogonal", "zeros"] = "HeOrthogonal"
+    activation: Literal["silu", "swish"] = "silu"
+    regress_forces: bool = True
+    direct_forces: bool = True  # False: minus the gradient of the energy
+    forces_coupled: bool = False  # both directions of an edge exert the same force
+    quad_interaction: bool = True
+    atom_edge_interaction: bool = True
+    edge_atom_interaction: bool = True
+    atom_interaction: bool = True
+    qint_tags: tuple[int, ...] = (0, 1, 2)  # a quadruplet's central edge touches an atom with such a tag
+    use_pbc: bool = True
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        widest = self.neighbor_rule
+        for name in ("cutoff", "cutoff_qint", "cutoff_aeaint"):
+            if (getattr(self, name) or 0) > widest.cutoff:
+                raise ValueError(
+                    f"{name} is larger than cutoff_aint = {widest.cutoff}, the widest graph's cutoff"
+                )
+        for name in ("max_neighbors", "max_neighbors_qint", "max_neighbors_aeaint"):
+            if (getattr(self, name) or 0) > (widest.max_neighbors or 0):
+                raise ValueError(f"{name} is larger than max_neighbors_aint = {widest.max_neighbors}")
+        return self
+
+    @property
+    def has_atom_graph(self) -> bool:
+        """Whether any interaction needs more than the main graph."""
+        return self.atom_edge_interaction or self.edge_atom_interaction or self.atom_interaction
+
+    @property
+    def neighbor_rule(self) -> NeighborRule:
+        """The widest graph; the others are parts of it."""
+        cutoff, n_nearest = self.cutoff, self.max_neighbors
+        if self.has_atom_graph:
+            cutoff, n_nearest = self.cutoff_aint or cutoff, self.max_neighbors_aint or n_nearest
+        return NeighborRule(cutoff, n_nearest, self.tie_tolerance, use_pbc=self.use_pbc)
+
+    @property
+    def tie_tolerance(self) -> float:
+        """How far behind the K-th neighbor others are kept, in Angstrom."""
+        return 0.0 if self.enforce_max_neighbors_strictly else _TIE_TOLERANCE
