@@ -119,6 +119,12 @@ class _Tensor(metaclass=_Sealed):
         return np.lib.stride_tricks.as_strided(storage[offset:], size, strides, writeable=False)
 
 
+# What a numpy scalar in a pickle names, of numpy 1 and 2; torch's own restricted reader takes these too.
+NUMPY_SCALARS: dict[str, type] = {
+    "numpy.dtype": _Dtype,
+    "numpy.core.multiarray.scalar": _Scalar,
+    "numpy._core.multiarray.scalar": _Scalar,
+}
 _RECORD_NAMES: dict[tuple[str, str], type] = {
     ("torch_geometric.data.data", "Data"): _Bag,
     ("torch_geometric.data.data", "DataEdgeAttr"): _Bag,

@@ -66,7 +66,8 @@ class Potential:
         # The mean is per system; each atom carries an equal part, so that atomic energies sum to the energy.
         share = (self.scale.energy_mean / n_atoms.double())[batch.system_idx]  # int / float would be float32
         out["atomic_energies"] = out["atomic_energies"].double() * self.scale.energy_std + references + share
-        out["forces"] = out["forces"] * self.scale.forces_std
+        if "forces" in out:
+            out["forces"] = out["forces"] * self.scale.forces_std
         return out
 
     def _reference_table(self, device: torch.device) -> Tensor:

@@ -20,6 +20,8 @@ from molkd.cache_schema.fields import (
 from molkd.pipeline.errors import TeacherError
 from molkd.pipeline.graphs.batch import Batch
 
+_ROLES = ("best", "last", "best_checkpoint", "checkpoint")  # of files in a run's folder, ours and OCP's
+
 
 def check_signals(asked: Collection[str], offered: Mapping[str, FieldSpec], teacher: str) -> None:
     """Refuse signals that the teacher does not give.
@@ -57,6 +59,14 @@ def file_sha256(path: Path) -> str:
 def group_name(text: str) -> str:
     """Return `text` as the name of a teacher's group in a store: letters, digits, "-", "_", "."."""
     return re.sub(r"[^A-Za-z0-9_.-]+", "-", text).strip("-.") or "teacher"
+
+
+def default_name(path: Path) -> str:
+    """Return the run's name for a run folder and for files called after their role, else the file's own."""
+    path = path.resolve()
+    if path.is_dir():
+        return path.name
+    return path.parent.name if path.stem in _ROLES else path.stem
 
 
 def sum_over_atoms(atomic_energies: Float[Tensor, " N"], batch: Batch) -> Float[Tensor, " S"]:

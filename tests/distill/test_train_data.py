@@ -225,9 +225,9 @@ def test_a_store_without_labels_needs_the_teachers(bare_store, tmp_path):
 @pytest.fixture
 def quarantined(teacher_file, tmp_path, monkeypatch):
     """A store whose teacher gave NaN for every system of six atoms."""
-    from molkd.pipeline.teachers.builtin import BuiltinTeacher
+    from molkd.pipeline.teachers.potential_teacher import PotentialTeacher
 
-    compute = BuiltinTeacher.compute
+    compute = PotentialTeacher.compute
 
     def broken(self, batch, signals):
         out = compute(self, batch, signals)
@@ -235,7 +235,7 @@ def quarantined(teacher_file, tmp_path, monkeypatch):
         out["node"][six[batch.system_idx]] = torch.nan
         return out
 
-    monkeypatch.setattr(BuiltinTeacher, "compute", broken)
+    monkeypatch.setattr(PotentialTeacher, "compute", broken)
     return add_teacher(make_store(tmp_path / "q.kdcache", COLL), teacher_file, skip_bad=True)
 
 

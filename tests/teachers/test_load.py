@@ -20,9 +20,9 @@ def test_an_unknown_teacher_is_told_what_is_possible(spec):
 
 
 def test_a_file_of_another_kind_is_refused(tmp_path):
-    (tmp_path / "model.pt").write_bytes(b"x")
+    (tmp_path / "model.bin").write_bytes(b"x")
     with pytest.raises(TeacherError, match="not a kind of file"):
-        load_teacher(str(tmp_path / "model.pt"))
+        load_teacher(str(tmp_path / "model.bin"))
 
 
 def test_a_folder_without_a_model_is_a_model_error(tmp_path):
