@@ -68,16 +68,20 @@ def envelope(u: Float[Tensor, " E"], p: int) -> Float[Tensor, " E"]:
 
 
 class ScaleFactor(nn.Module):
-    """A fitted constant factor that brings its input to unit variance, or to the variance of `reference`.
+    """A fitted constant that brings its input to unit variance, or to the variance of `reference`.
 
-    0 means not fitted, and then nothing is scaled.
+    0 means not fitted, and then nothing is scaled; `molkd.pipeline.models.scaling` fits.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.scale_factor = nn.Parameter(torch.tensor(0.0), requires_grad=False)
 
-    def forward(self, x: Float[Tensor, "M C"], reference: Tensor | None = None) -> Float[Tensor, "M C"]:
-        """Scale without asking the device for the value; `reference` matters only while factors are fitted."""
+    def forward(
+        self,
+        x: Float[Tensor, "M C"],
+        reference: Tensor | None = None,  # noqa: ARG002  # seen by those who fit
+    ) -> Float[Tensor, "M C"]:
+        """Scale, without asking the device for the value."""
         factor = self.scale_factor
         return x * torch.where(factor == 0, torch.ones_like(factor), factor)

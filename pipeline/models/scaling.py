@@ -1,0 +1,148 @@
+"""Fits a fresh model's scale factors to data: its activations then start with the variance they should have.
+
+As in OCP: ``factor = sqrt(var(reference) / var(x))``, with 1 where there is no reference. The variance is
+over the rows of a batch, averaged over channels, then over batches by their rows. OCP runs every batch once
+for each factor. Here one pass fits all of them: while a batch passes, each factor takes that batch's own
+ratio, so that what lies behind it sees scaled values at once.
+"""
+
+import logging
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from molkd.pipeline.graphs.batch import Batch, to_device
+from molkd.pipeline.models.ocp_blocks import ScaleFactor
+
+log = logging.getLogger(__name__)
+
+_ROUNDING = 1e-12  # a variance below this share of the mean square is float32 rounding of a constant
+
+
+@dataclass(eq=False)
+class _Watcher:
+    """Sums over batches of what one scale factor is given."""
+
+    factor: ScaleFactor
+    fits: bool  # whether the factor takes each batch's own ratio
+    variance: Tensor | float = 0.0  # of x, times rows
+    target: Tensor | float = 0.0  # what it should be, times rows
+
+    @torch.no_grad()
+    def __call__(self, x: Tensor, reference: Tensor | None = None) -> None:
+        """Look at the arguments of the factor's `forward`; no value is fetched from the device."""
+        variance = _variance(x)
+        target = torch.ones_like(variance) if reference is None else _variance(reference)
+        known = (variance > 0) & (target > 0)
+        self.variance = self.variance + len(x) * torch.where(known, variance, 0.0)
+        self.target = self.target + len(x) * torch.where(known, target, 0.0)
+        if self.fits:
+            self.factor.scale_factor.copy_(torch.where(known, target / variance, 0.0).sqrt())
+
+    def fitted(self) -> float:
+        """Return the factor from all batches; 0 if there was nothing to fit it on."""
+        target, variance = float(self.target), float(self.variance)
+        return (target / variance) ** 0.5 if 0 < variance < float("inf") else 0.0
+
+    def ratio(self) -> float:
+        """Return the variance behind the factor over what it should be; NaN if there was nothing to scale."""
+        target, variance = float(self.target), float(self.variance)
+        return float(self.factor.scale_factor) ** 2 * variance / target if target else float("nan")
+
+
+def fit_scale_factors(model: nn.Module, batches: Iterable[Batch]) -> dict[str, float]:
+    """Fit all scale factors of a model that has none fitted yet; any other model is left alone.
+
+    A factor whose input has no rows or never varies (quadruplets of diatomic molecules) stays 0, which scales
+    nothing; a warning names it.
+
+    Parameters
+    ----------
+    model : a Model; its weights stay as they are
+    batches : on any device; read only if there is something to fit, and then kept in memory
+
+    Returns
+    -------
+    dict
+        By name of the factor, the variance behind it over what it should be, measured in a second pass: 1 is
+        perfect. Empty if nothing was fitted.
+    """
+    factors = {name: m for name, m in model.named_modules() if isinstance(m, ScaleFactor)}
+    if not factors or any(float(factor.scale_factor) != 0 for factor in factors.values()):
+        return {}
+    kept = list(batches)
+    fits = _watch(model, factors, kept, fits=True)
+    for watcher in fits.values():
+        watcher.factor.scale_factor.data.fill_(watcher.fitted())
+    seen = _watch(model, factors, kept, fits=False)
+    ratios = {name: seen[name].ratio() for name, factor in factors.items() if float(factor.scale_factor)}
+    unfitted = [name for name in factors if name not in ratios]
+    if unfitted:
+        log.warning(
+            "%d of %d scale factors are not fitted and scale nothing: %s. In %d batches their input is "
+            "empty or constant: the data have no such neighbors, triplets or quadruplets",
+            len(unfitted),
+            len(factors),
+            ", ".join(unfitted),
+            len(kept),
+        )
+    if ratios:
+        values = [float(factors[name].scale_factor) for name in ratios]
+        log.info(
+            "%d scale factors fitted on %d batches: %.3g to %.3g; variances behind them are now %.3f to %.3f "
+            "of what they should be",
+            len(ratios),
+            len(kept),
+            min(values),
+            max(values),
+            min(ratios.values()),
+            max(ratios.values()),
+        )
+    return ratios
+
+
+def _watch(
+    model: nn.Module, factors: Mapping[str, ScaleFactor], batches: list[Batch], *, fits: bool
+) -> dict[str, _Watcher]:
+    """Run the batches and return what each factor was given."""
+    watchers = {name: _Watcher(factor, fits) for name, factor in factors.items()}
+    device = next(iter(factors.values())).scale_factor.device
+    with _in_front(watchers.values()), _evaluating(model), torch.no_grad():
+        for batch in batches:
+            model(to_device(batch, device))
+    return watchers
+
+
+@contextmanager
+def _in_front(watchers: Iterable[_Watcher]) -> Iterator[None]:
+    def hook(watcher: _Watcher) -> Any:
+        return lambda _, args, kwargs: watcher(*args, **kwargs)
+
+    handles = [w.factor.register_forward_pre_hook(hook(w), with_kwargs=True) for w in watchers]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
+def _variance(x: Tensor) -> Tensor:
+    """Return the variance of x (M, ...) over its rows, averaged over channels; 0 if it is rounding only."""
+    if len(x) < 2:
+        return x.new_zeros(())
+    variance = x.var(dim=0).mean()
+    return torch.where(variance > _ROUNDING * x.square().mean(), variance, 0.0)

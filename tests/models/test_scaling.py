@@ -1,0 +1,199 @@
+"""Scale factors: fitted as OCP defines them, variances near one behind them, nothing else touched."""
+
+import logging
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from molkd.pipeline.data.sources import open_source
+from molkd.pipeline.data.system import System
+from molkd.pipeline.graphs.batch import batch_from_systems
+from molkd.pipeline.graphs.neighbors import NeighborRule
+from molkd.pipeline.models.ocp_blocks import ScaleFactor
+from molkd.pipeline.models.registry import build_model, load_preset
+from molkd.pipeline.models.scaling import fit_scale_factors
+
+COLL = Path(__file__).parents[1] / "data" / "coll_small.extxyz"  # 48 frames of 3 to 10 atoms
+RULE = NeighborRule(4.0, 20)
+PAINN = {"name": "painn", "hidden_channels": 32, "num_rbf": 16, "cutoff": 5.0, "use_pbc": False}
+FITTED = {
+    "painn-tiny": load_preset("painn-tiny", periodic=False)["model"],
+    "painn-6-layers": PAINN | {"num_layers": 6},
+    "painn-gradient": PAINN | {"num_layers": 3, "direct_forces": False},
+}
+# One pass scales by each batch's own ratio, later by the ratio of all: the two differ by a few per mille.
+NEAR_ONE = 0.03
+
+
+def read_systems():
+    source = open_source(COLL)
+    try:
+        return [source.read(i) for i in range(len(source))]
+    finally:
+        source.close()
+
+
+def make_batches(rule, size=8):
+    systems = read_systems()
+    return [batch_from_systems(systems[i : i + size], rule) for i in range(0, len(systems), size)]
+
+
+def make_model(settings):
+    torch.manual_seed(3)
+    return build_model(settings)
+
+
+def factors_of(model):
+    return {name: m for name, m in model.named_modules() if isinstance(m, ScaleFactor)}
+
+
+def variance(x):
+    """Over rows, averaged over channels."""
+    return float(np.var(x.detach().double().numpy(), axis=0, ddof=1).mean())
+
+
+def measure(model, batches, name):
+    """Return the variance of what a factor gets, what it gives, and what it should give, over all batches."""
+    sums, n_rows = np.zeros(3), 0
+
+    def look(_, args, kwargs, output):
+        nonlocal sums, n_rows
+        reference = kwargs.get("reference", args[1] if len(args) > 1 else None)
+        target = 1.0 if reference is None else variance(reference)
+        sums = sums + len(output) * np.array([variance(args[0]), variance(output), target])
+        n_rows += len(output)
+
+    handle = factors_of(model)[name].register_forward_hook(look, with_kwargs=True)
+    for batch in batches:
+        model(batch)
+    handle.remove()
+    return sums / n_rows
+
+
+class Toy(nn.Module):
+    """Positions through a factor, then through one that has those positions as reference."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(()))
+        self.first = ScaleFactor()
+        self.second = ScaleFactor()
+        self.never = ScaleFactor()
+
+    def forward(self, batch, taps=()):
+        x = self.first(batch.positions)
+        return {"node": self.second(3 * x * self.weight, reference=batch.positions)}
+
+
+@pytest.mark.parametrize("name", FITTED)
+def test_variances_end_near_one(name):
+    model = make_model(FITTED[name])
+    batches = make_batches(model.neighbor_rule)
+    before = [measure(model, batches, factor)[0] for factor in factors_of(model)]
+    reported = fit_scale_factors(model, batches)
+    assert max(abs(v - 1) for v in before) > 0.5  # there was something to do
+    assert reported.keys() == factors_of(model).keys()
+    for factor, ratio in reported.items():
+        _, after, target = measure(model, batches, factor)
+        assert after / target == pytest.approx(1, abs=NEAR_ONE)
+        assert ratio == pytest.approx(after / target, rel=1e-4)
+
+
+def test_one_pass_gives_the_factors_of_one_pass_per_factor():
+    model = make_model(FITTED["painn-6-layers"])
+    batches = make_batches(model.neighbor_rule)
+    expected = {}
+    for name, factor in factors_of(model).items():  # in the order of execution
+        entering, _, target = measure(model, batches, name)
+        expected[name] = math.sqrt(target / entering)
+        factor.scale_factor.data.fill_(expected[name])
+    for factor in factors_of(model).values():
+        factor.scale_factor.data.zero_()
+    fit_scale_factors(model, batches)
+    for name, factor in factors_of(model).items():
+        assert float(factor.scale_factor) == pytest.approx(expected[name], rel=NEAR_ONE / 2)
+
+
+def test_batches_count_by_their_rows_and_references_set_the_aim(caplog):
+    systems = read_systems()[:5]
+    batches = [batch_from_systems(part, RULE) for part in (systems[:4], systems[4:])]
+    model = Toy()
+    fit_scale_factors(model, batches)
+    rows = np.array([b.n_atoms for b in batches])
+    per_batch = np.array([variance(b.positions) for b in batches])
+    mean = (rows * per_batch).sum() / rows.sum()
+    assert float(model.first.scale_factor) == pytest.approx(1 / math.sqrt(mean), rel=1e-5)
+    # While fitted, what enters the second has variance 9 in each batch.
+    assert float(model.second.scale_factor) == pytest.approx(math.sqrt(mean) / 3, rel=1e-5)
+
+
+def test_what_has_nothing_to_scale_stays_and_is_named_once(caplog):
+    lone = System(
+        atomic_numbers=np.array([6], np.uint8),
+        positions=np.zeros((1, 3)),
+        cell=np.zeros((3, 3)),
+        pbc=np.zeros(3, bool),
+        energy=0.0,
+        forces=np.zeros((1, 3)),
+        tags=np.zeros(1, np.uint8),
+        fixed=np.zeros(1, bool),
+        source="lone carbon",
+    )
+    model = make_model(PAINN | {"num_layers": 2})
+    with caplog.at_level(logging.WARNING):
+        assert fit_scale_factors(model, [batch_from_systems([lone] * 4, model.neighbor_rule)]) == {}
+    assert [float(f.scale_factor) for f in factors_of(model).values()] == [0, 0]
+    (record,) = caplog.records
+    assert "upd_out_scalar_scale_0, upd_out_scalar_scale_1" in record.message
+    assert "constant" in record.message
+
+
+def test_a_factor_that_is_never_reached_does_not_stop_the_others(caplog):
+    model = Toy()
+    ratios = fit_scale_factors(model, make_batches(RULE))
+    assert ratios.keys() == {"first", "second"}
+    assert float(model.never.scale_factor) == 0
+    assert "1 of 3 scale factors" in caplog.text
+    assert "never" in caplog.text
+
+
+def test_fitted_models_and_models_without_factors_are_left_alone():
+    def forbidden():
+        raise AssertionError("no batch is needed")
+        yield
+
+    model = make_model(FITTED["painn-6-layers"])
+    factors_of(model)["upd_out_scalar_scale_2"].scale_factor.data.fill_(0.9)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    assert fit_scale_factors(model, forbidden()) == {}
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert (
+        fit_scale_factors(make_model(load_preset("schnet-tiny", periodic=False)["model"]), forbidden()) == {}
+    )
+
+
+@pytest.mark.parametrize("name", ["painn-tiny", "painn-gradient"])
+def test_only_the_factors_change_and_the_same_way_every_time(name):
+    models = [make_model(FITTED[name]) for _ in range(2)]
+    before = {key: value.clone() for key, value in models[0].state_dict().items()}
+    batches = make_batches(models[0].neighbor_rule)
+    models[0].train()
+    models[1].eval()
+    for model in models:
+        fit_scale_factors(model, batches)
+    assert models[0].training
+    assert not models[1].training
+    for key, value in models[0].state_dict().items():
+        assert torch.equal(value, models[1].state_dict()[key])
+        assert torch.equal(value, before[key]) is ("scale_factor" not in key)
+    assert all(p.grad is None for p in models[0].parameters())
+    factor = next(iter(factors_of(models[0]).values()))
+    assert not factor.scale_factor.requires_grad
+    x = torch.randn(4, 3)
+    fitted = factor.scale_factor.clone()
+    torch.testing.assert_close(factor(x), x * fitted)  # no longer watched: another input changes nothing
+    assert torch.equal(factor.scale_factor, fitted)
