@@ -39,8 +39,8 @@ def read_torch_file(path: Path) -> Any:
             raise TeacherError(_damaged(path, error)) from None
         raise TeacherError(
             f"{path}: refused, its pickle asks for {named[1]}, and a checkpoint needs tensors, plain "
-            "containers and numpy scalars only. Nothing was run. Take the file from a source you trust, or save its "
-            "state_dict, config and normalizers anew without such objects"
+            "containers and numpy scalars only. Nothing was run. Take the file from a source you trust, "
+            "or save its state_dict, config and normalizers anew without such objects"
         ) from None
     except _DAMAGE_ERRORS as error:
         raise TeacherError(_damaged(path, error)) from None
