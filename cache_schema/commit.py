@@ -1,5 +1,6 @@
 """Commit records: one small sealed file a shard and group; what has none was never written."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -89,14 +90,19 @@ def rewrite_remedy(group: str, shard: int) -> str:
 
 
 def read_commit(
-    root: Path, plan: Plan, group: str, shard: int, layouts: dict[str, ArrayLayout], rows: int
+    root: Path,
+    plan: Plan,
+    group: str,
+    shard: int,
+    layouts: dict[str, ArrayLayout],
+    rows: Mapping[str, int | None],
 ) -> Commit | None:
     """Read and check a commit record; None if the shard is not committed.
 
     Parameters
     ----------
     layouts : arrays of the group, by name
-    rows : rows that the shard must have, on the group's axis
+    rows : rows that the shard must have, by axis; None where only the record knows
 
     Raises
     ------
@@ -120,6 +126,7 @@ def read_commit(
         check.problem("arrays", f"expected exactly {', '.join(layouts)}")
         arrays = {}
     files = {name: file_record(check, arrays, name, layouts[name], rows) for name in arrays}
+    check_edge_rows(check, files, layouts)
     sums = {n: moments(check, arrays[n], n, layouts[n]) for n in arrays if layouts[n].dtype.kind == "f"}
     writer = check.table(document, "writer")
     commit = Commit(
@@ -140,20 +147,36 @@ def read_commit(
 
 
 def file_record(
-    check: Checks, arrays: dict[str, Any], name: str, layout: ArrayLayout, rows: int
+    check: Checks,
+    arrays: dict[str, Any],
+    name: str,
+    layout: ArrayLayout,
+    rows: Mapping[str, int | None],
 ) -> FileRecord:
     """Take a file's entry apart; problems go to `check`."""
     entry, at = check.table(arrays, name, "arrays."), f"arrays.{name}."
-    size = layout.file_bytes(rows)
+    known = rows[layout.spec.axis]
+    low, high = (0, layout.rows_per_file) if known is None else (known, known)
+    n_rows = check.integer(entry, "rows", low, high, at)
+    size, n_chunks = layout.file_bytes(n_rows), layout.stored_chunks(n_rows)
     chunks = check.items(entry, "chunk_crc32c", at)
-    if len(chunks) != layout.stored_chunks(rows) or not all(is_hex(c, 8) for c in chunks):
-        check.problem(f"{at}chunk_crc32c", f"no list of {layout.stored_chunks(rows)} checksums")
+    if len(chunks) != n_chunks or not all(is_hex(c, 8) for c in chunks):
+        check.problem(f"{at}chunk_crc32c", f"no list of {n_chunks} checksums")
     return FileRecord(
         n_bytes=check.integer(entry, "bytes", size, size, at),
-        rows=check.integer(entry, "rows", rows, rows, at),
+        rows=n_rows,
         crc32c=check.hexadecimal(entry, "crc32c", 8, at),
         chunk_crc32c=tuple(chunks),
     )
+
+
+def check_edge_rows(
+    check: Checks, files: Mapping[str, FileRecord], layouts: Mapping[str, ArrayLayout]
+) -> None:
+    """Compare the rows of a shard's arrays on the edge axis; problems go to `check`."""
+    rows = {name: file.rows for name, file in files.items() if layouts[name].spec.axis == "edge"}
+    if len(set(rows.values())) > 1:
+        check.problem("arrays", f"differ in their rows of edges: {rows}")
 
 
 def moments(check: Checks, entry: dict[str, Any], name: str, layout: ArrayLayout) -> Moments:

@@ -16,8 +16,14 @@ from molkd.cache_schema.files import (
     write_error,
     write_file,
 )
-from molkd.cache_schema.groups import Group, committed_shards, load_signal, read_zarr_json
-from molkd.cache_schema.layout import DATA, LOG, signal_layout
+from molkd.cache_schema.groups import (
+    Group,
+    committed_shards,
+    declared_layout,
+    load_signal,
+    read_zarr_json,
+)
+from molkd.cache_schema.layout import DATA, LOG
 from molkd.cache_schema.plan import Plan, Systems
 
 
@@ -67,10 +73,10 @@ def declare_signal(
                     return
                 _require_unused(root, known, _words(spec, encoding), in_manifest=in_manifest)
                 _remove(root, known)
-            layout = signal_layout(group, spec, encoding, plan.packing)["values"]
-            if not any(log.glob("*.json")):  # of a declaration that was stopped half-way
-                inside(root, f"{DATA}/{layout.path}/zarr.json").unlink(missing_ok=True)
-            _put(root, f"{layout.path}/zarr.json", zarr_json.array_document(layout))
+            for layout in declared_layout(group, spec, encoding, plan, systems).values():
+                if not any(log.glob("*.json")):  # of a declaration that was stopped half-way
+                    inside(root, f"{DATA}/{layout.path}/zarr.json").unlink(missing_ok=True)
+                _put(root, f"{layout.path}/zarr.json", zarr_json.array_document(layout))
             put_group(root, group, zarr_json.signal_attributes(spec, encoding))
             load_signal(root, plan, systems, group)
     except OSError as error:
@@ -79,10 +85,10 @@ def declare_signal(
 
 def _require_unused(root: Path, group: Group, asked: str, *, in_manifest: bool) -> None:
     """Refuse to declare a signal anew once a value of it is stored or under way."""
-    n_committed = len(group.rows) if in_manifest else len(committed_shards(root, group))
+    n_committed = group.n_shards if in_manifest else len(committed_shards(root, group))
     temporaries = (root / DATA / group.name).rglob(f"{TMP_PREFIX}*")
     if n_committed:
-        reason = f"{n_committed} of its {len(group.rows)} shards are finished"
+        reason = f"{n_committed} of its {group.n_shards} shards are finished"
     elif not all(map(is_abandoned, temporaries)):
         reason = "another process is writing it"
     else:
@@ -96,8 +102,8 @@ def _require_unused(root: Path, group: Group, asked: str, *, in_manifest: bool) 
 
 def _remove(root: Path, group: Group) -> None:
     """Remove a signal of which no shard is committed; the file that makes it a signal goes first."""
-    layout = group.layouts["values"]
-    unread = [layout.file(shard) for shard in range(len(group.rows))]  # published by a writer that died
+    arrays = group.layouts.values()
+    unread = [x.file(shard) for x in arrays for shard in range(group.n_shards)]  # published by a dead writer
     for name in (f"{DATA}/{group.name}/zarr.json", *unread):
         inside(root, name).unlink(missing_ok=True)
 
@@ -116,4 +122,5 @@ def _put(root: Path, name: str, document: dict[str, Any]) -> None:
 
 
 def _words(spec: FieldSpec, encoding: str) -> str:
-    return f"{encoding} {spec.dtype} {spec.axis} {spec.shape} in {spec.unit} ({spec.symmetry})"
+    most = f", at most {spec.max_per_atom} an atom" if spec.axis == "edge" else ""
+    return f"{encoding} {spec.dtype} {spec.axis} {spec.shape} in {spec.unit} ({spec.symmetry}{most})"

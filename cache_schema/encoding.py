@@ -35,10 +35,14 @@ ENCODINGS = {
             "fp16", "float16", "value = stored; stored = value rounded to the nearest IEEE 754 binary16"
         ),
         Encoding("uint8", "uint8", "value = stored"),
+        Encoding("int16", "int16", "value = stored"),
+        Encoding("int32", "int32", "value = stored"),
         Encoding("bool", "bool", "value = stored; 0 is false, 1 is true"),
     )
 }
-_OF_DTYPE = {"float64": "fp64", "float32": "fp32", "uint8": "uint8", "bool": "bool"}
+_OF_DTYPE = {"float64": "fp64", "float32": "fp32", "uint8": "uint8", "bool": "bool"} | {
+    name: name for name in ("int16", "int32")
+}
 SIGNAL_ENCODINGS = ("fp64", "fp32", "fp16")
 
 

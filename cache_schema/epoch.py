@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from molkd.cache_schema.errors import CacheError
-from molkd.cache_schema.reader import Cache
+from molkd.cache_schema.reader import Cache, number_edges
 
 BLOCK_ATOMS = 4096
 WINDOW_BLOCKS = 32
@@ -186,7 +186,7 @@ def read_epoch(
             parts.append(held.take(plan.order[place:stop]))
             place = stop
         arrays = parts[0] if len(parts) == 1 else {k: np.concatenate([p[k] for p in parts]) for k in parts[0]}
-        yield plan.order[begin:end], arrays
+        yield plan.order[begin:end], number_edges(arrays)
 
 
 class _Window:
@@ -201,16 +201,20 @@ class _Window:
         signals: Sequence[str],
     ) -> None:
         self.systems = np.sort(systems)
-        self.arrays = cache.read(self.systems, fields, teacher, signals)
-        self.atoms_ptr = np.concatenate([[0], np.cumsum(self.arrays["n_atoms"], dtype=np.int64)])
-        self.on_atoms = {name for name in self.arrays if cache.axis(name, teacher) == "atom"}
+        self.arrays = cache.read_rows(self.systems, fields, teacher, signals)
+        self.counts = {name: cache.row_counts(name, teacher) for name in self.arrays}
+        self.ptr = {
+            name: np.concatenate([[0], np.cumsum(self.arrays[name], dtype=np.int64)])
+            for name in set(self.counts.values())
+            if name is not None
+        }
 
     def take(self, systems: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
         """Return the arrays of some of them in the given order."""
         place = np.searchsorted(self.systems, systems)
-        count = self.arrays["n_atoms"][place]
-        shift = self.atoms_ptr[place] - (np.cumsum(count, dtype=np.int64) - count)
-        rows = np.arange(int(count.sum())) + np.repeat(shift, count)
-        return {
-            n: values.take(rows if n in self.on_atoms else place, axis=0) for n, values in self.arrays.items()
-        }
+        rows: dict[str | None, NDArray[np.int64]] = {None: place}
+        for name, ptr in self.ptr.items():
+            count = self.arrays[name][place]
+            shift = ptr[place] - (np.cumsum(count, dtype=np.int64) - count)
+            rows[name] = np.arange(int(count.sum())) + np.repeat(shift, count)
+        return {name: values.take(rows[self.counts[name]], axis=0) for name, values in self.arrays.items()}

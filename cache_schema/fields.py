@@ -9,7 +9,7 @@ Symmetry = Literal["invariant", "vector", "none"]
 
 @dataclass(frozen=True)
 class FieldSpec:
-    """One array: a row of `shape` and `dtype` per system or per atom."""
+    """One array: a row of `shape` and `dtype` per system, per atom or per directed edge."""
 
     name: str
     axis: Axis
@@ -17,6 +17,7 @@ class FieldSpec:
     dtype: str  # numpy dtype in memory
     unit: str  # "eV", "A", "eV/A" or "1"
     symmetry: Symmetry = "invariant"
+    max_per_atom: int = 0  # on the edge axis: no system has more than so many edges times its atoms
 
 
 # What a store of structures and labels holds; a missing label is NaN.
@@ -70,6 +71,13 @@ def e2n_spec(n_channels: int) -> FieldSpec:
     return node_spec(n_channels, "e2n")
 
 
-def edge_spec(n_channels: int) -> FieldSpec:
-    """Raw features of the directed edges (e2e), shape (C,)."""
-    return FieldSpec("edge", "edge", (n_channels,), "float32", "1")
+def edge_spec(n_channels: int, max_per_atom: int = 64) -> FieldSpec:
+    """Raw features of the directed edges (e2e), shape (C,); `max_per_atom` bounds the mean over a system."""
+    return FieldSpec("edge", "edge", (n_channels,), "float32", "1", max_per_atom=max_per_atom)
+
+
+# What says which edges the rows of an edge signal are. Numbers of atoms count from 0 within their system.
+# A shift needs 16 bits: atoms of a trajectory may lie hundreds of cells away from each other.
+EDGE_INDEX = FieldSpec("index", "edge", (2,), "int32", "1", "none")  # sender, receiver
+EDGE_SHIFT = FieldSpec("shift", "edge", (3,), "int16", "1", "none")  # lattice vectors to the sender's image
+N_EDGES = FieldSpec("n_edges", "system", (), "int32", "1", "none")

@@ -1,7 +1,7 @@
 """Groups that are committed shard by shard: ``atoms`` and every teacher's signal, as found in a store."""
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,13 +39,24 @@ class Group:
     name: str  # "atoms" or "teachers/<teacher>/<signal>"
     layouts: dict[str, ArrayLayout]
     metadata: dict[str, str]  # zarr.json within data.zarr -> sha256
-    rows: NDArray[np.int64]  # (n_shards,) rows of each shard on the group's axis
+    rows: Mapping[
+        str, NDArray[np.int64]
+    ]  # axis -> (n_shards,) rows of each shard; only records know of edges
     weights_sha256: str = ""
 
     @property
     def spec(self) -> FieldSpec:
         """The signal's spec."""
         return self.layouts["values"].spec
+
+    @property
+    def n_shards(self) -> int:
+        """Number of shards."""
+        return len(self.rows["system"])
+
+    def rows_of(self, shard: int) -> dict[str, int | None]:
+        """Return the rows of a shard by axis; None for edges."""
+        return {"edge": None} | {axis: int(rows[shard]) for axis, rows in self.rows.items()}
 
 
 def read_zarr_json(root: Path, name: str) -> bytes | None:
@@ -71,7 +82,7 @@ def load_atoms(plan: Plan, systems: Systems) -> Group:
     layouts = atoms_layout(plan.packing)
     names = ["zarr.json", "atoms/zarr.json", *(f"{x.path}/zarr.json" for x in layouts.values())]
     metadata = {n: plan.metadata.get(n, "") for n in names}
-    return Group(ATOMS, layouts, metadata, shard_rows(plan, systems, "atom"))
+    return Group(ATOMS, layouts, metadata, shard_rows(plan, systems))
 
 
 def load_signal(root: Path, plan: Plan, systems: Systems, group: str) -> Group:
@@ -87,35 +98,57 @@ def load_signal(root: Path, plan: Plan, systems: Systems, group: str) -> Group:
     teacher, signal = split_signal_group(group)
     parts = group.split("/")
     above = [f"{'/'.join(parts[:k])}/zarr.json" for k in range(3, len(parts))]  # layer, of layer/U4
-    names = [f"teachers/{teacher}/zarr.json", f"{group}/zarr.json", f"{group}/values/zarr.json", *above]
-    raws = {}
-    for name in names:
-        raw = read_zarr_json(root, name)
+    metadata: dict[str, str] = {}
+
+    def read(name: str) -> tuple[dict[str, Any], str]:
+        raw, where = read_zarr_json(root, name), str(root / DATA / name)
         if raw is None:
-            raise IntegrityError(f"{root / DATA / name}: missing; restore the file from a copy of the store")
-        raws[name] = raw
-    where = [str(root / DATA / name) for name in names]
-    documents = [parse(raws[name], w) for name, w in zip(names, where, strict=True)]
-    spec, encoding = read_signal(documents[1], where[1])
+            raise IntegrityError(f"{where}: missing; restore the file from a copy of the store")
+        metadata[name] = hashlib.sha256(raw).hexdigest()
+        return parse(raw, where), where
+
+    weights = read_teacher(*read(f"teachers/{teacher}/zarr.json")).get("weights_sha256", "")
+    document, where = read(f"{group}/zarr.json")
+    spec, encoding = read_signal(document, where)
     if spec.name != signal:
-        raise IntegrityError(f"{where[1]}: describes {spec.name}; restore the file from a copy of the store")
-    layouts = signal_layout(group, spec, encoding, plan.packing)
-    check_array(documents[2], layouts["values"], where[2])
-    weights = read_teacher(documents[0], where[0]).get("weights_sha256", "")
+        raise IntegrityError(f"{where}: describes {spec.name}; restore the file from a copy of the store")
+    layouts = declared_layout(group, spec, encoding, plan, systems)
+    for layout in layouts.values():
+        document, where = read(f"{layout.path}/zarr.json")
+        check_array(document, layout, where)
+    for name in above:
+        read(name)
     return Group(
         name=group,
         layouts=layouts,
-        metadata={name: hashlib.sha256(raw).hexdigest() for name, raw in raws.items()},
-        rows=shard_rows(plan, systems, spec.axis),
+        metadata=metadata,
+        rows=shard_rows(plan, systems),
         weights_sha256=weights if isinstance(weights, str) else "",
     )
 
 
-def shard_rows(plan: Plan, systems: Systems, axis: str) -> NDArray[np.int64]:
-    """Return how many rows each shard has on an axis, (n_shards,)."""
-    weights = systems.n_atoms if axis == "atom" else np.ones_like(systems.n_atoms)
+def declared_layout(
+    group: str, spec: FieldSpec, encoding: str, plan: Plan, systems: Systems
+) -> dict[str, ArrayLayout]:
+    """Return the arrays of a signal of this store.
+
+    Raises
+    ------
+    CacheError
+        If a shard could have more edges than the format holds.
+    """
+    edge_rows = systems.edge_rows(spec.max_per_atom) if spec.axis == "edge" else 0
+    return signal_layout(group, spec, encoding, plan.packing, edge_rows)
+
+
+def shard_rows(plan: Plan, systems: Systems) -> dict[str, NDArray[np.int64]]:
+    """Return how many rows each shard has on the axes of atoms and systems, (n_shards,) each."""
     begins = np.searchsorted(systems.shard, np.arange(plan.n_shards))
-    return np.add.reduceat(weights.astype(np.int64), begins)
+    n_atoms = systems.n_atoms.astype(np.int64)
+    return {
+        "atom": np.add.reduceat(n_atoms, begins),
+        "system": np.add.reduceat(np.ones_like(n_atoms), begins),
+    }
 
 
 def teacher_provenance(root: Path, name: str) -> dict[str, Any] | None:
@@ -202,7 +235,7 @@ def committed_shards(root: Path, group: Group) -> set[int]:
     folder = root / LOG / group.name
     if not folder.is_dir():
         return set()
-    n_shards = len(group.rows)
+    n_shards = group.n_shards
     stems = (
         p.stem for p in folder.iterdir() if p.suffix == ".json" and len(p.stem) >= 6 and p.stem.isdecimal()
     )
@@ -217,7 +250,7 @@ def load_commit(root: Path, plan: Plan, group: Group, shard: int) -> Commit | No
     IntegrityError
         If the record is damaged or the metadata changed since.
     """
-    commit = read_commit(root, plan, group.name, shard, group.layouts, int(group.rows[shard]))
+    commit = read_commit(root, plan, group.name, shard, group.layouts, group.rows_of(shard))
     if commit is not None:
         check_metadata(root, group, commit.metadata)
     return commit

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from molkd.cache_schema.encoding import ENCODINGS, exact_encoding
 from molkd.cache_schema.errors import CacheError
-from molkd.cache_schema.fields import ATOM_FIELDS, FieldSpec
+from molkd.cache_schema.fields import ATOM_FIELDS, EDGE_INDEX, EDGE_SHIFT, N_EDGES, FieldSpec
 
 FORMAT = 1
 CHUNK_ROWS = 1024  # rows of an inner chunk
@@ -19,6 +19,8 @@ WANTED_SHARDS = 8
 MAX_ROWS_PER_SHARD = 1 << 30
 MAX_SYSTEMS = 1 << 31
 MAX_ROW_VALUES = 1 << 20  # values in one row of a signal
+MAX_EDGES_PER_ATOM = 1 << 16
+MAX_EDGE_ROWS_PER_SHARD = 1 << 34
 
 PLAN, DATA, LOG, MANIFEST = "plan.json", "data.zarr", "log", "manifest.json"
 MAX_JSON_BYTES = 1 << 28  # plan and commit records
@@ -165,7 +167,7 @@ def pack(n_atoms: NDArray[np.integer[Any]], rows_per_shard: int) -> tuple[Packin
 
 @dataclass(frozen=True)
 class ArrayLayout:
-    """One array written shard by shard: a file is one shard's rows, on the atom axis followed by an index."""
+    """One array written shard by shard: a file is one shard's rows; of atoms and edges with an index."""
 
     path: str  # within data.zarr, "atoms/positions"
     spec: FieldSpec
@@ -182,7 +184,7 @@ class ArrayLayout:
     @property
     def is_sharded(self) -> bool:
         """Whether files hold several inner chunks and an index."""
-        return self.spec.axis == "atom"
+        return self.spec.axis != "system"
 
     @property
     def row_bytes(self) -> int:
@@ -217,13 +219,49 @@ class ArrayLayout:
         return f"{DATA}/{self.path}/c/{'/'.join([str(shard), *['0'] * len(self.spec.shape)])}"
 
 
-def signal_layout(group: str, spec: FieldSpec, encoding: str, packing: Packing) -> dict[str, ArrayLayout]:
-    """Return the arrays of a signal's group: ``values``."""
-    if spec.axis == "atom":
-        rows, chunk = packing.rows_per_shard, packing.chunk_rows
-    else:
-        rows = chunk = packing.systems_per_shard
-    return {"values": ArrayLayout(f"{group}/values", spec, encoding, packing.n_shards, rows, chunk)}
+def signal_layout(
+    group: str, spec: FieldSpec, encoding: str, packing: Packing, edge_rows: int = 0
+) -> dict[str, ArrayLayout]:
+    """Return the arrays of a signal's group: ``values``, and on the edge axis which edges they are of.
+
+    Parameters
+    ----------
+    edge_rows : rows that a shard has room for on the edge axis, from `edge_rows_per_shard`
+    """
+    rows = {"atom": packing.rows_per_shard, "system": packing.systems_per_shard, "edge": edge_rows}
+    chunk = packing.chunk_rows
+    arrays = {"values": (spec, encoding)}
+    if spec.axis == "edge":
+        arrays |= {f.name: (f, exact_encoding(f)) for f in (EDGE_INDEX, EDGE_SHIFT, N_EDGES)}
+    return {
+        name: ArrayLayout(
+            path=f"{group}/{name}",
+            spec=one,
+            encoding=how,
+            n_files=packing.n_shards,
+            rows_per_file=rows[one.axis],
+            chunk_rows=rows[one.axis] if one.axis == "system" else chunk,
+        )
+        for name, (one, how) in arrays.items()
+    }
+
+
+def edge_rows_per_shard(
+    shard: NDArray[np.int32], n_atoms: NDArray[np.int32], is_periodic: NDArray[np.bool_], max_per_atom: int
+) -> int:
+    """Return the rows that every shard gets on the edge axis: room for the most edges that any may have.
+
+    Parameters
+    ----------
+    shard, n_atoms, is_periodic : (S,) of the systems; an atom without images has at most n - 1 neighbors
+    max_per_atom : of the signal
+    """
+    most = np.where(is_periodic, max_per_atom, np.minimum(max_per_atom, n_atoms - 1)) * n_atoms.astype(
+        np.int64
+    )
+    begins = np.searchsorted(shard, np.arange(shard[-1] + 1))
+    rows = int(np.add.reduceat(most, begins).max())
+    return max(-(-rows // CHUNK_ROWS), 1) * CHUNK_ROWS
 
 
 def atoms_layout(packing: Packing) -> dict[str, ArrayLayout]:
@@ -249,9 +287,12 @@ def check_signal_spec(spec: FieldSpec, encoding: str) -> None:
     CacheError
         Naming the signal and what does not fit.
     """
-    if spec.axis not in ("system", "atom"):
+    if spec.axis not in ("system", "atom", "edge"):
+        raise CacheError(f"signal {spec.name}: axis {spec.axis!r} is not part of format {FORMAT}")
+    if not (spec.axis == "edge") <= spec.max_per_atom <= (spec.axis == "edge") * MAX_EDGES_PER_ATOM:
         raise CacheError(
-            f"signal {spec.name}: axis {spec.axis!r} is not part of format {FORMAT}; ask for e2n or v2v"
+            f"signal {spec.name}: at most {spec.max_per_atom} edges an atom; an edge signal names a number "
+            f"from 1 to {MAX_EDGES_PER_ATOM}, any other signal 0"
         )
     if spec.dtype not in ("float32", "float64"):
         raise CacheError(f"signal {spec.name}: dtype {spec.dtype}, expected float32 or float64")

@@ -127,6 +127,7 @@ def _describe(entry: SignalEntry, cache: Cache) -> dict[str, Any]:
         "encoding": entry.encoding,
         "complete": entry.complete,
         "missing_shards": len(entry.missing_shards),
+        "rows": entry.n_rows,
         "bytes": entry.n_bytes,
         "bytes_per_atom": entry.n_bytes / cache.n_atoms,
     }

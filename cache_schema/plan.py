@@ -17,11 +17,13 @@ from molkd.cache_schema.layout import (
     CHUNK_ROWS,
     DATA,
     FORMAT,
+    MAX_EDGE_ROWS_PER_SHARD,
     MAX_JSON_BYTES,
     MAX_ROWS_PER_SHARD,
     MAX_SYSTEMS,
     PLAN,
     Packing,
+    edge_rows_per_shard,
     pack,
 )
 from molkd.cache_schema.zarr_json import parse
@@ -100,6 +102,23 @@ class Systems:
         """Return how many atom rows of a shard are used."""
         systems = self.in_shard(shard)
         return int(self.n_atoms[systems.start : systems.stop].sum())
+
+    def edge_rows(self, max_per_atom: int) -> int:
+        """Return the rows that a shard has on the axis of edges, at most `max_per_atom` an atom.
+
+        Raises
+        ------
+        CacheError
+            If that is more than the format holds.
+        """
+        is_periodic = np.atleast_1d(self.pbc.any(axis=1))
+        rows = edge_rows_per_shard(self.shard, self.n_atoms, is_periodic, max_per_atom)
+        if rows > MAX_EDGE_ROWS_PER_SHARD:
+            raise CacheError(
+                f"{max_per_atom} edges an atom need {rows} rows a shard, at most {MAX_EDGE_ROWS_PER_SHARD} "
+                "are possible; make the store again with smaller shards (--shard-atoms)"
+            )
+        return rows
 
 
 def read_plan(root: Path) -> Plan:

@@ -1,6 +1,6 @@
 """Read a store: structures, labels and teachers' signals by system, checked against the commit records."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from molkd.cache_schema.edges import EdgeReader, number_in_batch
 from molkd.cache_schema.encoding import decode
 from molkd.cache_schema.errors import CacheError
-from molkd.cache_schema.fields import ATOM_FIELDS, SYSTEM_FIELDS, FieldSpec
+from molkd.cache_schema.fields import ATOM_FIELDS, EDGE_INDEX, N_EDGES, SYSTEM_FIELDS, FieldSpec
 from molkd.cache_schema.groups import (
     ATOMS,
     list_logged_teachers,
@@ -39,6 +40,7 @@ class SignalEntry:
     max_abs: float
     error_max_abs: float  # of decoded against given values, as the encoding left them
     error_rms: float
+    n_rows: int  # written so far: systems, atoms or edges
     n_bytes: int  # on disk
 
     @property
@@ -94,14 +96,19 @@ class Cache:
             for group, state in states.items()
             for name in state.group.layouts
         }
-        self.fields = {name: _entry(states[ATOMS], name) for name in ATOM_FIELDS}
+        self._edges = {
+            group: EdgeReader(root, state, systems, self._files)
+            for group, state in states.items()
+            if N_EDGES.name in state.group.layouts
+        }
+        self.fields = {name: _entry(states[ATOMS], name, [name]) for name in ATOM_FIELDS}
         self.teachers: dict[str, TeacherEntry] = {
             name: TeacherEntry(teacher_provenance(root, name) or {}, {}) for name in list_teachers(root)
         }
         for group, state in states.items():
             if group != ATOMS:
                 teacher, signal = split_signal_group(group)
-                self.teachers[teacher].signals[signal] = _entry(state, "values")
+                self.teachers[teacher].signals[signal] = _entry(state, "values", state.group.layouts)
 
     @classmethod
     def open(cls, path: str | Path, *, complete: bool = False) -> "Cache":
@@ -154,7 +161,8 @@ class Cache:
             for signal, one in entry.signals.items():
                 if int(self.systems.shard[index]) not in one.missing_shards:
                     values = self.read([index], (), teacher=teacher, signals=(signal,))
-                    system[f"{teacher}/{signal}"] = values[f"teacher/{signal}"]
+                    del values["n_atoms"]
+                    system |= {f"{teacher}/{name.split('/', 1)[1]}": values[name] for name in values}
         return system
 
     def bad_systems(self, teacher: str) -> NDArray[np.int64]:
@@ -204,7 +212,10 @@ class Cache:
         -------
         dict
             ``n_atoms`` (n,), every field, and every signal as ``teacher/<signal>``. Arrays on the atom axis
-            hold the systems' rows one after the other.
+            hold the systems' rows one after the other. With a signal on edges (E, C) come
+            ``teacher/<signal>/index`` (2, E), sender and receiver numbered over all atoms that are read,
+            ``teacher/<signal>/shift`` (E, 3), lattice vectors to the sender's image, and
+            ``teacher/<signal>/n_edges`` (n,).
 
         Raises
         ------
@@ -212,6 +223,19 @@ class Cache:
             If a name is unknown or a system's shard is not written.
         IntegrityError
             If stored bytes are damaged; no value is returned.
+        """
+        return number_edges(self.read_rows(indices, fields, teacher, signals))
+
+    def read_rows(
+        self,
+        indices: ArrayLike,
+        fields: Sequence[str] = FIELDS,
+        teacher: str | None = None,
+        signals: Sequence[str] = (),
+    ) -> dict[str, NDArray[Any]]:
+        """Read as `read`, but edges as rows (E, 2) numbered within their system; `number_edges` finishes it.
+
+        So the rows of a system can be taken out, or put behind those of others, whatever their axis.
         """
         index = np.asarray(indices, dtype=np.int64).reshape(-1)
         if len(index) and not (index.min() >= 0 and index.max() < self.n_systems):
@@ -229,14 +253,26 @@ class Cache:
         for signal in signals:
             if teacher is None:
                 raise CacheError(f"{self.path}: signal {signal} asked for without naming a teacher")
-            out[f"teacher/{signal}"] = self._read(self._signal_group(teacher, signal), "values", index)
+            group = self._signal_group(teacher, signal)
+            if group in self._edges:
+                rows = self._edges[group].read(index)
+                values = decode(rows.pop("values"), self._states[group].group.spec)
+                out |= {f"teacher/{signal}": values, **{f"teacher/{signal}/{n}": rows[n] for n in rows}}
+            else:
+                out[f"teacher/{signal}"] = self._read(group, "values", index)
         return out
 
-    def axis(self, name: str, teacher: str | None = None) -> str:
-        """Return the axis, "atom" or "system", of an array that `read` returns under this name."""
-        if name.startswith("teacher/") and teacher is not None:
-            return self._require_teacher(teacher).signals[name.removeprefix("teacher/")].spec.axis
-        return "atom" if name in ATOM_FIELDS else "system"
+    def row_counts(self, name: str, teacher: str | None = None) -> str | None:
+        """Return which array of `read_rows` says how many rows of array `name` each system has; None: one."""
+        if not name.startswith("teacher/") or teacher is None:
+            return "n_atoms" if name in ATOM_FIELDS else None
+        signal, known = name.removeprefix("teacher/"), self._require_teacher(teacher).signals
+        if signal in known:
+            return {"system": None, "atom": "n_atoms", "edge": f"{name}/{N_EDGES.name}"}[
+                known[signal].spec.axis
+            ]
+        counts = f"{name.rpartition('/')[0]}/{N_EDGES.name}"
+        return counts if name != counts else None
 
     def _read(self, group: str, name: str, index: NDArray[np.int64]) -> NDArray[Any]:
         array = self._arrays[group, name]
@@ -263,7 +299,17 @@ class Cache:
         return self.teachers[teacher]
 
 
-def _entry(state: GroupState, name: str) -> SignalEntry:
+def number_edges(rows: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+    """Return what `Cache.read_rows` gave, or parts of it joined, with edges numbered over all its atoms."""
+    done = dict(rows)
+    for name in rows:
+        if name.startswith("teacher/") and name.endswith(f"/{N_EDGES.name}"):
+            index = f"{name.removesuffix(N_EDGES.name)}{EDGE_INDEX.name}"
+            done[index] = number_in_batch(rows[index], rows[name], rows["n_atoms"])
+    return done
+
+
+def _entry(state: GroupState, name: str, arrays: Iterable[str]) -> SignalEntry:
     layout, sums = state.group.layouts[name], state.moments.get(name)
     return SignalEntry(
         spec=layout.spec,
@@ -273,5 +319,6 @@ def _entry(state: GroupState, name: str) -> SignalEntry:
         max_abs=sums.max_abs if sums else 0.0,
         error_max_abs=sums.error_max_abs if sums else 0.0,
         error_rms=sums.error_rms if sums else 0.0,
-        n_bytes=sum(files[name].n_bytes for files in state.files.values()),
+        n_rows=sum(files[name].rows for files in state.files.values()),
+        n_bytes=sum(files[array].n_bytes for files in state.files.values() for array in arrays),
     )

@@ -28,7 +28,7 @@ from molkd.cache_schema.files import (
     write_error,
     write_file,
 )
-from molkd.cache_schema.groups import Group, load_commit, require_unchanged
+from molkd.cache_schema.groups import ATOMS, Group, load_commit, require_unchanged
 from molkd.cache_schema.jsonfile import seal
 from molkd.cache_schema.layout import ArrayLayout, record_path
 from molkd.cache_schema.plan import Plan, Systems
@@ -108,14 +108,9 @@ class ShardWriter:
 
     def __init__(self, root: Path, plan: Plan, systems: Systems, group: Group, shard: int) -> None:
         self._root, self._plan, self._group, self.shard = root, plan, group, shard
-        self.n_rows = int(group.rows[shard])
         self.systems = systems.in_shard(shard)
-        n_atoms = systems.n_atoms[self.systems.start : self.systems.stop]
-        self._is_atoms = next(iter(group.layouts.values())).spec.axis == "atom"
-        per_system = n_atoms if self._is_atoms else np.ones_like(n_atoms)
-        self._ptr = np.concatenate(
-            [[0], np.cumsum(per_system, dtype=np.int64)]
-        )  # rows of each system in the shard
+        self._n_atoms = systems.n_atoms[self.systems.start : self.systems.stop]
+        self._ptr = self._known_rows()  # where each system's rows begin, and where the last ones end
         self._bad: set[int] = set()
         self._moments = {n: Moments.empty(x.spec) for n, x in group.layouts.items() if x.dtype.kind == "f"}
         self._files: dict[str, _ArrayFile] = {}
@@ -147,9 +142,19 @@ class ShardWriter:
             self._discard()
 
     @property
+    def n_bytes(self) -> int:
+        """Bytes of the files so far; what is published, once it is."""
+        return sum(file.size for file in self._files.values())
+
+    @property
     def rows_written(self) -> int:
         """Rows appended so far."""
         return next(iter(self._files.values())).rows
+
+    def _known_rows(self) -> NDArray[np.int64]:
+        axis = next(iter(self._group.layouts.values())).spec.axis
+        per_system = self._n_atoms if axis == "atom" else np.ones_like(self._n_atoms)
+        return np.concatenate([[0], np.cumsum(per_system, dtype=np.int64)])
 
     def write(self, arrays: dict[str, NDArray[Any]], bad_systems: Collection[int] = ()) -> None:
         """Append rows of every array of the group.
@@ -170,7 +175,7 @@ class ShardWriter:
         encoded = {}
         for name, layout in self._group.layouts.items():
             values = np.asarray(arrays[name])
-            if bad_rows.any():
+            if layout.dtype.kind == "f" and bad_rows.any():
                 values = values.copy()
                 values[bad_rows] = np.nan
             where = f"{self._group.name}/{name}, shard {self.shard}"
@@ -186,37 +191,38 @@ class ShardWriter:
             raise self._failure(error) from error
 
     def _check(self, arrays: dict[str, NDArray[Any]]) -> int:
-        where = f"{self._group.name}, shard {self.shard}"
+        """Return how many rows of "values" are given."""
+        where = self._where
+        self._check_shapes(arrays, where)
+        counts = {name: len(values) for name, values in arrays.items()}
+        if len(set(counts.values())) != 1:
+            raise CacheError(f"{where}: arrays of unequal length: {counts}")
+        n = next(iter(counts.values()))
+        n_rows = int(self._ptr[-1])
+        if self.rows_written + n > n_rows:
+            raise CacheError(f"{where}: {self.rows_written + n} rows given, the shard has {n_rows}")
+        return n
+
+    def _check_shapes(self, arrays: dict[str, NDArray[Any]], where: str) -> None:
         if set(arrays) != set(self._group.layouts):
             expected = ", ".join(self._group.layouts)
             raise CacheError(f"{where}: got arrays {', '.join(sorted(arrays))}; expected exactly {expected}")
-        counts = {name: len(values) for name, values in arrays.items()}
         for name, layout in self._group.layouts.items():
             if np.shape(arrays[name])[1:] != layout.spec.shape:
                 raise CacheError(
                     f"{where}: {name} has rows of {np.shape(arrays[name])[1:]}, expected {layout.spec.shape}"
                 )
-        if len(set(counts.values())) != 1:
-            raise CacheError(f"{where}: arrays of unequal length: {counts}")
-        n = next(iter(counts.values()))
-        if self.rows_written + n > self.n_rows:
-            raise CacheError(f"{where}: {self.rows_written + n} rows given, the shard has {self.n_rows}")
-        return n
 
     def _check_bad(self, bad_systems: Collection[int]) -> set[int]:
         bad = {int(i) for i in bad_systems}
         if not bad <= set(self.systems):
-            raise CacheError(
-                f"{self._group.name}, shard {self.shard}: bad systems {sorted(bad)} are not all in it"
-            )
-        if bad and any(x.dtype.kind != "f" for x in self._group.layouts.values()):
+            raise CacheError(f"{self._where}: bad systems {sorted(bad)} are not all in it")
+        if bad and self._group.name == ATOMS:
             raise CacheError(
                 f"{self._group.name}: structures cannot be given up; leave such systems out of the store"
             )
         if any(self._ptr[i - self.systems.start] < self.rows_written for i in bad - self._bad):
-            raise CacheError(
-                f"{self._group.name}, shard {self.shard}: rows of a bad system are already written"
-            )
+            raise CacheError(f"{self._where}: rows of a bad system are already written")
         return bad
 
     def _bad_rows(self, begin: int, n: int) -> NDArray[np.bool_]:
@@ -229,7 +235,7 @@ class ShardWriter:
     def _check_known(
         self, stored: NDArray[Any], bad_rows: NDArray[np.bool_], layout: ArrayLayout, where: str
     ) -> None:
-        if self._group.name == "atoms" and layout.spec.name in _LABELS:
+        if self._group.name == ATOMS and layout.spec.name in _LABELS:
             return
         if all_finite(stored):
             return
@@ -242,12 +248,18 @@ class ShardWriter:
                 f"{where}: NaN in row {row}, which is stored system {system}; nothing is committed"
             )
 
-    def _publish(self) -> None:
-        if self.rows_written != self.n_rows:
+    def _check_complete(self) -> None:
+        if self.rows_written != self._ptr[-1]:
             raise CacheError(
-                f"{self._group.name}, shard {self.shard}: {self.rows_written} of {self.n_rows} rows written; "
-                "nothing is committed"
+                f"{self._where}: {self.rows_written} of {self._ptr[-1]} rows written; nothing is committed"
             )
+
+    @property
+    def _where(self) -> str:
+        return f"{self._group.name}, shard {self.shard}"
+
+    def _publish(self) -> None:
+        self._check_complete()
         commit = Commit(
             group=self._group.name,
             shard=self.shard,
@@ -296,7 +308,7 @@ class ShardWriter:
             )
 
     def _failure(self, error: OSError) -> CacheError:
-        needed = sum(x.file_bytes(self.n_rows) for x in self._group.layouts.values())
+        needed = sum(x.file_bytes(int(self._ptr[-1])) for x in self._group.layouts.values())
         return write_error(Path(error.filename) if error.filename else self._root, error, needed)
 
     def _discard(self) -> None:

@@ -5,7 +5,14 @@ from pathlib import Path
 from typing import Any
 
 from molkd.cache_schema.checks import Checks
-from molkd.cache_schema.commit import Commit, FileRecord, bad_systems, file_record, moments
+from molkd.cache_schema.commit import (
+    Commit,
+    FileRecord,
+    bad_systems,
+    check_edge_rows,
+    file_record,
+    moments,
+)
 from molkd.cache_schema.errors import CacheError
 from molkd.cache_schema.files import inside
 from molkd.cache_schema.groups import (
@@ -50,7 +57,7 @@ class GroupState:
     @property
     def missing_shards(self) -> tuple[int, ...]:
         """Shards without a commit."""
-        return tuple(k for k in range(len(self.group.rows)) if k not in self.files)
+        return tuple(k for k in range(self.group.n_shards) if k not in self.files)
 
     @property
     def n_bytes(self) -> int:
@@ -109,9 +116,9 @@ class Manifest:
                 check.problem(f"arrays.{name}.shards", f"{len(shards)} entries, expected {plan.n_shards}")
                 continue
             for shard, one in enumerate(shards):
-                state.files[shard][name] = file_record(
-                    check, {name: one}, name, layout, int(group.rows[shard])
-                )
+                state.files[shard][name] = file_record(check, {name: one}, name, layout, group.rows_of(shard))
+        for files in state.files.values():
+            check_edge_rows(check, files, group.layouts)
         check.finish(_REMEDY)
         return state
 
@@ -184,6 +191,6 @@ def require_complete(root: Path, state: GroupState) -> None:
     if missing:
         shown = ", ".join(map(str, missing[:5])) + (", ..." if len(missing) > 5 else "")
         raise CacheError(
-            f"{root}: {state.group.name} is not finished, {len(missing)} of {len(state.group.rows)} shards "
+            f"{root}: {state.group.name} is not finished, {len(missing)} of {state.group.n_shards} shards "
             f"are missing ({shown}); run the command that wrote it again, finished shards are kept"
         )

@@ -51,8 +51,9 @@ def _rows(prefix: str, entries: Mapping[str, Mapping[str, Any]]) -> Iterator[str
     for name, entry in entries.items():
         shape = "x".join(str(n) for n in entry["shape"]) or "-"
         rms = f"{entry['rms']:.4g}" if entry.get("rms") is not None else ""
-        note = "" if entry["complete"] else f"{entry['missing_shards']} shards missing"
+        notes = [f"{entry['rows']:,} edges"] if entry["axis"] == "edge" else []
+        notes += [] if entry["complete"] else [f"{entry['missing_shards']} shards missing"]
         yield _ROW.format(
             prefix + name, entry["axis"], shape, entry["unit"], entry["encoding"],
-            f"{entry['bytes_per_atom']:.1f}", rms, note,
+            f"{entry['bytes_per_atom']:.1f}", rms, ", ".join(notes),
         ).rstrip()  # fmt: skip

@@ -3,11 +3,15 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from molkd.cache_schema.commit import Commit, FileRecord, read_commit, rewrite_remedy
+from molkd.cache_schema.edges import are_inside
 from molkd.cache_schema.errors import CacheError, IntegrityError
+from molkd.cache_schema.fields import EDGE_INDEX, N_EDGES
 from molkd.cache_schema.files import TMP_PREFIX, crc32c, crc_hex, inside
 from molkd.cache_schema.groups import (
     ATOMS,
@@ -42,7 +46,7 @@ _COPY = "restore the file from a copy of the store"
 class Problem:
     """One finding."""
 
-    # plan, systems, metadata, record, manifest, missing, size, checksum, identity, or one of HARMLESS
+    # plan, systems, metadata, record, manifest, missing, size, checksum, identity, edges, or one of HARMLESS
     kind: str
     path: str  # within the store
     message: str
@@ -184,11 +188,13 @@ class _Verifier:
             sound = [self._file(group, array, shard, files[array]) for array in group.layouts]
             if name == ATOMS and all(sound) and not self.quick:
                 self._identity(group, systems, shard)
+            if N_EDGES.name in group.layouts and all(sound) and not self.quick:
+                self._edges(group, systems, shard, files["values"].rows)
 
     def _commit(self, plan: Plan, group: Group, shard: int) -> Commit | None:
         record = record_path(group.name, shard)
         try:
-            commit = read_commit(self.root, plan, group.name, shard, group.layouts, int(group.rows[shard]))
+            commit = read_commit(self.root, plan, group.name, shard, group.layouts, group.rows_of(shard))
         except CacheError as error:
             remedy = rewrite_remedy(group.name, shard)
             self._add("record", record, str(error), remedy, array=group.name, shard=shard)
@@ -279,13 +285,28 @@ class _Verifier:
             message = f"the index of shard {shard} of {layout.path} is damaged (crc32c of the file differs)"
             self._add("checksum", relative, message, remedy, array=layout.path, shard=shard)
 
+    def _rows(self, group: Group, array: str, shard: int, n_rows: int) -> NDArray[Any]:
+        layout = group.layouts[array]
+        n_values = n_rows * layout.row_bytes // layout.dtype.itemsize
+        raw = np.fromfile(self.root / layout.file(shard), layout.dtype.newbyteorder("<"), n_values)
+        return raw.reshape(n_rows, *layout.spec.shape)
+
+    def _edges(self, group: Group, systems: Systems, shard: int, n_rows: int) -> None:
+        mine = systems.in_shard(shard)
+        n_edges = self._rows(group, N_EDGES.name, shard, len(mine))
+        index = self._rows(group, EDGE_INDEX.name, shard, n_rows)
+        if (n_edges < 0).any() or n_edges.sum() != n_rows:
+            message = f"n_edges of shard {shard} adds up to {n_edges.sum()}, the record has {n_rows} edges"
+        elif not are_inside(index, np.repeat(systems.n_atoms[mine.start : mine.stop], n_edges)):
+            message = f"edges of shard {shard} end at atoms that their system does not have"
+        else:
+            return
+        remedy = rewrite_remedy(group.name, shard)
+        self._add("edges", record_path(group.name, shard), message, remedy, array=group.name, shard=shard)
+
     def _identity(self, group: Group, systems: Systems, shard: int) -> None:
-        n_rows, rows = int(group.rows[shard]), {}
-        for name in ("atomic_numbers", "positions"):
-            layout = group.layouts[name]
-            n_values = n_rows * layout.row_bytes // layout.dtype.itemsize
-            raw = np.fromfile(self.root / layout.file(shard), layout.dtype.newbyteorder("<"), n_values)
-            rows[name] = raw.reshape(n_rows, *layout.spec.shape)
+        n_rows = int(group.rows["atom"][shard])
+        rows = {name: self._rows(group, name, shard, n_rows) for name in ("atomic_numbers", "positions")}
         begin = 0
         wrong = []
         for i in systems.in_shard(shard):

@@ -18,8 +18,9 @@ from molkd.cache_schema.creation import (
     match_order,
 )
 from molkd.cache_schema.declaration import declare_signal, put_group
+from molkd.cache_schema.edges import EdgeShardWriter
 from molkd.cache_schema.errors import CacheError, IntegrityError
-from molkd.cache_schema.fields import FieldSpec
+from molkd.cache_schema.fields import N_EDGES, FieldSpec
 from molkd.cache_schema.files import (
     exclusive,
     fsync_folder,
@@ -209,7 +210,8 @@ class Store:
             raise CacheError(f"{self.path}: no shard {shard}, the store has {self.plan.n_shards}")
         loaded = self._load(group)
         self._drop_stale_manifest(loaded, shard)
-        return ShardWriter(self.path, self.plan, self.systems, loaded, shard)
+        kind = EdgeShardWriter if N_EDGES.name in loaded.layouts else ShardWriter
+        return kind(self.path, self.plan, self.systems, loaded, shard)
 
     # ----------------------------------------------------------------------------------------------- details
 

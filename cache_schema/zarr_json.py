@@ -5,7 +5,7 @@ from typing import Any
 
 from molkd.cache_schema.encoding import ENCODINGS, find_encoding
 from molkd.cache_schema.errors import CacheError, IntegrityError
-from molkd.cache_schema.fields import FieldSpec
+from molkd.cache_schema.fields import EDGE_INDEX, EDGE_SHIFT, FieldSpec
 from molkd.cache_schema.layout import CHUNK_ROWS, FORMAT, ArrayLayout, check_name, check_signal_spec
 
 _KEY = "molkd"  # our part of a group's attributes
@@ -90,8 +90,10 @@ def _bytes_codec(dtype: str) -> dict[str, Any]:
 
 
 def _dimension_names(spec: FieldSpec) -> list[str]:
-    rows = "atom_row" if spec.axis == "atom" else "system_slot"
-    if spec.symmetry == "vector" and spec.shape[:1] == (3,):
+    rows = {"atom": "atom_row", "system": "system_slot", "edge": "edge_row"}[spec.axis]
+    if spec in (EDGE_INDEX, EDGE_SHIFT):
+        tail = ["end"] if spec == EDGE_INDEX else ["lattice_vector"]
+    elif spec.symmetry == "vector" and spec.shape[:1] == (3,):
         tail = ["xyz", "channel", "component"][: len(spec.shape)]
     elif len(spec.shape) == 1:
         tail = ["channel"]
@@ -151,19 +153,18 @@ def teacher_attributes(name: str, provenance: dict[str, Any]) -> dict[str, Any]:
 
 def signal_attributes(spec: FieldSpec, encoding: str) -> dict[str, Any]:
     """Return the attributes of a signal's group."""
-    return {
-        _KEY: {
-            "kind": "signal",
-            "name": spec.name,
-            "axis": spec.axis,
-            "shape": list(spec.shape),
-            "dtype": spec.dtype,
-            "unit": spec.unit,
-            "symmetry": spec.symmetry,
-            "encoding": encoding,
-            "formula": ENCODINGS[encoding].formula,
-        }
+    entry = {
+        "kind": "signal",
+        "name": spec.name,
+        "axis": spec.axis,
+        "shape": list(spec.shape),
+        "dtype": spec.dtype,
+        "unit": spec.unit,
+        "symmetry": spec.symmetry,
+        "encoding": encoding,
+        "formula": ENCODINGS[encoding].formula,
     }
+    return {_KEY: entry | ({"max_per_atom": spec.max_per_atom} if spec.axis == "edge" else {})}
 
 
 def kind(document: dict[str, Any]) -> str:
@@ -205,10 +206,10 @@ def read_signal(document: dict[str, Any], where: str) -> tuple[FieldSpec, str]:
         raise IntegrityError(f"{where}: damaged, describes no signal; restore it from a copy of the store")
     encoding = find_encoding(entry.get("encoding"), where).name
     texts = {key: entry.get(key) for key in ("name", "axis", "dtype", "unit", "symmetry")}
-    shape = entry.get("shape")
-    if not all(isinstance(t, str) for t in texts.values()) or not _is_shape(shape):
+    shape, most = entry.get("shape"), entry.get("max_per_atom", 0)
+    if not all(isinstance(t, str) for t in texts.values()) or not _is_shape(shape) or type(most) is not int:
         raise IntegrityError(f"{where}: damaged description of a signal; restore it from a copy of the store")
-    spec = FieldSpec(shape=tuple(shape or ()), **texts)  # type: ignore[arg-type]  # checked just above and below
+    spec = FieldSpec(shape=tuple(shape or ()), max_per_atom=most, **texts)  # type: ignore[arg-type]  # checked above and below
     check_name(spec.name, "signal", parts=True)
     check_signal_spec(spec, encoding)
     return spec, encoding

@@ -1,13 +1,13 @@
 """A small dataset with known values, and the calls that put it into a store; for tests and their scripts."""
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 
-from molkd.cache_schema.fields import FieldSpec, energy_spec, node_spec, v2v_spec
+from molkd.cache_schema.fields import FieldSpec, edge_spec, energy_spec, node_spec, v2v_spec
 from molkd.cache_schema.identity import system_id
 from molkd.cache_schema.manifest import finalize
 from molkd.cache_schema.writer import Store, create_store
@@ -19,6 +19,7 @@ SIGNALS: list[tuple[FieldSpec, str]] = [
     (v2v_spec(3), "fp32"),
     (energy_spec(), "fp64"),
     (node_spec(2, "layer/U4"), "fp32"),
+    (edge_spec(2, max_per_atom=3), "fp16"),
 ]
 
 
@@ -31,6 +32,7 @@ class Example:
     atoms: dict[str, np.ndarray]  # as the group "atoms"
     signals: dict[str, np.ndarray]  # by signal name
     ids: np.ndarray
+    edges: dict[str, np.ndarray] = field(default_factory=dict)  # values, index, shift a row an edge; n_edges
 
     @property
     def ptr(self) -> np.ndarray:
@@ -39,6 +41,26 @@ class Example:
     def atom_rows(self, inputs) -> np.ndarray:
         """Rows of the given systems (input order), one system after the other."""
         return np.concatenate([np.arange(self.ptr[k], self.ptr[k + 1]) for k in inputs]).astype(np.int64)
+
+    def edges_of(self, inputs) -> dict[str, np.ndarray]:
+        """The arrays of an edge signal of the given systems (input order), one system after the other."""
+        ends = np.cumsum(self.edges["n_edges"])
+        n_edges = self.edges["n_edges"][inputs]
+        rows = np.concatenate([np.arange(ends[k] - self.edges["n_edges"][k], ends[k]) for k in inputs])
+        arrays = {name: values[rows] for name, values in self.edges.items() if name != "n_edges"}
+        return arrays | {"n_edges": n_edges}
+
+    def reordered(self, order) -> "Example":
+        """The same systems in another input order."""
+        rows = self.atom_rows(order)
+        return Example(
+            self.n_atoms[order],
+            {k: v[order] for k, v in self.system.items()},
+            {k: v[rows] for k, v in self.atoms.items()},
+            {k: v[order if k == "energy" else rows] for k, v in self.signals.items()},
+            self.ids[order],
+            self.edges_of(order),
+        )
 
 
 def make_example(n_atoms, seed: int = 0) -> Example:
@@ -59,6 +81,15 @@ def make_example(n_atoms, seed: int = 0) -> Example:
     signals = {
         spec.name: random.normal(size=(S if spec.axis == "system" else N, *spec.shape)).astype(spec.dtype)
         for spec, _ in SIGNALS
+        if spec.axis != "edge"
+    }
+    n_edges = random.integers(0, np.minimum(3, n_atoms - 1) * n_atoms + 1)
+    E = int(n_edges.sum())
+    edges = {
+        "values": random.normal(size=(E, 2)).astype(np.float32),
+        "index": random.integers(0, np.repeat(n_atoms, n_edges)[:, None], (E, 2)),
+        "shift": random.integers(-300, 300, (E, 3)),
+        "n_edges": n_edges,
     }
     ptr = np.concatenate([[0], np.cumsum(n_atoms)])
     ids = [
@@ -70,9 +101,8 @@ def make_example(n_atoms, seed: int = 0) -> Example:
         )
         for k in range(S)
     ]
-    return Example(
-        n_atoms, system, atoms, signals, np.frombuffer(b"".join(ids), dtype=np.uint8).reshape(S, 16).copy()
-    )
+    ids = np.frombuffer(b"".join(ids), dtype=np.uint8).reshape(S, 16).copy()
+    return Example(n_atoms, system, atoms, signals, ids, edges)
 
 
 def create(path: Path, example: Example, rows_per_shard: int | None = 1024, seed: int = 3) -> Store:
@@ -97,6 +127,8 @@ def shard_arrays(store: Store, example: Example, group: str, shard: int) -> dict
     if group == "atoms":
         rows = example.atom_rows(inputs)
         return {name: values[rows] for name, values in example.atoms.items()}
+    if group.endswith("/edge"):
+        return example.edges_of(inputs)
     values = example.signals[group.split("/", 2)[2]]
     on_systems = len(values) == len(example.n_atoms) and group.endswith("energy")
     return {"values": values[inputs if on_systems else example.atom_rows(inputs)]}
@@ -104,11 +136,17 @@ def shard_arrays(store: Store, example: Example, group: str, shard: int) -> dict
 
 def write_shard(store: Store, example: Example, group: str, shard: int, pieces: int = 1, bad=()) -> None:
     arrays = shard_arrays(store, example, group, shard)
-    n = len(next(iter(arrays.values())))
-    edges = np.linspace(0, n, pieces + 1).astype(int)
+    n_rows = {name: np.full(len(values), 1) for name, values in arrays.items()}
+    if "n_edges" in arrays:  # cut between systems
+        n_rows |= dict.fromkeys(("values", "index", "shift"), arrays["n_edges"])
+    first = next(iter(n_rows.values()))
+    cuts = np.linspace(0, len(first), pieces + 1).astype(int)
     with store.shard_writer(group, shard) as writer:
-        for k, (begin, end) in enumerate(pairwise(edges)):
-            piece = {name: values[begin:end] for name, values in arrays.items()}
+        for k, (begin, end) in enumerate(pairwise(cuts)):
+            piece = {
+                name: values[n_rows[name][:begin].sum() : n_rows[name][:end].sum()]
+                for name, values in arrays.items()
+            }
             writer.write(piece, bad if k == 0 else ())
 
 

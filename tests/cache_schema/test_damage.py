@@ -14,7 +14,7 @@ from molkd.cache_schema.reader import Cache
 from molkd.cache_schema.verify import verify
 from molkd.cache_schema.writer import Store
 
-ALL = ("energy", "node", "v2v", "layer/U4")
+ALL = ("energy", "node", "v2v", "layer/U4", "edge")
 
 
 def flip(path, bit):

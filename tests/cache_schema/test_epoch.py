@@ -116,7 +116,7 @@ def test_companions_change_from_epoch_to_epoch():
 def test_reading_gives_the_planned_systems_and_resumes(store_path, start_batch):
     cache = Cache.open(store_path)
     settings_ = {"batch_size": 3, "seed": 5, "epoch": 1, "block_atoms": 400, "window_blocks": 2}
-    fields, signals = ("positions", "energy", "atomic_numbers"), ("node", "energy", "v2v")
+    fields, signals = ("positions", "energy", "atomic_numbers"), ("node", "energy", "edge", "v2v")
     plan = list(iterate_epoch(cache, **settings_))
     batches = list(
         read_epoch(
@@ -139,8 +139,10 @@ def test_each_window_is_read_once(store_path, monkeypatch):
     windows = iterate_epoch(cache, **settings_).windows
     assert len(windows) > 2
     calls = []
-    read = cache.read
-    monkeypatch.setattr(cache, "read", lambda indices, *rest: calls.append(indices) or read(indices, *rest))
+    read = cache.read_rows
+    monkeypatch.setattr(
+        cache, "read_rows", lambda indices, *rest: calls.append(indices) or read(indices, *rest)
+    )
     list(read_epoch(cache, fields=("positions",), **settings_))
     assert [c.tolist() for c in calls] == [sorted(w.tolist()) for w in windows]
 

@@ -21,7 +21,7 @@ from molkd.cache_schema import declaration
 from molkd.cache_schema import writer as writer_module
 from molkd.cache_schema.encoding import ENCODINGS, encode
 from molkd.cache_schema.errors import CacheError
-from molkd.cache_schema.fields import FieldSpec, node_spec
+from molkd.cache_schema.fields import FieldSpec, edge_spec, node_spec
 from molkd.cache_schema.files import TMP_PREFIX
 from molkd.cache_schema.manifest import finalize
 from molkd.cache_schema.reader import Cache
@@ -58,14 +58,7 @@ def test_a_store_with_other_labels_is_not_continued(store, example):
 
 def test_continuing_gives_the_mapping_for_the_new_input_order(store, example):
     order = np.arange(len(example.n_atoms))[::-1]
-    rows = example.atom_rows(order)
-    reversed_ = type(example)(
-        example.n_atoms[order],
-        {k: v[order] for k, v in example.system.items()},
-        {k: v[rows] for k, v in example.atoms.items()},
-        {},
-        example.ids[order],
-    )
+    reversed_ = example.reordered(order)
     again = create(store.path, reversed_)
     np.testing.assert_array_equal(again.input_index, len(order) - 1 - store.input_index)
     np.testing.assert_array_equal(again.systems.id, reversed_.ids[again.input_index])
@@ -229,7 +222,9 @@ def test_values_for_a_signal_declared_anew_meanwhile_are_not_committed(store, ex
 @pytest.mark.parametrize(
     ("spec", "encoding", "message"),
     [
-        (FieldSpec("edge", "edge", (4,), "float32", "1"), "fp16", "axis 'edge' is not part of format 1"),
+        (FieldSpec("x", "bond", (4,), "float32", "1"), "fp16", "axis 'bond' is not part of format 1"),
+        (edge_spec(4, max_per_atom=0), "fp16", "at most 0 edges an atom; .* a number from 1 to 65536"),
+        (edge_spec(4, max_per_atom=65537), "fp16", "at most 65537 edges an atom"),
         (node_spec(4), "int8", "encoding 'int8'; choose fp32 or fp16"),
         (node_spec(0), "fp16", "at least 1"),
         (node_spec(4, "../../x"), "fp16", "names are letters"),
@@ -248,7 +243,7 @@ def test_unknown_names_say_what_there_is(store_path):
     cache = Cache.open(store_path)
     with pytest.raises(CacheError, match="no teacher gemnet; it has painn"):
         cache.read([0], (), "gemnet", ("node",))
-    with pytest.raises(CacheError, match="no signal e2n here; it has energy, layer/U4, node, v2v"):
+    with pytest.raises(CacheError, match="no signal e2n here; it has edge, energy, layer/U4, node, v2v"):
         cache.read([0], (), TEACHER, ("e2n",))
     with pytest.raises(CacheError, match="no field charges"):
         cache.read([0], ("charges",))

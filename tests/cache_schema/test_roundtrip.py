@@ -43,9 +43,27 @@ def expected_field(example, name, inputs):
 
 def expected_signal(example, name, inputs):
     spec, encoding = next((s, e) for s, e in SIGNALS if s.name == name)
-    rows = inputs if spec.axis == "system" else example.atom_rows(inputs)
-    values = example.signals[name][rows]
+    if spec.axis == "edge":
+        values = example.edges_of(inputs)["values"]
+    else:
+        values = example.signals[name][inputs if spec.axis == "system" else example.atom_rows(inputs)]
     return values.astype(np.float16).astype(np.float32) if encoding == "fp16" else values
+
+
+def check_edges(arrays, example, inputs):
+    """Compare the edges of systems that were read with a plain loop over them."""
+    expected = example.edges_of(inputs)
+    assert arrays["teacher/edge/n_edges"].tolist() == expected["n_edges"].tolist()
+    np.testing.assert_array_equal(arrays["teacher/edge/shift"], expected["shift"])
+    columns, first_edge, first_atom = [], 0, 0
+    for k, n in zip(inputs, expected["n_edges"], strict=True):
+        columns += [
+            [i + first_atom, j + first_atom] for i, j in expected["index"][first_edge : first_edge + n]
+        ]
+        first_edge, first_atom = first_edge + n, first_atom + example.n_atoms[k]
+    found = arrays["teacher/edge/index"]
+    assert (found.shape, found.dtype) == ((2, len(columns)), np.int64)
+    assert found.T.tolist() == [[int(i), int(j)] for i, j in columns]
 
 
 @settings(max_examples=20, deadline=None)
@@ -71,7 +89,8 @@ def test_any_sizes_any_order(tmp_path_factory, n_atoms, rows_per_shard, finish, 
         for name in names:
             values = arrays[f"teacher/{name}"]
             np.testing.assert_array_equal(values, expected_signal(example, name, inputs), err_msg=name)
-            assert values.dtype == example.signals[name].dtype
+            assert values.dtype == next(spec.dtype for spec, _ in SIGNALS if spec.name == name)
+        check_edges(arrays, example, inputs)
     assert verify(path).ok
     assert not verify(path).notes
 
@@ -90,9 +109,26 @@ def test_stock_zarr_reads_the_same(store_path, example):
         for name in example.atoms:
             np.testing.assert_array_equal(group[f"atoms/{name}"][row[i] : row[i] + n[i]], one[name])
         for spec, _ in SIGNALS:
+            if spec.axis == "edge":
+                continue
             array = group[f"teachers/{TEACHER}/{spec.name}/values"]
             rows = slice(slot[i], slot[i] + 1) if spec.axis == "system" else slice(row[i], row[i] + n[i])
             np.testing.assert_array_equal(array[rows].astype(spec.dtype), one[f"teacher/{spec.name}"])
+    edge = group[f"teachers/{TEACHER}/edge"]
+    room = edge["values"].shape[0] // cache.plan.n_shards
+    begin = {}  # shard -> where the edges of its next system begin
+    for i in range(cache.n_systems):
+        shard = int(cache.systems.shard[i])
+        n_edges, first = int(edge["n_edges"][slot[i]]), begin.get(shard, shard * room)
+        rows = slice(first, first + n_edges)
+        begin[shard] = first + n_edges
+        one = cache.read([i], (), TEACHER, ("edge",))
+        np.testing.assert_array_equal(edge["values"][rows].astype(np.float32), one["teacher/edge"])
+        np.testing.assert_array_equal(edge["index"][rows].T, one["teacher/edge/index"])
+        np.testing.assert_array_equal(edge["shift"][rows], one["teacher/edge/shift"])
+    assert np.isnan(edge["values"][begin[0] : room]).all()  # room that nobody needed
+    assert edge["values"].metadata.dimension_names == ("edge_row", "channel")
+    assert edge["index"].metadata.dimension_names == ("edge_row", "end")
     node = group[f"teachers/{TEACHER}/node"]
     assert node.attrs["molkd"]["unit"] == "1"
     assert node["values"].metadata.dimension_names == ("atom_row", "channel")
@@ -112,14 +148,7 @@ def test_rows_nobody_wrote_are_nan_for_other_clients(tmp_path, example):
 def test_bytes_do_not_depend_on_input_order_or_on_how_rows_arrive(tmp_path, example):
     write_all(tmp_path / "a.kdcache", example)
     order = np.random.default_rng(0).permutation(len(example.n_atoms))
-    rows = example.atom_rows(order)
-    shuffled = type(example)(
-        example.n_atoms[order],
-        {k: v[order] for k, v in example.system.items()},
-        {k: v[rows] for k, v in example.atoms.items()},
-        {k: v[order if k == "energy" else rows] for k, v in example.signals.items()},
-        example.ids[order],
-    )
+    shuffled = example.reordered(order)
     store = create(tmp_path / "b.kdcache", shuffled)
     for group in ["atoms", *add_signals(store)]:
         for shard in reversed(range(store.plan.n_shards)):
