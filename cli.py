@@ -15,6 +15,9 @@ from molkd.cache_schema.errors import MolkdError
 from molkd.pipeline.allocator import keep_freed_memory
 
 PATH = click.Path(path_type=Path)
+scale_file = click.option(
+    "--scale-file", type=PATH, help="Scale factors (JSON or .pt), for an OCP checkpoint that holds none."
+)
 as_json = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 
 
@@ -72,6 +75,7 @@ def ingest(as_json: bool, **flags: Any) -> None:
 @click.argument("data", type=PATH)
 @click.argument("store", type=PATH, required=False)
 @click.option("--teacher", required=True, help="Model file, run folder, weights, or a name (see kd doctor).")
+@scale_file
 @click.option("--signals", help="Comma-separated; default energy,forces,atomic_energies,node.")
 @click.option("--name", help="Of the teacher's group in the store.")
 @click.option("--energy-key", help="Name of the energy in DATA (eV), kept as label.")
@@ -157,6 +161,29 @@ def cache_verify(as_json: bool, store: Path, quick: bool) -> None:
         sys.exit(3)
 
 
+@kd.group()
+def teacher() -> None:
+    """Look at a teacher."""
+
+
+@teacher.command("info")
+@click.argument("teacher")
+@scale_file
+@as_json
+def teacher_info(as_json: bool, teacher: str, scale_file: Path | None) -> None:
+    """Show what TEACHER is and gives: architecture, weights, cutoffs, normalisation, elements, signals.
+
+    TEACHER is a model file, a run folder, an OCP or fairchem v1 checkpoint, or a name (see kd doctor).
+
+    \b
+    Example:
+      kd teacher info gemnet_oc_base_s2ef_2M.pt
+    """
+    from molkd.pipeline.teachers.describe import describe_teacher
+
+    _show(describe_teacher(teacher, scale_file=scale_file), as_json)
+
+
 @kd.command("train-student")
 @click.argument("store", type=PATH)
 @click.option("--student", required=True, help="Preset: painn-small, painn-big, schnet, painn-tiny, ...")
@@ -214,6 +241,7 @@ def train_student(
 @kd.command()
 @click.argument("model")
 @click.argument("data", type=PATH)
+@scale_file
 @click.option("--predictions", type=PATH, help="Write structures, labels and predictions as extxyz.")
 @click.option("--energy-key", help="Name of the energy in the files (eV).")
 @click.option("--forces-key", help="Name of the forces in the files (eV/A).")
@@ -236,6 +264,7 @@ def evaluate(as_json: bool, **flags: Any) -> None:
 @click.argument("runs", nargs=-1, required=True, type=PATH)
 @click.option("--out", required=True, type=PATH, help="Folder for report.md, tables and pictures.")
 @click.option("--teacher", help="Evaluated too; needed for the share of the gap closed.")
+@scale_file
 @click.option("--test", multiple=True, type=PATH, help="More data that runs and teacher are measured on.")
 @click.option("--energy-key", help="Name of the energy in the files of --test (eV).")
 @click.option("--forces-key", help="Name of the forces in the files of --test (eV/A).")

@@ -202,7 +202,8 @@ def plan_teacher(
 def open_teacher(config: CacheConfig) -> Teacher:
     """Load the teacher and check that it gives every signal asked for."""
     device = choose_device(config.device)
-    teacher = load_teacher(config.teacher, device=device, dtype=getattr(torch, config.precision))
+    dtype = getattr(torch, config.precision)
+    teacher = load_teacher(config.teacher, device=device, dtype=dtype, scale_file=config.scale_file)
     unknown = [s for s in config.signals if s not in teacher.signals]
     if unknown:
         raise TeacherError(

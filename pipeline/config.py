@@ -41,6 +41,7 @@ class CacheConfig(Settings):
 
     store: Path
     teacher: str
+    scale_file: Path | None = None  # scale factors, for an OCP checkpoint that holds none
     signals: tuple[str, ...] = Field(("energy", "forces", "atomic_energies", "node"), min_length=1)
     name: str | None = None  # of the teacher's group in the store; None takes the teacher's own
     encoding: Literal["fp32", "fp16"] = "fp16"  # of features; energies and forces are never narrowed

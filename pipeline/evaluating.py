@@ -55,8 +55,13 @@ def evaluate_model(
     forces_key: str | None = None,
     batch_size: int = 32,
     device: str = "auto",
+    scale_file: Path | None = None,
 ) -> EvaluationSummary:
     """Measure a run, a model file or any teacher on the labels of `data`.
+
+    Parameters
+    ----------
+    scale_file : scale factors, for a checkpoint of OCP that holds none
 
     Raises
     ------
@@ -65,7 +70,7 @@ def evaluate_model(
     DataError
         If the data cannot be read.
     """
-    teacher = load_teacher(model, device=choose_device(device))
+    teacher = load_teacher(model, device=choose_device(device), scale_file=scale_file)
     with closing(open_source(data, energy_key=energy_key, forces_key=forces_key)) as source:
         result = _evaluate(teacher, source, batch_size, predictions)
     metrics = result.metrics
@@ -106,6 +111,7 @@ def report_runs(
     forces_key: str | None = None,
     device: str = "auto",
     batch_size: int = 32,
+    scale_file: Path | None = None,
 ) -> Report:
     """Measure what was not measured with these weights on these data, and write the comparison into `out`.
 
@@ -114,6 +120,7 @@ def report_runs(
     Parameters
     ----------
     energy_key, forces_key : names of the labels in the files of `test`
+    scale_file : scale factors, for a teacher that is a checkpoint of OCP and holds none
 
     Raises
     ------
@@ -131,7 +138,7 @@ def report_runs(
     _check_same_data(evaluations)
     result = None
     if teacher is not None:
-        model = load_teacher(teacher, device=chosen)
+        model = load_teacher(teacher, device=chosen, scale_file=scale_file)
         of_teacher = {name: _evaluate_set(model, data, batch_size) for name, data in sets.items()}
         result = TeacherResult(model.info.name, n_parameters=model.info.n_parameters, evaluations=of_teacher)
     return write_report(runs, out, teacher=result, evaluations=evaluations)

@@ -37,6 +37,6 @@ class PotentialTeacher:
         check_signals(signals, self.signals, self.info.name)
         batch = to_device(batch, self.device, self.dtype)
         with torch.no_grad():  # a model with gradient forces turns gradients on for itself
-            out = self.potential.predict(batch, signals)
+            out = self.potential.predict(batch, signals, forces="forces" in signals)
         wanted = [*signals, *(_OF_EDGES if "edge" in signals else ())]
         return {name: out[name].detach() for name in wanted}

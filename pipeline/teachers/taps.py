@@ -10,6 +10,8 @@ _ANY = {
 _OF_MODEL = {
     "PaiNN": {"edge": "product of the vector features of an edge's two atoms, summed over x, y, z"},
     "GemNetOC": {
+        "layer/H0": "embedding of the atoms",
+        "layer/X0": "atom features of the output block before the first interaction block",
         "node": "x_E: atom features of all output blocks, mixed; input of the energy head",
         "edge": "x_F: edge features of all output blocks, mixed; input of the force head",
         "e2n": "x_F summed over the incoming edges",
@@ -20,8 +22,8 @@ _LAYERS = {
     "M": "scalar features after message block {}",
     "U": "scalar features after update block {}",
     "I": "scalar features after interaction block {}",
-    "H": "atom features after interaction block {}, 0 the embedding",
-    "X": "atom features of output block {}, 0 the one before the first interaction block",
+    "H": "atom features after interaction block {}",
+    "X": "atom features of the output block after interaction block {}",
 }
 
 
