@@ -47,6 +47,6 @@ class Model(Protocol):
         """Everything `forward` can give, by name."""
         ...
 
-    def __call__(self, batch: Batch, taps: Collection[str] = ()) -> Outputs:
-        """Return energy, forces, atomic_energies, node, (v2v) and what `taps` asks for."""
+    def __call__(self, batch: Batch, taps: Collection[str] = (), *, forces: bool = True) -> Outputs:
+        """Return energy, atomic_energies, node, (v2v), what `taps` asks for and, unless unwanted, forces."""
         ...

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from molkd.cache_schema.fields import (
     FieldSpec,
     atomic_energies_spec,
+    edge_spec,
     energy_spec,
     forces_spec,
     node_spec,
@@ -183,20 +184,22 @@ class PaiNN(nn.Module):
         specs = [energy_spec(), atomic_energies_spec(), node_spec(C), v2v_spec(C)]
         specs += [forces_spec()] if self.config.regress_forces else []
         specs += [node_spec(C, name) for name in layers]
+        specs.append(edge_spec(C, max_per_atom=2 * self.config.max_neighbors))  # each comes with its mirror
         return {spec.name: spec for spec in specs}
 
-    def forward(self, batch: Batch, taps: Collection[str] = ()) -> Outputs:
+    def forward(self, batch: Batch, taps: Collection[str] = (), *, forces: bool = True) -> Outputs:
         """Return the outputs of `molkd.pipeline.models.interface`.
 
         With ``direct_forces: False`` forces are the true negative gradient of the energy. The peer
         differentiates the sum of its last features there; that is a mistake and not copied.
         """
-        if self.config.regress_forces and not self.config.direct_forces:
+        forces = forces and self.config.regress_forces
+        if forces and not self.config.direct_forces:
             trainable = any(p.requires_grad for p in self.parameters())
             return with_gradient_forces(self._predict, batch, taps, trainable=trainable)
-        return self._predict(batch, taps)
+        return self._predict(batch, taps, direct_forces=forces)
 
-    def _predict(self, batch: Batch, taps: Collection[str]) -> Outputs:
+    def _predict(self, batch: Batch, taps: Collection[str], *, direct_forces: bool = False) -> Outputs:
         vectors = edge_vectors(batch, batch.positions)  # (E, 3), from receiver to sender
         distance = torch.linalg.vector_norm(vectors, dim=1)  # (E,)
         edge_unit = vectors / distance.unsqueeze(1)
@@ -219,13 +222,20 @@ class PaiNN(nn.Module):
 
         with full_precision(x):
             atomic_energies = self.out_energy(x).squeeze(1)  # (N,)
-            if self.config.regress_forces and self.config.direct_forces:
+            if direct_forces:
                 outputs["forces"] = self.out_forces(x, vec)
         outputs["energy"] = sum_at(batch.system_idx, atomic_energies, batch.n_systems)  # (S,)
         outputs["atomic_energies"] = atomic_energies
         outputs["node"] = x
         assert vec is not None  # there is at least one layer
         outputs["v2v"] = vec
+        if "edge" in taps:
+            sender, receiver = batch.edge_index
+            # PaiNN keeps no features on edges; this product of the end atoms' vectors stands in for them.
+            outputs["edge"] = (vec.index_select(0, sender) * vec.index_select(0, receiver)).sum(
+                dim=1
+            )  # (E, C)
+            outputs |= {"edge_index": batch.edge_index, "edge_shift": batch.edge_shift}
         return outputs
 
 

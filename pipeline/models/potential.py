@@ -56,9 +56,9 @@ class Potential:
         self.model.to(device=device, dtype=dtype)
         return self
 
-    def predict(self, batch: Batch, taps: Collection[str] = ()) -> dict[str, Tensor]:
+    def predict(self, batch: Batch, taps: Collection[str] = (), *, forces: bool = True) -> dict[str, Tensor]:
         """Return energy (S,), atomic_energies (N,) in eV (float64), forces (N, 3) in eV/A, and features."""
-        out = dict(self.model(batch, taps))
+        out = dict(self.model(batch, taps, forces=forces))
         references = self._reference_table(batch.positions.device)[batch.atomic_numbers]  # (N,)
         n_atoms = batch.atoms_ptr.diff()
         offset = references.new_zeros(batch.n_systems).index_add(0, batch.system_idx, references)

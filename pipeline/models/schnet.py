@@ -138,9 +138,9 @@ class SchNet(nn.Module):
         specs += [node_spec(C, f"layer/I{i + 1}") for i in range(self.config.num_interactions)]
         return {spec.name: spec for spec in specs}
 
-    def forward(self, batch: Batch, taps: Collection[str] = ()) -> Outputs:
+    def forward(self, batch: Batch, taps: Collection[str] = (), *, forces: bool = True) -> Outputs:
         """Return the outputs of `molkd.pipeline.models.interface`."""
-        if not self.config.regress_forces:
+        if not (forces and self.config.regress_forces):
             return self._predict(batch, taps)
         trainable = any(p.requires_grad for p in self.parameters())
         return with_gradient_forces(self._predict, batch, taps, trainable=trainable)

@@ -109,31 +109,33 @@ class GemNetOC(nn.Module):
         specs = [energy_spec(), atomic_energies_spec(), node_spec(atom)]
         specs += [forces_spec()] if self.config.regress_forces else []
         if self.config.direct_forces:
-            specs += [e2n_spec(edge), v2v_spec(edge), edge_spec(edge)]
+            # each edge comes with its mirror; ties behind the last neighbor at most double their number
+            most = 2 * self.config.max_neighbors * (2 if self.config.tie_tolerance else 1)
+            specs += [e2n_spec(edge), v2v_spec(edge), edge_spec(edge, most)]
         for kind in "HX":
             specs += [node_spec(atom, f"layer/{kind}{i}") for i in range(self.config.num_blocks + 1)]
         return {spec.name: spec for spec in specs}
 
-    def forward(self, batch: Batch, taps: Collection[str] = ()) -> Outputs:
+    def forward(self, batch: Batch, taps: Collection[str] = (), *, forces: bool = True) -> Outputs:
         """Return the outputs of `molkd.pipeline.models.interface`.
 
         Vectors (v2v, direct forces) are summed along unit vectors from sender to receiver.
         """
-        if self.config.regress_forces and not self.config.direct_forces:
+        forces = forces and self.config.regress_forces
+        if forces and not self.config.direct_forces:
             trainable = any(p.requires_grad for p in self.parameters())
             return with_gradient_forces(self._predict, batch, taps, trainable=trainable)
-        return self._predict(batch, taps)
+        return self._predict(batch, taps, direct_forces=forces)
 
-    def _predict(self, batch: Batch, taps: Collection[str]) -> Outputs:
+    def _predict(self, batch: Batch, taps: Collection[str], *, direct_forces: bool = False) -> Outputs:
         graphs = build_graphs(batch, self.config)
         main = graphs.main
         rbf = self.radial_basis(main.distance)  # (E, K)
         bases = self._embed(graphs, rbf, batch.n_atoms)
         h = self.atom_emb(batch.atomic_numbers)  # (N, A)
         m = self.edge_emb(h, rbf, main.sender, main.receiver)  # (E, C)
-        wants_edges = self.config.direct_forces and (
-            self.config.regress_forces or bool({"e2n", "v2v", "edge"} & set(taps))
-        )
+        asks_edges = self.config.direct_forces and not {"e2n", "v2v", "edge"}.isdisjoint(taps)
+        wants_edges = direct_forces or asks_edges
         outputs: Outputs = {}
         per_block: tuple[list[Tensor], list[Tensor]] = ([], [])  # x_E, x_F
         for i, out_block in enumerate(self.out_blocks):
@@ -153,7 +155,7 @@ class GemNetOC(nn.Module):
         atomic_energies = atomic_energies.squeeze(1)  # (N,)
         if wants_edges:
             x_force = self.out_mlp_F(torch.cat(per_block[1], dim=1))  # (E, C)
-            outputs |= self._from_edges(x_force, graphs, batch.n_atoms, taps)
+            outputs |= self._from_edges(x_force, graphs, batch.n_atoms, taps, direct_forces=direct_forces)
         energy = sum_at(batch.system_idx, atomic_energies, batch.n_systems)  # (S,)
         if not self.config.extensive:
             n_atoms = batch.atoms_ptr.diff().to(energy.dtype)
@@ -163,11 +165,17 @@ class GemNetOC(nn.Module):
         return outputs
 
     def _from_edges(
-        self, x: Float[Tensor, "E C"], graphs: Graphs, n_atoms: int, taps: Collection[str]
+        self,
+        x: Float[Tensor, "E C"],
+        graphs: Graphs,
+        n_atoms: int,
+        taps: Collection[str],
+        *,
+        direct_forces: bool,
     ) -> Outputs:
         main = graphs.main
         outputs: Outputs = {}
-        if self.config.regress_forces:
+        if direct_forces:
             with full_precision(x):
                 along = self.out_forces(x.float() if x.dtype == torch.bfloat16 else x)  # (E, 1)
             if self.config.forces_coupled:
