@@ -79,9 +79,9 @@ class ScaleFactor(nn.Module):
 
     def forward(
         self,
-        x: Float[Tensor, "M C"],
+        x: Float[Tensor, "*rows C"],
         reference: Tensor | None = None,  # noqa: ARG002  # seen by those who fit
-    ) -> Float[Tensor, "M C"]:
+    ) -> Float[Tensor, "*rows C"]:
         """Scale, without asking the device for the value."""
         factor = self.scale_factor
         return x * torch.where(factor == 0, torch.ones_like(factor), factor)

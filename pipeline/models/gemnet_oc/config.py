@@ -1,6 +1,6 @@
 """Hyper-parameters of GemNet-OC under OCP's names; the defaults are those of OCP's OC20 model."""
 
-from typing import Literal, Self
+from typing import Literal
 
 from pydantic import Field, model_validator
 
@@ -87,7 +87,7 @@ class GemNetOCConfig(Settings):
     use_pbc: bool = True
 
     @model_validator(mode="after")
-    def _check(self) -> Self:
+    def _check(self) -> "GemNetOCConfig":
         widest = self.neighbor_rule
         for name in ("cutoff", "cutoff_qint", "cutoff_aeaint"):
             if (getattr(self, name) or 0) > widest.cutoff:

@@ -11,7 +11,7 @@ neither precision nor the other systems of a batch have a say (molkd.pipeline.gr
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from molkd.pipeline.graphs.batch import Batch, edge_vectors
@@ -38,12 +38,12 @@ class Table(NamedTuple):
     n_rows: int
     width: int
 
-    def spread(self, values: Float[Tensor, "E *rest"], fill: float = 0) -> Float[Tensor, "N W *rest"]:
+    def spread(self, values: Shaped[Tensor, "E ..."]) -> Shaped[Tensor, "N W ..."]:
         """Put rows of edges into the table."""
-        table = values.new_full((self.n_rows * self.width, *values.shape[1:]), fill)
+        table = values.new_zeros((self.n_rows * self.width, *values.shape[1:]))
         return table.index_copy(0, self.place, values).view(self.n_rows, self.width, *values.shape[1:])
 
-    def gather(self, table: Float[Tensor, "N W *rest"]) -> Float[Tensor, "E *rest"]:
+    def gather(self, table: Shaped[Tensor, "N W ..."]) -> Shaped[Tensor, "E ..."]:
         """Take rows of edges from the table."""
         return table.flatten(0, 1).index_select(0, self.place)
 
@@ -124,9 +124,8 @@ class _Ranks:
         self.steps = torch.round(length / _RESOLUTION).long()  # (E,)
         self.receiver, self.n_atoms = receiver, batch.n_atoms
         self.tolerance = round(tie_tolerance / _RESOLUTION)
-        order = torch.argsort(
-            receiver * 2**40 + self.steps, stable=True
-        )  # edges come in (sender, shift) order
+        # stable: equally far edges stay in their (sender, shift) order
+        order = torch.argsort(receiver * 2**40 + self.steps, stable=True)
         n_edges = torch.bincount(receiver, minlength=batch.n_atoms)
         first = n_edges.cumsum(0) - n_edges
         self.rank = torch.empty_like(order)

@@ -38,7 +38,7 @@ class Linear(nn.Module):
         self.linear = nn.Linear(n_in, n_out, bias=False)
         he_orthogonal_(self.linear.weight)
 
-    def forward(self, x: Float[Tensor, "M A"]) -> Float[Tensor, "M B"]:
+    def forward(self, x: Float[Tensor, "*rows A"]) -> Float[Tensor, "*rows B"]:
         """Map the rows."""
         mapped: Tensor = self.linear(x)
         return mapped
@@ -47,7 +47,7 @@ class Linear(nn.Module):
 class Dense(Linear):
     """Linear map without bias, then the scaled SiLU."""
 
-    def forward(self, x: Float[Tensor, "M A"]) -> Float[Tensor, "M B"]:
+    def forward(self, x: Float[Tensor, "*rows A"]) -> Float[Tensor, "*rows B"]:
         """Map the rows."""
         return scaled_silu(super().forward(x))
 

@@ -4,7 +4,7 @@ from collections.abc import Collection
 from typing import Literal
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from molkd.cache_schema.fields import (
@@ -137,24 +137,22 @@ class GemNetOC(nn.Module):
         asks_edges = self.config.direct_forces and not {"e2n", "v2v", "edge"}.isdisjoint(taps)
         wants_edges = direct_forces or asks_edges
         outputs: Outputs = {}
-        per_block: tuple[list[Tensor], list[Tensor]] = ([], [])  # x_E, x_F
+        energy_features: list[Tensor] = []
+        force_features: list[Tensor] = []
         for i, out_block in enumerate(self.out_blocks):
+            assert isinstance(out_block, OutputBlock)  # for the type checker
             if i > 0:
                 h, m = self.int_blocks[i - 1](h, m, bases)
-            per_block[0].append(out_block.energy_features(h, m, bases))
+            energy_features.append(out_block.energy_features(h, m, bases))
             if wants_edges:
-                per_block[1].append(out_block.force_features(m, bases))
-            for tap, value in ((f"layer/H{i}", h), (f"layer/X{i}", per_block[0][-1])):
-                if tap in taps:
-                    outputs[tap] = value
-        x_energy = self.out_mlp_E(torch.cat(per_block[0], dim=1))  # (N, A)
+                force_features.append(out_block.force_features(m, bases))
+            found = {f"layer/H{i}": h, f"layer/X{i}": energy_features[-1]}
+            outputs |= {tap: value for tap, value in found.items() if tap in taps}
+        x_energy = self.out_mlp_E(torch.cat(energy_features, dim=1))  # (N, A)
         with full_precision(x_energy):
-            atomic_energies = self.out_energy(
-                x_energy.float() if x_energy.dtype == torch.bfloat16 else x_energy
-            )
-        atomic_energies = atomic_energies.squeeze(1)  # (N,)
+            atomic_energies = self.out_energy(at_least_float32(x_energy)).squeeze(1)  # (N,)
         if wants_edges:
-            x_force = self.out_mlp_F(torch.cat(per_block[1], dim=1))  # (E, C)
+            x_force = self.out_mlp_F(torch.cat(force_features, dim=1))  # (E, C)
             outputs |= self._from_edges(x_force, graphs, batch.n_atoms, taps, direct_forces=direct_forces)
         energy = sum_at(batch.system_idx, atomic_energies, batch.n_systems)  # (S,)
         if not self.config.extensive:
@@ -162,7 +160,7 @@ class GemNetOC(nn.Module):
             energy = energy / n_atoms
             atomic_energies = atomic_energies / n_atoms[batch.system_idx]
         outputs |= {"energy": energy, "atomic_energies": atomic_energies, "node": x_energy}
-        return outputs
+        return {k: at_least_float32(v) if v.is_floating_point() else v for k, v in outputs.items()}
 
     def _from_edges(
         self,
@@ -177,7 +175,7 @@ class GemNetOC(nn.Module):
         outputs: Outputs = {}
         if direct_forces:
             with full_precision(x):
-                along = self.out_forces(x.float() if x.dtype == torch.bfloat16 else x)  # (E, 1)
+                along = self.out_forces(at_least_float32(x))  # (E, 1)
             if self.config.forces_coupled:
                 along = (along + along.index_select(0, graphs.mirror)) / 2
             outputs["forces"] = sum_at(main.receiver, along * main.vector, n_atoms)
@@ -254,5 +252,11 @@ class GemNetOC(nn.Module):
         pairs = take(graph, first)
         table: Table = table_of(pairs, n_atoms)
         radial = sum_at(pair_of, torch.cat(parts), len(first))  # (P, I)
-        senders: Int[Tensor, "N W"] = table.spread(pairs.sender)
-        return PairBasis(senders.flatten(), table.spread(radial).transpose(1, 2).contiguous())
+        return PairBasis(
+            table.spread(pairs.sender).flatten(), table.spread(radial).transpose(1, 2).contiguous()
+        )
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """Widen what mixed precision left narrow."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -61,8 +61,8 @@ def quad_geometry(main: Graph, quad: Graph, n_atoms: int, n_angular: int) -> Qua
     at_a, at_b = take(main, c_edges), take(main, d_edges)
 
     code_b = image_codes(quad).unsqueeze(1)
-    code_c = c_table.spread(image_codes(at_a), fill=-1)[a_row]  # (Q, Wc)
-    code_d = d_table.spread(image_codes(at_b), fill=-1)[b_row] + shift_codes(quad).unsqueeze(1)  # seen from a
+    code_c = c_table.spread(image_codes(at_a))[a_row]  # (Q, Wc)
+    code_d = d_table.spread(image_codes(at_b))[b_row] + shift_codes(quad).unsqueeze(1)  # seen from a
     c_is_other = code_c != code_b
     d_is_other = code_d != atom_codes(quad.receiver).unsqueeze(1)
     ends_differ = code_c.unsqueeze(2) != code_d.unsqueeze(1)  # (Q, Wc, Wd)
@@ -149,6 +149,6 @@ class QuadrupletInteraction(nn.Module):
         over_b = geometry.angle_cab @ table.view(n_outputs, width, -1)  # (R Wc, A, A D)
         sums = over_b.index_select(0, geometry.c_place).view(len(geometry.c_place), n_angular**2, -1)
         products = basis.spherical @ sums  # (E_c, I, D)
-        found = self.scale_sbf_sum(self.mlp_sbf(products), x)
+        found: Tensor = self.scale_sbf_sum(self.mlp_sbf(products), x)
         everywhere = found.new_zeros((len(m), found.shape[1])).index_copy(0, geometry.c_edges, found)
         return both_directions(everywhere, mirror, self.up_projection_ca, self.up_projection_ac)

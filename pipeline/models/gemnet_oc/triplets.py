@@ -26,13 +26,12 @@ class TripletBasis(NamedTuple):
 def meeting_edges(
     outputs: tuple[Graph, Table], inputs: tuple[Graph, Table], n_angular: int
 ) -> Float[Tensor, "N Wo A Wi"]:
-    """Return the zonal harmonics of the angles between edges c->a and b->a, zero for one and the same image."""
+    """Return the zonal harmonics of the angles between edges c->a and b->a; zero where c and b are one."""
     (graph_out, table_out), (graph_in, table_in) = outputs, inputs
-    cosine = table_out.spread(graph_out.vector) @ table_in.spread(graph_in.vector).transpose(
-        1, 2
-    )  # (N, Wo, Wi)
-    codes_out = table_out.spread(image_codes(graph_out), fill=-1)  # (N, Wo)
-    codes_in = table_in.spread(image_codes(graph_in), fill=-1)
+    v_ca, v_ba = table_out.spread(graph_out.vector), table_in.spread(graph_in.vector)
+    cosine = v_ca @ v_ba.transpose(1, 2)  # (N, Wo, Wi)
+    codes_out = table_out.spread(image_codes(graph_out))  # (N, Wo)
+    codes_in = table_in.spread(image_codes(graph_in))
     differ = codes_out.unsqueeze(2) != codes_in.unsqueeze(1)
     harmonics = zonal_harmonics(cosine.clamp(-1, 1), n_angular, dim=2)  # (N, Wo, A, Wi)
     return harmonics * differ.unsqueeze(2)
@@ -81,7 +80,7 @@ class TripletSum(nn.Module):
     def sum_inputs(
         self, features: Float[Tensor, "M C"], basis: TripletBasis, sender: Int[Tensor, " E_in"] | None
     ) -> Float[Tensor, "M2 D"]:
-        """Return one row per output edge, or per atom; `sender` spreads features of atoms over input edges."""
+        """Return a row per output edge or atom; `sender` spreads features of atoms over the input edges."""
         x = self.dense_ba(features)
         if sender is not None:
             x = x.index_select(0, sender)
