@@ -232,9 +232,7 @@ class PaiNN(nn.Module):
         if "edge" in taps:
             sender, receiver = batch.edge_index
             # PaiNN keeps no features on edges; this product of the end atoms' vectors stands in for them.
-            outputs["edge"] = (vec.index_select(0, sender) * vec.index_select(0, receiver)).sum(
-                dim=1
-            )  # (E, C)
+            outputs["edge"] = (vec.index_select(0, sender) * vec.index_select(0, receiver)).sum(1)  # (E, C)
             outputs |= {"edge_index": batch.edge_index, "edge_shift": batch.edge_shift}
         return outputs
 

@@ -85,6 +85,16 @@ def compute(name, systems, dtype=torch.float64):
     return t.compute(batch_of(systems, t.neighbor_rule, dtype), list(t.signals))
 
 
+def edge_names(signals):
+    """What says which edges the rows of "edge" belong to."""
+    return {"edge_index", "edge_shift"} if "edge" in signals else set()
+
+
+def edge_order(index, shift):
+    columns = np.concatenate([index.numpy(), shift.numpy().T])
+    return torch.from_numpy(np.lexsort(columns))
+
+
 def assert_close(found, expected, name, what):
     bound = TOLERANCE.get(name, EXACT) * max(1.0, expected.abs().max().item())
     assert (found - expected).abs().max().item() <= bound, what
@@ -98,7 +108,10 @@ def test_outputs_are_what_signals_declares(name):
     with torch.no_grad():  # callers run a teacher without gradients, also one that takes forces from them
         out = t.compute(batch, list(t.signals))
     rows = {"system": len(systems), "atom": sum(map(len, systems))}
-    assert set(out) == set(t.signals)
+    if "edge" in t.signals:
+        rows["edge"] = out["edge_index"].shape[1]
+        assert tuple(out["edge_shift"].shape) == (rows["edge"], 3)
+    assert set(out) == set(t.signals) | edge_names(t.signals)
     for key, spec in t.signals.items():
         assert key == spec.name
         assert tuple(out[key].shape) == (rows[spec.axis], *spec.shape), key
@@ -115,7 +128,7 @@ def test_each_signal_alone_equals_all_at_once(name):
     everything = t.compute(batch, list(t.signals))
     for key in t.signals:
         alone = t.compute(batch, [key])
-        assert list(alone) == [key]
+        assert set(alone) == {key} | edge_names([key])
         assert_close(alone[key], everything[key], name, key)
 
 
@@ -148,8 +161,14 @@ def test_order_of_atoms_only_orders_the_rows(name):
     before = compute(name, systems)
     after = compute(name, [atoms[order] for atoms, order in zip(systems, orders, strict=True)])
     for key, spec in teacher(name).signals.items():
-        expected = before[key][rows] if spec.axis == "atom" else before[key]
-        assert_close(after[key], expected, name, key)
+        expected, found = before[key], after[key]
+        if spec.axis == "atom":
+            expected = expected[rows]
+        elif spec.axis == "edge":  # the same edges by atoms and image, in any order
+            numbers = torch.from_numpy(rows)[after["edge_index"]]
+            expected = expected[edge_order(before["edge_index"], before["edge_shift"])]
+            found = found[edge_order(numbers, after["edge_shift"])]
+        assert_close(found, expected, name, key)
 
 
 @pytest.mark.parametrize("name", TEACHERS)
