@@ -144,14 +144,58 @@ def test_kd_texts():
 
 
 @pytest.mark.parametrize(
+    ("text", "label", "teacher", "student", "weight"),
+    [
+        ("n2n", "n2n", "node", ("node",), "auto"),
+        ("n2n:U4", "n2n:U4", "node", ("layer/U4",), "auto"),
+        ("n2n:H3->U4=10", "n2n:H3->U4", "layer/H3", ("layer/U4",), 10.0),
+        ("n2n:H3->U2+U4=auto", "n2n:H3->U2+U4", "layer/H3", ("layer/U2", "layer/U4"), "auto"),
+        ("n2n:layer/H3->node", "n2n:H3->node", "layer/H3", ("node",), "auto"),
+        ("n2n:node->node=1", "n2n", "node", ("node",), 1.0),
+        ("e2n", "e2n", "e2n", ("node",), "auto"),
+        ("e2n:U4=3", "e2n:U4", "e2n", ("layer/U4",), 3.0),
+        ("e2n:e2n", "e2n:e2n", "e2n", ("e2n",), "auto"),
+        ("v2v=2", "v2v", "v2v", ("v2v",), 2.0),
+        ("e2e:edge->edge", "e2e", "edge", ("edge",), "auto"),
+        ("vanilla2", "vanilla2", "", (), "auto"),
+    ],
+)
+def test_taps_are_written_short_and_kept_in_full(text, label, teacher, student, weight):
+    (term,) = make_config(TrainConfig, NEEDED, {"kd": parse_kd([text])}).kd
+    assert (term.label, term.teacher_tap, term.student_taps, term.weight) == (label, teacher, student, weight)
+    again = make_config(TrainConfig, NEEDED, {"kd": parse_kd([term.label])}).kd[0]
+    assert again.model_dump(exclude={"weight"}) == term.model_dump(exclude={"weight"})
+
+
+def test_settings_written_before_there_were_taps_load(tmp_path):
+    old = "kd:\n- {name: v2v, weight: 2.0, head: linear, loss: mse}\n- {name: n2n}\n"
+    (tmp_path / "old.yaml").write_text(old)
+    terms = make_config(TrainConfig, NEEDED, read_yaml(tmp_path / "old.yaml")).kd
+    assert [term.label for term in terms] == ["v2v", "n2n"]
+
+
+@pytest.mark.parametrize(
     ("kd", "message"),
     [
         (["n2n=1", "n2n=2"], "each KD loss can be given once"),
+        (["n2n:U4=1", "n2n:node->U4=2"], "each KD loss can be given once, or with other taps"),
+        (["v2v:U4"], "v2v takes no taps; they go with n2n and e2n"),
+        (["e2e:H1->edge"], "e2e takes no taps"),
+        (["vanilla1:U4"], "vanilla1 takes no taps"),
+        (["n2n:U4+U4"], "n2n:U4.U4 names a tap of the student twice"),
+        (["e2n:H3->U4"], "write n2n:H3->U4 for a layer"),
+        (["n2n:v2v->node"], "e2n learns the teacher's e2n, n2n its node or a layer"),
+        (["n2n:v2v"], "v2v is no scalar feature of atoms"),
+        (["n2n:H3-"], "quote what holds ->"),  # what a shell leaves of n2n:H3->U4
+        (["n2n:"], "a tap is missing"),
+        (["n2n:->U4"], "a tap is missing"),
+        (["n2n:U4+"], "a tap is missing"),
+        (["n2n:H3->U4=x"], "the weight is a number or auto, for example n2n:H3->U4=1.0"),
         (["n2n=0"], "the weight must be positive"),
         (["n2n=nan"], "positive and finite"),
         (["n2n=inf"], "positive and finite"),
         (["n2n=much"], "weight"),
-        (["e2n=1"], "'n2n', 'v2v', 'vanilla1' or 'vanilla2'"),
+        (["n2e=1"], "'n2n', 'e2n', 'v2v', 'e2e', 'vanilla1' or 'vanilla2'"),
     ],
 )
 def test_kd_terms_that_make_no_sense_are_refused(kd, message):
@@ -189,14 +233,21 @@ names = st.text(st.characters(codec="utf-8", exclude_categories=("Cs",)), max_si
 paths = st.lists(st.sampled_from(["a", "b c", "ä", "1e3", "null"]), min_size=1, max_size=3).map(
     lambda parts: Path(*parts)
 )
-terms = st.sampled_from(["n2n", "v2v", "vanilla1", "vanilla2"]).flatmap(
+taps = st.sampled_from(["node", "e2n", "layer/U1", "U1", "layer/a/b", "H3"])
+terms = st.sampled_from(["n2n", "e2n", "v2v", "e2e", "vanilla1", "vanilla2"]).flatmap(
     lambda name: st.fixed_dictionaries(
         {
             "name": st.just(name),
             "weight": st.one_of(st.just("auto"), positive),
             "head": st.sampled_from(["identity", "linear"] + ["mlp"] * (name != "v2v")),
             "loss": st.sampled_from(["mse", "mae"]),
+        },
+        optional={
+            "teacher_tap": st.sampled_from(["node", "layer/H3", "H3"]),
+            "student_taps": st.lists(taps, min_size=1, max_size=3, unique_by=lambda t: t.split("/")[-1]),
         }
+        if name == "n2n"
+        else {},
     )
 )
 schedules = st.fixed_dictionaries(

@@ -1,5 +1,9 @@
 """Heads: the maps M_s of Eq. 3 from a student's features to the teacher's width. Training-time only."""
 
+import difflib
+from collections.abc import Collection, Mapping
+
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -15,15 +19,6 @@ from molkd.pipeline.distill.losses import (
 )
 from molkd.pipeline.errors import ConfigError
 from molkd.pipeline.models.interface import Outputs
-
-# Which signals of the teacher each loss reads, and which feature of the student it compares.
-TEACHER_SIGNALS = {
-    "n2n": ("node",),
-    "v2v": ("v2v",),
-    "vanilla1": ("energy", "forces"),
-    "vanilla2": ("atomic_energies",),
-}
-STUDENT_FEATURE = {"n2n": "node", "v2v": "v2v"}
 
 
 class LinearHead(nn.Module):
@@ -52,69 +47,119 @@ class MLPHead(nn.Module):
         return mapped
 
 
-def make_head(term: KDTerm, student: dict[str, FieldSpec], teacher: dict[str, FieldSpec]) -> nn.Module:
+def make_head(
+    term: KDTerm,
+    student: Mapping[str, FieldSpec],
+    teacher: Mapping[str, FieldSpec],
+    offered: Collection[str] = (),
+) -> nn.Module:
     """Build the head of one term, or say why this student and this teacher do not go together.
+
+    Parameters
+    ----------
+    student : everything the student can give
+    teacher : the teacher's signals in the cache
+    offered : what the teacher itself can give beside energy and forces; empty if that is not known
 
     Raises
     ------
     ConfigError
-        If the student has no such feature, the cache has no such signal, or identity meets other widths.
+        If the student has no such feature, the teacher or the cache no such signal, or identity meets other
+        widths.
     """
-    for name in TEACHER_SIGNALS[term.name]:
-        if name not in teacher:
-            have = ", ".join(sorted(teacher)) or "none"
-            raise ConfigError(
-                f"--kd {term.name} needs the teacher's signal {name}, the cache has: {have}; "
-                f"run kd cache-teacher again with --signals {name} (it adds to the store)"
-            )
-    feature = STUDENT_FEATURE.get(term.name)
-    if feature is None:
+    _check_student(term, student)
+    _check_teacher(term, teacher, offered)
+    if not term.student_taps:
         return nn.Identity()
-    if feature not in student:
-        have = ", ".join(sorted(s for s in student if s in STUDENT_FEATURE.values()))
-        raise ConfigError(
-            f"--kd {term.name} needs vector features, this student has only: {have}; "
-            "take n2n, or a PaiNN student"
-        )
-    n_in, n_out = student[feature].shape[-1], teacher[feature].shape[-1]
+    n_in = sum(student[tap].shape[-1] for tap in term.student_taps)
+    n_out = teacher[term.teacher_tap].shape[-1]
     if term.head == "identity":
         if n_in != n_out:
             raise ConfigError(
-                f"--kd {term.name}: head identity needs equal widths, student {n_in}, teacher {n_out}; "
+                f"--kd {term.label}: head identity needs equal widths, student {n_in}, teacher {n_out}; "
                 "take head linear"
             )
         return nn.Identity()
     if term.head == "mlp":
         return MLPHead(n_in, n_out)
-    return LinearHead(n_in, n_out, bias=feature == "node")
+    return LinearHead(n_in, n_out, bias=teacher[term.teacher_tap].symmetry == "invariant")
+
+
+def _check_teacher(term: KDTerm, cached: Mapping[str, FieldSpec], offered: Collection[str]) -> None:
+    for name in term.signals:
+        if name in cached:
+            continue
+        if offered and name not in (*offered, "energy", "forces"):
+            raise ConfigError(
+                f"--kd {term.label}: the teacher gives no {name}; it gives {', '.join(sorted(offered))}; "
+                f"the nearest is {_nearest(name, offered)}"
+            )
+        have = ", ".join(sorted(cached)) or "none"
+        raise ConfigError(
+            f"--kd {term.label} needs the teacher's signal {name}, the cache has: {have}; "
+            f"run kd cache-teacher again with --signals {name} (it adds to the store)"
+        )
+
+
+def _check_student(term: KDTerm, student: Mapping[str, FieldSpec]) -> None:
+    if term.name in ("v2v", "e2e"):
+        if term.student_taps[0] not in student:
+            kind = "vector features" if term.name == "v2v" else "features of edges"
+            raise ConfigError(
+                f"--kd {term.name} needs {kind}, this student has none; "
+                "take n2n, or a PaiNN or GemNet-OC student"
+            )
+        return
+    scalars = {n for n, s in student.items() if s.axis == "atom" and s.symmetry == "invariant" and s.shape}
+    for tap in term.student_taps:
+        if tap not in scalars:
+            valid = [name.removeprefix("layer/") for name in sorted(scalars)]
+            short = tap.removeprefix("layer/")
+            raise ConfigError(
+                f"--kd {term.label}: the student has no scalar features {short}; "
+                f"did you mean {_nearest(short, valid)}? valid taps: {', '.join(valid)}"
+            )
+
+
+def _nearest(name: str, valid: Collection[str]) -> str:
+    return difflib.get_close_matches(name, valid, n=1, cutoff=0.0)[0]
 
 
 class Objective(nn.Module):
-    """L = L_0 + sum of weight x L_KD (Eq. 2), with one head per term."""
+    """L = L_0 + sum of weight x L_KD (Eq. 2), with one head per term.
+
+    Attributes
+    ----------
+    taps : the features that the student has to give beside energy and forces
+    """
 
     def __init__(
         self,
         terms: tuple[KDTerm, ...],
-        weights: dict[str, float],
-        student: dict[str, FieldSpec],
-        teacher: dict[str, FieldSpec],
+        weights: Mapping[str, float],
+        student: Mapping[str, FieldSpec],
+        teacher: Mapping[str, FieldSpec],
         energy_weight: float,
         forces_weight: float,
+        offered: Collection[str] = (),
     ) -> None:
         super().__init__()
         self.terms = terms
-        self.weights = weights
+        self.weights = weights  # by label
         self.energy_weight = energy_weight
         self.forces_weight = forces_weight
-        self.heads = nn.ModuleDict({term.name: make_head(term, student, teacher) for term in terms})
+        self.taps = tuple(sorted({tap for term in terms for tap in term.student_taps}))
+        self.heads = nn.ModuleDict(
+            {_key(term.label): make_head(term, student, teacher, offered) for term in terms}
+        )
 
     def forward(self, outputs: Outputs, targets: Targets) -> LossTerms:
-        """Return the total and every unweighted part."""
+        """Return the total and every unweighted part, KD terms under their labels."""
         total, parts = base_loss(outputs, targets, self.energy_weight, self.forces_weight)
         parts = dict(parts)
         for term in self.terms:
-            parts[term.name] = self._term(term, outputs, targets)
-            total = total + self.weights[term.name] * parts[term.name]
+            parts[term.label] = self._term(term, outputs, targets)
+            total = total + self.weights[term.label] * parts[term.label]
         return LossTerms(total, parts)
 
     def _term(self, term: KDTerm, outputs: Outputs, targets: Targets) -> Tensor:
@@ -122,13 +167,20 @@ class Objective(nn.Module):
             return vanilla1_loss(outputs, targets, self.energy_weight, self.forces_weight)
         if term.name == "vanilla2":
             return vanilla2_loss(outputs, targets)
-        feature = STUDENT_FEATURE[term.name]
-        return feature_loss(
-            self.heads[term.name](outputs[feature].float()), targets.teacher[feature], term.loss
-        )
+        mapped = self.heads[_key(term.label)](_joined([outputs[tap] for tap in term.student_taps]))
+        return feature_loss(mapped, targets.teacher[term.teacher_tap], term.loss)
+
+
+def _joined(features: list[Tensor]) -> Tensor:
+    """Put features behind each other over channels, in the precision of heads and losses."""
+    return features[0].float() if len(features) == 1 else torch.cat([f.float() for f in features], dim=-1)
+
+
+def _key(label: str) -> str:
+    return label.replace(".", "_")  # torch allows no dots in names of modules
 
 
 def needed_signals(terms: tuple[KDTerm, ...], *, pseudo_labels: bool) -> tuple[str, ...]:
     """Return the teacher's signals that a run reads, sorted."""
-    names = {name for term in terms for name in TEACHER_SIGNALS[term.name]}
+    names = {name for term in terms for name in term.signals}
     return tuple(sorted(names | ({"energy", "forces"} if pseudo_labels else set())))

@@ -12,7 +12,8 @@ from molkd.cache_schema.epoch import read_epoch
 from molkd.cache_schema.reader import Cache
 from molkd.pipeline.data.references import LabelScale, reference_table
 from molkd.pipeline.distill.losses import Targets
-from molkd.pipeline.graphs.batch import Batch, make_batch
+from molkd.pipeline.distill.teacher_graph import require_rule, sorted_edges
+from molkd.pipeline.graphs.batch import Batch, Edges, make_batch
 from molkd.pipeline.graphs.neighbors import NeighborRule
 from molkd.pipeline.prefetch import prefetch
 
@@ -36,7 +37,9 @@ class CacheLoader:
     subset : (S,) bool, the systems to train on
     rule : the student's neighbour rule
     scale : how labels and the teacher's energies and forces are normalised
-    signals : the teacher's signals to deliver
+    signals : the teacher's signals to deliver; with "edge" the batches are built on the teacher's edges
+    edge_rule : of a student that picks the edges of its features from its own graph: the batches stay as
+        `rule` says, and the teacher's edges have to be those of `edge_rule`
     """
 
     def __init__(
@@ -50,6 +53,7 @@ class CacheLoader:
         seed: int,
         teacher: str | None = None,
         signals: tuple[str, ...] = (),
+        edge_rule: NeighborRule | None = None,
         pin: bool = False,
     ) -> None:
         self.cache = cache
@@ -60,6 +64,7 @@ class CacheLoader:
         self.seed = seed
         self.teacher = teacher
         self.signals = signals
+        self.edge_rule = edge_rule
         self.pin = pin
         self.epoch = 0
         self.batch_in_epoch = 0  # the next batch to deliver
@@ -110,6 +115,13 @@ class CacheLoader:
 
     def make_sample(self, arrays: dict[str, NDArray[Any]]) -> Sample:
         """Build neighbours and normalised targets from the concatenated arrays of one batch."""
+        rule: NeighborRule | Edges = self.rule
+        if "edge" in self.signals:
+            arrays = sorted_edges(arrays)
+            if self.edge_rule is None:
+                rule = arrays["teacher/edge/index"], arrays["teacher/edge/shift"]
+            else:
+                require_rule(arrays, self.edge_rule)
         batch = make_batch(
             atomic_numbers=arrays["atomic_numbers"],
             positions=arrays["positions"],
@@ -118,7 +130,7 @@ class CacheLoader:
             pbc=arrays["pbc"],
             tags=arrays["tags"],
             fixed=arrays["fixed"],
-            rule=self.rule,
+            rule=rule,
         )
         sample = Sample(batch, self._targets(arrays))
         return _pin(sample) if self.pin else sample

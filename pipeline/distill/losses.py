@@ -1,4 +1,4 @@
-"""The training losses (Eq. 1, 2) and the distillation losses (Eq. 3, 4, 6 to 8), each with its normaliser.
+"""The training losses (Eq. 1, 2) and the distillation losses (Eq. 3 to 8), each with its normaliser.
 
 All energies and forces here are in units of the normalised labels (`LabelScale`). A missing label is NaN in
 the targets and leaves no trace in the loss. B systems, N atoms.
@@ -58,11 +58,13 @@ def base_loss(outputs: Outputs, targets: Targets, energy_weight: float, forces_w
 
 
 def feature_loss(mapped: Tensor, target: Tensor, kind: str) -> Tensor:
-    """L_feat of Eq. 3 for n2n (Eq. 4) and v2v (Eq. 6): one mean over all atoms, components and channels.
+    """L_feat of Eq. 3 for n2n, e2n (Eqs. 4, 5), v2v (Eq. 6) and e2e: one mean over all rows and channels.
 
-    Fixed atoms count; there is no average per system. `mapped` and `target` are (N, C) or (N, 3, C).
+    Fixed atoms count; there is no average per system. `mapped` and `target` are (N, C), (N, 3, C) or (E, C).
     """
     error = mapped.float() - target.float()
+    if not len(error):  # no edges; the mean of nothing would be NaN
+        return error.sum()
     return error.square().mean() if kind == "mse" else error.abs().mean()
 
 

@@ -85,6 +85,7 @@ def initial_state(cache: Cache, setup: Setup, config: TrainConfig, device: torch
             seed=config.seed,
             teacher=setup.teacher,
             signals=setup.signals,
+            edge_rule=setup.edge_rule,
             pin=device.type == "cuda",
         ),
     )
@@ -101,7 +102,7 @@ def train_step(
     if config.pseudo_labels:
         targets = fill_labels(targets)
     with torch.autocast(device.type, torch.bfloat16, enabled=config.amp == "bf16"):
-        outputs = state.potential.model(batch)
+        outputs = state.potential.model(batch, state.objective.taps)
     terms: LossTerms = state.objective(
         outputs, targets
     )  # heads and losses in float32, as in the official code

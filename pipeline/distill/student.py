@@ -12,17 +12,15 @@ from numpy.typing import NDArray
 
 from molkd.cache_schema.fields import FieldSpec
 from molkd.cache_schema.reader import Cache
-from molkd.pipeline.config import KDTerm, TrainConfig
+from molkd.pipeline.config import TrainConfig
 from molkd.pipeline.data.references import LabelScale, fit_label_scale
-from molkd.pipeline.data.splits import split_mask
-from molkd.pipeline.distill.heads import TEACHER_SIGNALS, Objective, needed_signals
-from molkd.pipeline.distill.statistics import (
-    LabelStatistics,
-    label_statistics,
-    labelled_systems,
-    mean_atomic_energy,
-)
-from molkd.pipeline.errors import CacheError, ConfigError, DataError
+from molkd.pipeline.distill.heads import Objective, needed_signals
+from molkd.pipeline.distill.lambdas import term_weight
+from molkd.pipeline.distill.statistics import LabelStatistics, label_statistics
+from molkd.pipeline.distill.systems import choose_systems, choose_teacher
+from molkd.pipeline.distill.teacher_graph import check_reach
+from molkd.pipeline.errors import ConfigError, DataError
+from molkd.pipeline.graphs.neighbors import NeighborRule
 from molkd.pipeline.models.potential import Potential
 from molkd.pipeline.models.registry import build_model
 from molkd.pipeline.scope import Scope
@@ -43,77 +41,7 @@ class Setup:
     signals: tuple[str, ...]
     potential: Potential
     objective: Objective
-
-
-def choose_teacher(cache: Cache, config: TrainConfig) -> str | None:
-    """Return which teacher's signals the run reads, None if it needs none."""
-    if not needed_signals(config.kd, pseudo_labels=config.pseudo_labels):
-        return None
-    names = sorted(cache.teachers)
-    if not names:
-        raise CacheError(
-            f"{cache.path}: no teacher in this store; run kd cache-teacher on it first, or take --kd none"
-        )
-    if config.teacher is not None and config.teacher not in names:
-        raise CacheError(f"{cache.path}: no teacher {config.teacher}; it has {', '.join(names)}")
-    if config.teacher is None and len(names) > 1:
-        raise ConfigError(f"{cache.path}: several teachers ({', '.join(names)}); choose one with --teacher")
-    return config.teacher or names[0]
-
-
-def choose_systems(
-    cache: Cache,
-    config: TrainConfig,
-    teacher: str | None,
-    signals: tuple[str, ...],
-    held_out: frozenset[bytes] = frozenset(),
-) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
-    """Return masks (S,) of training and validation systems.
-
-    Quarantined systems are left out, and so is everything that also stands in the validation or test data.
-
-    Raises
-    ------
-    CacheError
-        If a signal is unfinished.
-    """
-    val = np.zeros(cache.n_systems, dtype=bool)
-    if config.val is None and config.val_fraction:
-        val = split_mask(cache.ids, config.val_fraction)
-    train = ~val
-    if held_out:
-        met = np.array([row.tobytes() in held_out for row in cache.ids])
-        if n_met := int((train & met).sum()):
-            log.warning(
-                "%d systems of the store are in the validation or test data too: not trained on", n_met
-            )
-        train &= ~met
-    if teacher is not None:
-        for name in signals:
-            entry = cache.teachers[teacher].signals.get(name)
-            if entry is not None and not entry.complete:
-                raise CacheError(
-                    f"{cache.path}: signal {name} of {teacher} is unfinished, "
-                    f"{len(entry.missing_shards)} shards are missing; "
-                    "run the same kd cache-teacher command again, it continues"
-                )
-        bad = cache.bad_systems(teacher)
-        if len(bad):
-            train[bad] = False
-            log.warning("%d systems without finite teacher output are left out", len(bad))
-    if not config.kd and not config.pseudo_labels:
-        n_before = int(train.sum())
-        train = labelled_systems(cache, train)
-        if not train.any():
-            raise DataError(
-                f"{cache.path}: no system has an energy or forces to train on; ingest with --energy-key, "
-                "or learn from a teacher with --pseudo-labels or --kd vanilla1"
-            )
-        if n_left_out := n_before - int(train.sum()):
-            log.info("%d systems without any label are left out: only a teacher could use them", n_left_out)
-    if not train.any():
-        raise DataError(f"{cache.path}: no system left to train on; lower --val-fraction or add systems")
-    return train, val
+    edge_rule: NeighborRule | None = None  # of a student that picks the edges of its features itself
 
 
 def prepare(
@@ -143,7 +71,7 @@ def prepare(
             raise ConfigError("a student needs forces: leave model.regress_forces true")
         specs = _teacher_specs(cache, teacher)
         weights: dict[str, float] = {
-            t.name: _weight(t, cache, teacher, statistics, scale, config) for t in config.kd
+            t.label: term_weight(t, cache, teacher, statistics, scale, config) for t in config.kd
         }
         objective = Objective(
             config.kd,
@@ -152,12 +80,16 @@ def prepare(
             specs,
             config.training.energy_weight,
             config.training.forces_weight,
+            _offered(cache, teacher),
         )
     embedded = range(1, int(model.max_atomic_number) + 1)
     Scope(config.student, frozenset(embedded), model.neighbor_rule).check_store(cache, np.flatnonzero(train))
+    edge_rule: NeighborRule | None = getattr(model, "edge_rule", None)
+    if teacher is not None and "edge" in signals and edge_rule is None:
+        check_reach(cache, np.flatnonzero(train), teacher, model.neighbor_rule, config.student)
     provenance = _provenance(cache, config, teacher, weights, train) | {"elements": known_elements}
     potential = Potential(model.to(device), scale, {"model": config.model, "provenance": provenance})
-    return Setup(train, val, teacher, signals, potential, objective.to(device))
+    return Setup(train, val, teacher, signals, potential, objective.to(device), edge_rule)
 
 
 def _elements_with_reference(cache: Cache, statistics: LabelStatistics, scale: LabelScale) -> list[int]:
@@ -177,6 +109,11 @@ def _elements_with_reference(cache: Cache, statistics: LabelStatistics, scale: L
 
 def _teacher_specs(cache: Cache, teacher: str | None) -> dict[str, FieldSpec]:
     return {n: s.spec for n, s in cache.teachers[teacher].signals.items()} if teacher else {}
+
+
+def _offered(cache: Cache, teacher: str | None) -> tuple[str, ...]:
+    """Return what the teacher can give beside energy and forces, as its provenance tells."""
+    return tuple(cache.teachers[teacher].provenance.get("taps", ())) if teacher else ()
 
 
 def _check_labels(cache: Cache, config: TrainConfig, statistics: LabelStatistics) -> None:
@@ -224,52 +161,6 @@ def _fit_scale(config: TrainConfig, statistics: LabelStatistics) -> LabelScale:
     return scale
 
 
-def zero_model_loss(statistics: LabelStatistics, scale: LabelScale, config: TrainConfig) -> float:
-    """Return L_0 (Eq. 1) of a model that always predicts zero, in normalised units."""
-    known = np.isfinite(statistics.energies)
-    normalised = scale.normalize_energy(statistics.energies[known], statistics.counts[known])
-    energy = float(np.abs(normalised).mean()) if known.any() else 0.0
-    forces = 0.0 if np.isnan(statistics.mean_force_norm) else statistics.mean_force_norm / scale.forces_std
-    return config.training.energy_weight * energy + config.training.forces_weight * forces
-
-
-def _weight(
-    term: KDTerm,
-    cache: Cache,
-    teacher: str | None,
-    statistics: LabelStatistics,
-    scale: LabelScale,
-    config: TrainConfig,
-) -> float:
-    """Lambda of Eq. 2: as given, or such that the term starts as large as the base loss.
-
-    "Starts" means for a student that knows only the mean: the start of n2n with a linear head is the signal's
-    variance, whatever its width or units.
-    """
-    if term.weight != "auto":
-        return term.weight
-    if term.name == "vanilla1" or teacher is None:
-        return 1.0  # the same loss in the same units
-    signal = TEACHER_SIGNALS[term.name][0]
-    entry = cache.teachers[teacher].signals.get(signal)
-    if entry is None:
-        return 1.0  # make_head reports the missing signal
-    if term.name == "vanilla2":
-        start = mean_atomic_energy(cache, teacher, scale)
-    else:
-        assert entry.statistics is not None  # complete signals have statistics
-        variance = float(np.mean(entry.statistics.variance))
-        start = variance if term.loss == "mse" else float(np.sqrt(variance))
-    if not start > 0:
-        raise CacheError(
-            f"{cache.path}: signal {signal} of {teacher} is the same for every atom, nothing can be learnt "
-            f"from it; drop --kd {term.name}, or give its weight as a number"
-        )
-    weight = zero_model_loss(statistics, scale, config) / start
-    log.info("lambda(%s) = %.4g: the term starts as large as the base loss", term.name, weight)
-    return weight
-
-
 def _provenance(
     cache: Cache,
     config: TrainConfig,
@@ -288,7 +179,7 @@ def _provenance(
         "n_training_systems": int(train.sum()),
         "n_training_energies": int(np.isfinite(cache.energy[train]).sum()),
         "teacher": parent,
-        "kd": [t.model_dump() | {"weight": weights[t.name]} for t in config.kd],
+        "kd": [t.model_dump() | {"label": t.label, "weight": weights[t.label]} for t in config.kd],
         "pseudo_labels": config.pseudo_labels,
         "seed": config.seed,
         "method": "arXiv:2306.14818",

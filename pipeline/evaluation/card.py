@@ -150,7 +150,7 @@ def _strategy(provenance: Mapping[str, Any], teacher: Mapping[str, Any]) -> str:
     if not terms and not provenance.get("pseudo_labels"):
         return "None: trained on the labels alone (`--kd none`)."
     lines = [
-        f"- loss {term['name']}: weight {_short(term.get('weight'))}"
+        f"- loss {term.get('label', term['name'])}: weight {_short(term.get('weight'))}"
         + "".join(f", {key} {term[key]}" for key in _choices(term))
         for term in terms
     ]

@@ -11,6 +11,7 @@ import numpy as np
 import yaml
 from numpy.typing import NDArray
 
+from molkd.pipeline.config import KDTerm, make_config
 from molkd.pipeline.errors import DataError
 
 NO_KD = "none"
@@ -114,11 +115,12 @@ def kd_setting(config: Mapping[str, Any]) -> str:
     """Name the distillation of a config: "none", or for example "n2n=auto + v2v=1 from painn"."""
     terms = []
     for term in config.get("kd") or ():
-        choices = () if term["name"].startswith("vanilla") else (("head", "linear"), ("loss", "mse"))
+        label = make_config(KDTerm, term).label
+        choices = () if label.startswith("vanilla") else (("head", "linear"), ("loss", "mse"))
         extras = [term[key] for key, default in choices if term.get(key, default) != default]
         weight = term.get("weight", "auto")
         value = weight if isinstance(weight, str) else f"{weight:g}"
-        terms.append(f"{term['name']}={value}" + (f" ({', '.join(extras)})" if extras else ""))
+        terms.append(f"{label}={value}" + (f" ({', '.join(extras)})" if extras else ""))
     if config.get("pseudo_labels"):
         terms.append("pseudo-labels")
     if not terms:

@@ -17,6 +17,8 @@ from torch import Tensor
 from molkd.pipeline.data.system import System
 from molkd.pipeline.graphs.neighbors import NeighborRule, neighbor_lists
 
+Edges = tuple[NDArray[np.int64], NDArray[np.integer]]  # edge_index (2, E), edge_shift (E, 3)
+
 
 class Batch(NamedTuple):
     """S systems with N atoms and E edges in all."""
@@ -52,16 +54,16 @@ def make_batch(
     pbc: NDArray[np.bool_],
     tags: NDArray[np.integer],
     fixed: NDArray[np.bool_],
-    rule: NeighborRule,
-    edges: tuple[NDArray[np.int64], NDArray[np.integer]] | None = None,
+    rule: NeighborRule | Edges,
     dtype: torch.dtype = torch.float32,
 ) -> Batch:
     """Build a batch from concatenated arrays: (N,), (N, 3) A, (S,), (S, 3, 3) A, (S, 3), (N,), (N,).
 
-    `edges`, edge_index (2, E) and edge_shift (E, 3) in the batch's order, take the place of the rule's.
+    In place of the rule its outcome may be given: edge_index (2, E) and edge_shift (E, 3), sorted.
     """
     atoms_ptr = np.concatenate([[0], np.cumsum(n_atoms)]).astype(np.int64)
-    edge_index, edge_shift = edges if edges else neighbor_lists(positions, atoms_ptr, cell, pbc, rule)
+    edges = neighbor_lists(positions, atoms_ptr, cell, pbc, rule) if isinstance(rule, NeighborRule) else rule
+    edge_index, edge_shift = edges
     return Batch(
         atomic_numbers=torch.from_numpy(atomic_numbers.astype(np.int64)),
         positions=torch.as_tensor(positions).to(dtype),

@@ -15,8 +15,9 @@ from molkd.cache_schema.manifest import finalize
 from molkd.cache_schema.reader import Cache
 from molkd.cache_schema.writer import Store
 from molkd.pipeline.device import choose_device
+from molkd.pipeline.distill.lambdas import zero_model_loss
 from molkd.pipeline.distill.statistics import label_statistics
-from molkd.pipeline.distill.student import prepare, zero_model_loss
+from molkd.pipeline.distill.student import prepare
 
 # Energies 1 and -3 eV: mean size 2. Forces 0.5 eV/A long on free atoms: L_0 = 1 * 2 + 100 * 0.5 = 52.
 FRAMES = """2

@@ -4,9 +4,17 @@ import pytest
 import torch
 from distill_cases import MODELS
 
-from molkd.cache_schema.fields import atomic_energies_spec, energy_spec, forces_spec, node_spec, v2v_spec
+from molkd.cache_schema.fields import (
+    atomic_energies_spec,
+    e2n_spec,
+    edge_spec,
+    energy_spec,
+    forces_spec,
+    node_spec,
+    v2v_spec,
+)
 from molkd.pipeline.config import KDTerm, make_config, parse_kd
-from molkd.pipeline.distill.heads import LinearHead, MLPHead, make_head, needed_signals
+from molkd.pipeline.distill.heads import LinearHead, MLPHead, Objective, make_head, needed_signals
 from molkd.pipeline.errors import ConfigError
 from molkd.pipeline.models.registry import build_model
 
@@ -71,21 +79,83 @@ def test_one_head_flag_for_all_terms_leaves_vectors_linear():
 
 @pytest.mark.parametrize(
     ("term", "signal"),
-    [("n2n", "node"), ("v2v", "v2v"), ("vanilla1", "forces"), ("vanilla2", "atomic_energies")],
+    [
+        ("n2n", "node"),
+        ("e2n", "e2n"),
+        ("v2v", "v2v"),
+        ("e2e", "edge"),
+        ("vanilla1", "forces"),
+        ("vanilla2", "atomic_energies"),
+    ],
 )
 def test_a_signal_that_is_not_cached_is_named_with_the_command_that_adds_it(term, signal):
     cached = {name: spec for name, spec in TEACHER.items() if name != signal}
     with pytest.raises(ConfigError) as error:
-        make_head(KDTerm(name=term), PAINN, cached)
+        make_head(KDTerm(name=term), PAINN | {"edge": edge_spec(16)}, cached)
     message = str(error.value)
     assert f"--kd {term} needs the teacher's signal {signal}" in message
     assert ", ".join(sorted(cached)) in message
     assert f"kd cache-teacher again with --signals {signal}" in message
 
 
-def test_a_student_without_vectors_cannot_learn_v2v():
-    with pytest.raises(ConfigError, match=r"needs vector features, this student has only: node; take n2n"):
-        make_head(KDTerm(name="v2v"), SCHNET, TEACHER)
+@pytest.mark.parametrize(("term", "what"), [("v2v", "vector features"), ("e2e", "features of edges")])
+def test_a_student_without_such_features_cannot_learn_them(term, what):
+    with pytest.raises(ConfigError, match=rf"--kd {term} needs {what}, this student has none; take n2n"):
+        make_head(KDTerm(name=term), SCHNET, TEACHER)
+
+
+def test_layers_of_teacher_and_student_choose_the_widths():
+    """PaiNN's blocks are 16 wide; the teacher's H3 is 40 wide."""
+    teacher = TEACHER | {"layer/H3": node_spec(40, "layer/H3"), "e2n": e2n_spec(7)}
+    shapes = {
+        "n2n:M1": (16, 24),
+        "n2n:U1+M2": (32, 24),
+        "n2n:H3->U2": (16, 40),
+        "n2n:H3->node+U1+U2": (48, 40),
+        "e2n": (16, 7),
+        "e2n:U1+U2": (32, 7),
+    }
+    for text, (n_in, n_out) in shapes.items():
+        module = make_head(KDTerm(**parse_kd([text])[0]), PAINN, teacher)
+        assert module(torch.randn(5, n_in)).shape == (5, n_out), text
+        assert module.linear.bias is not None
+
+
+def test_a_head_of_edges_is_affine():
+    student, teacher = PAINN | {"edge": edge_spec(16)}, TEACHER | {"edge": edge_spec(40)}
+    module = make_head(KDTerm(name="e2e"), student, teacher)
+    assert module(torch.randn(7, 16)).shape == (7, 40)
+    assert (module(torch.zeros(1, 16)) == module.linear.bias).all()
+
+
+def test_a_tap_that_the_student_does_not_have_is_told_the_nearest_and_all():
+    with pytest.raises(ConfigError) as error:
+        make_head(KDTerm(**parse_kd(["n2n:U9"])[0]), PAINN, TEACHER)
+    assert "--kd n2n:U9: the student has no scalar features U9; did you mean U2?" in str(error.value)
+    assert "valid taps: M1, M2, U1, U2, node" in str(error.value)
+
+
+def test_a_tap_that_the_teacher_does_not_have_is_told_the_nearest_and_all():
+    offered = ("node", "v2v", "atomic_energies", "layer/H0", "layer/H1")
+    with pytest.raises(ConfigError) as error:
+        make_head(KDTerm(**parse_kd(["n2n:H7->U2"])[0]), PAINN, TEACHER, offered)
+    assert "--kd n2n:H7->U2: the teacher gives no layer/H7; it gives " in str(error.value)
+    assert "atomic_energies, layer/H0, layer/H1, node, v2v; the nearest is layer/H1" in str(error.value)
+    with pytest.raises(ConfigError, match=r"run kd cache-teacher again with --signals layer/H1 "):
+        make_head(KDTerm(**parse_kd(["n2n:H1->U2"])[0]), PAINN, TEACHER, offered)
+    with pytest.raises(ConfigError, match="the teacher gives no e2n"):
+        make_head(KDTerm(name="e2n"), PAINN, TEACHER, offered)
+
+
+def test_the_student_is_asked_for_the_taps_of_all_terms_and_nothing_else():
+    def taps(*texts):
+        terms = tuple(KDTerm(**term) for term in parse_kd(texts))
+        teacher = TEACHER | {"e2n": e2n_spec(7)}
+        return Objective(terms, {t.label: 1.0 for t in terms}, PAINN, teacher, 1.0, 1.0).taps
+
+    assert taps() == taps("vanilla1", "vanilla2") == ()
+    assert taps("n2n", "v2v") == ("node", "v2v")
+    assert taps("n2n:U1+M2", "e2n:U1") == ("layer/M2", "layer/U1")
 
 
 def test_a_run_reads_no_more_signals_than_its_losses_need():
@@ -94,3 +164,9 @@ def test_a_run_reads_no_more_signals_than_its_losses_need():
     assert needed_signals((n2n,), pseudo_labels=False) == ("node",)
     assert needed_signals((n2n, vanilla), pseudo_labels=False) == ("energy", "forces", "node")
     assert needed_signals((n2n,), pseudo_labels=True) == ("energy", "forces", "node")
+    layer = KDTerm(name="n2n", teacher_tap="H3", student_taps=("U1", "U2"))
+    assert needed_signals((n2n, layer, KDTerm(name="e2e")), pseudo_labels=False) == (
+        "edge",
+        "layer/H3",
+        "node",
+    )

@@ -101,9 +101,9 @@ def test_targets_are_what_a_perfect_student_predicts(mixed_store):
         total.index_add_(0, sample.batch.system_idx, out["atomic_energies"])
         torch.testing.assert_close(total, out["energy"], rtol=0, atol=10 * ENERGY_NOISE)
 
-        def label(batch, taps, t=targets):
-            forces, atomic = t.forces, torch.zeros(batch.n_atoms)
-            return {"energy": t.energy, "forces": forces, "atomic_energies": atomic}
+        def label(batch, taps, *, forces=True, t=targets):
+            atomic = torch.zeros(batch.n_atoms)
+            return {"energy": t.energy, "forces": t.forces, "atomic_energies": atomic}
 
         energy = Potential(label, SCALE).predict(sample.batch)["energy"]
         np.testing.assert_allclose(energy, cache.energy[indices], rtol=0, atol=ENERGY_NOISE)

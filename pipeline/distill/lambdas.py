@@ -1,0 +1,59 @@
+"""The weights lambda of the distillation losses (Eq. 2), as given or from the scale of what is learnt."""
+
+import logging
+
+import numpy as np
+
+from molkd.cache_schema.reader import Cache
+from molkd.pipeline.config import KDTerm, TrainConfig
+from molkd.pipeline.data.references import LabelScale
+from molkd.pipeline.distill.statistics import LabelStatistics, mean_atomic_energy
+from molkd.pipeline.errors import CacheError
+
+log = logging.getLogger(__name__)
+
+
+def zero_model_loss(statistics: LabelStatistics, scale: LabelScale, config: TrainConfig) -> float:
+    """Return L_0 (Eq. 1) of a model that always predicts zero, in normalised units."""
+    known = np.isfinite(statistics.energies)
+    normalised = scale.normalize_energy(statistics.energies[known], statistics.counts[known])
+    energy = float(np.abs(normalised).mean()) if known.any() else 0.0
+    forces = 0.0 if np.isnan(statistics.mean_force_norm) else statistics.mean_force_norm / scale.forces_std
+    return config.training.energy_weight * energy + config.training.forces_weight * forces
+
+
+def term_weight(
+    term: KDTerm,
+    cache: Cache,
+    teacher: str | None,
+    statistics: LabelStatistics,
+    scale: LabelScale,
+    config: TrainConfig,
+) -> float:
+    """Lambda of Eq. 2: as given, or such that the term starts as large as the base loss.
+
+    "Starts" means for a student that knows only the mean: the start of n2n with a linear head is the signal's
+    variance, whatever its width or units.
+    """
+    if term.weight != "auto":
+        return term.weight
+    if term.name == "vanilla1" or teacher is None:
+        return 1.0  # the same loss in the same units
+    signal = term.signals[0]
+    entry = cache.teachers[teacher].signals.get(signal)
+    if entry is None:
+        return 1.0  # make_head reports the missing signal
+    if term.name == "vanilla2":
+        start = mean_atomic_energy(cache, teacher, scale)
+    else:
+        assert entry.statistics is not None  # complete signals have statistics
+        variance = float(np.mean(entry.statistics.variance))
+        start = variance if term.loss == "mse" else float(np.sqrt(variance))
+    if not start > 0:
+        raise CacheError(
+            f"{cache.path}: signal {signal} of {teacher} is the same everywhere, nothing can be learnt "
+            f"from it; drop --kd {term.label}, or give its weight as a number"
+        )
+    weight = zero_model_loss(statistics, scale, config) / start
+    log.info("lambda(%s) = %.4g: the term starts as large as the base loss", term.label, weight)
+    return weight

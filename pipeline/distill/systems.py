@@ -1,0 +1,86 @@
+"""Which teacher a run learns from, and which systems of the store it trains and validates on."""
+
+import logging
+
+import numpy as np
+from numpy.typing import NDArray
+
+from molkd.cache_schema.reader import Cache
+from molkd.pipeline.config import TrainConfig
+from molkd.pipeline.data.splits import split_mask
+from molkd.pipeline.distill.heads import needed_signals
+from molkd.pipeline.distill.statistics import labelled_systems
+from molkd.pipeline.errors import CacheError, ConfigError, DataError
+
+log = logging.getLogger(__name__)
+
+
+def choose_teacher(cache: Cache, config: TrainConfig) -> str | None:
+    """Return which teacher's signals the run reads, None if it needs none."""
+    if not needed_signals(config.kd, pseudo_labels=config.pseudo_labels):
+        return None
+    names = sorted(cache.teachers)
+    if not names:
+        raise CacheError(
+            f"{cache.path}: no teacher in this store; run kd cache-teacher on it first, or take --kd none"
+        )
+    if config.teacher is not None and config.teacher not in names:
+        raise CacheError(f"{cache.path}: no teacher {config.teacher}; it has {', '.join(names)}")
+    if config.teacher is None and len(names) > 1:
+        raise ConfigError(f"{cache.path}: several teachers ({', '.join(names)}); choose one with --teacher")
+    return config.teacher or names[0]
+
+
+def choose_systems(
+    cache: Cache,
+    config: TrainConfig,
+    teacher: str | None,
+    signals: tuple[str, ...],
+    held_out: frozenset[bytes] = frozenset(),
+) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+    """Return masks (S,) of training and validation systems.
+
+    Quarantined systems are left out, and so is everything that also stands in the validation or test data.
+
+    Raises
+    ------
+    CacheError
+        If a signal is unfinished.
+    """
+    val = np.zeros(cache.n_systems, dtype=bool)
+    if config.val is None and config.val_fraction:
+        val = split_mask(cache.ids, config.val_fraction)
+    train = ~val
+    if held_out:
+        met = np.array([row.tobytes() in held_out for row in cache.ids])
+        if n_met := int((train & met).sum()):
+            log.warning(
+                "%d systems of the store are in the validation or test data too: not trained on", n_met
+            )
+        train &= ~met
+    if teacher is not None:
+        for name in signals:
+            entry = cache.teachers[teacher].signals.get(name)
+            if entry is not None and not entry.complete:
+                raise CacheError(
+                    f"{cache.path}: signal {name} of {teacher} is unfinished, "
+                    f"{len(entry.missing_shards)} shards are missing; "
+                    "run the same kd cache-teacher command again, it continues"
+                )
+        bad = cache.bad_systems(teacher)
+        if len(bad):
+            train[bad] = False
+            log.warning("%d systems without finite teacher output are left out", len(bad))
+    if not config.kd and not config.pseudo_labels:
+        n_before = int(train.sum())
+        train = labelled_systems(cache, train)
+        if not train.any():
+            raise DataError(
+                f"{cache.path}: no system has an energy or forces to train on; ingest with --energy-key, "
+                "or learn from a teacher with --pseudo-labels or --kd vanilla1"
+            )
+        if n_left_out := n_before - int(train.sum()):
+            log.info("%d systems without any label are left out: only a teacher could use them", n_left_out)
+    if not train.any():
+        raise DataError(f"{cache.path}: no system left to train on; lower --val-fraction or add systems")
+    return train, val

@@ -1,0 +1,116 @@
+"""The edges of the teacher in stage two: e2e compares features edge by edge, so both need the same edges."""
+
+import logging
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from molkd.cache_schema.reader import Cache
+from molkd.pipeline.errors import ConfigError
+from molkd.pipeline.graphs.neighbors import NeighborRule, canonical_order, neighbor_lists
+
+log = logging.getLogger(__name__)
+
+_SAMPLE = 64  # systems
+_ROUNDING = 1e-3  # A, of float32 positions
+
+Arrays = dict[str, NDArray[Any]]
+
+
+def sorted_edges(arrays: Arrays) -> Arrays:
+    """Return the arrays with the teacher's edges and their features in the order of a batch."""
+    index, shift = arrays["teacher/edge/index"], arrays["teacher/edge/shift"]
+    order = canonical_order(index[1], index[0], shift)
+    if np.array_equal(order, np.arange(len(order))):
+        return arrays
+    return arrays | {
+        "teacher/edge": arrays["teacher/edge"].take(order, axis=0),
+        "teacher/edge/index": index.take(order, axis=1),
+        "teacher/edge/shift": shift.take(order, axis=0),
+    }
+
+
+def require_rule(arrays: Arrays, rule: NeighborRule) -> None:
+    """Refuse sorted edges of a teacher that are not those which `rule` finds in the same systems.
+
+    Raises
+    ------
+    ConfigError
+        With the rule that the teacher's edges would have to follow.
+    """
+    index, shift = _own_edges(arrays, rule)
+    same_size = index.shape == arrays["teacher/edge/index"].shape
+    if (
+        same_size
+        and np.array_equal(index, arrays["teacher/edge/index"])
+        and np.array_equal(shift, arrays["teacher/edge/shift"])
+    ):
+        return
+    raise ConfigError(
+        "--kd e2e: this student's edges are not the teacher's (cutoff "
+        f"{rule.cutoff:g} A, {rule.max_neighbors} neighbors); set model.cutoff and model.max_neighbors as "
+        "the teacher has them, or take n2n, e2n or v2v"
+    )
+
+
+def check_reach(
+    cache: Cache, systems: NDArray[np.integer], teacher: str, rule: NeighborRule, student: str
+) -> None:
+    """Refuse a student that ends before the teacher's edges do, and log how the graphs of both differ.
+
+    Parameters
+    ----------
+    systems : (S,) stored indices of what is trained on; a sample of them is read
+    rule : the student's own, which it follows in validation and use
+    student : its name, for messages
+
+    Raises
+    ------
+    ConfigError
+        If an edge of the teacher is longer than the student's cutoff.
+    """
+    arrays = cache.read(systems[:_SAMPLE], ("positions", "cell", "pbc"), teacher, ("edge",))
+    arrays = sorted_edges(arrays)
+    longest = _lengths(arrays).max(initial=0)
+    if longest > rule.cutoff + _ROUNDING:
+        raise ConfigError(
+            f"--kd e2e: edges of teacher {teacher} are up to {longest:.2f} A long, {student} ends at "
+            f"{rule.cutoff:g} A; give it --set model.cutoff={np.ceil(longest):g}, or take n2n, e2n or v2v"
+        )
+    of_teacher, own = (
+        _edge_set(arrays["teacher/edge/index"], arrays["teacher/edge/shift"]),
+        _edge_set(*_own_edges(arrays, rule)),
+    )
+    n_atoms = int(arrays["n_atoms"].sum())
+    log.info(
+        "e2e: training runs on the teacher's edges, %.1f an atom; validation and use on the student's own, "
+        "%.1f an atom",
+        len(of_teacher) / n_atoms,
+        len(own) / n_atoms,
+    )
+    if of_teacher != own:
+        log.warning(
+            "e2e: %.1f %% of the student's own edges are not among the teacher's; cutoff and max_neighbors "
+            "as the teacher has them would make them the same",
+            100 * len(own - of_teacher) / max(len(own), 1),
+        )
+
+
+def _own_edges(arrays: Arrays, rule: NeighborRule) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
+    atoms_ptr = np.concatenate([[0], np.cumsum(arrays["n_atoms"])]).astype(np.int64)
+    return neighbor_lists(arrays["positions"], atoms_ptr, arrays["cell"], arrays["pbc"], rule)
+
+
+def _lengths(arrays: Arrays) -> NDArray[np.float64]:
+    """Return the lengths (E,) of the teacher's edges in Angstrom."""
+    (sender, receiver), shift = arrays["teacher/edge/index"], arrays["teacher/edge/shift"]
+    positions = arrays["positions"].astype(np.float64)
+    cell = np.repeat(arrays["cell"].astype(np.float64), arrays["teacher/edge/n_edges"], axis=0)  # (E, 3, 3)
+    offset = np.einsum("ei,eij->ej", shift, cell)
+    lengths: NDArray[np.float64] = np.linalg.norm(positions[sender] + offset - positions[receiver], axis=1)
+    return lengths
+
+
+def _edge_set(index: NDArray[np.integer], shift: NDArray[np.integer]) -> set[tuple[int, ...]]:
+    return set(map(tuple, np.column_stack([index.T, shift]).tolist()))
