@@ -88,7 +88,7 @@ def test_targets_are_what_a_perfect_student_predicts(mixed_store):
         indices = np.array([row[i] for i in ids_of(sample)])
         targets = sample.targets
 
-        def perfect(batch, taps, t=targets):
+        def perfect(batch, taps, *, forces=True, t=targets):
             return {k: t.teacher[k] for k in ("energy", "forces", "atomic_energies")}
 
         out = Potential(perfect, SCALE).predict(sample.batch)
