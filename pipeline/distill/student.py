@@ -41,7 +41,7 @@ class Setup:
     signals: tuple[str, ...]
     potential: Potential
     objective: Objective
-    edge_rule: NeighborRule | None = None  # of a student that picks the edges of its features itself
+    edge_rule: NeighborRule | None  # of a student that picks the edges of its features from its own graph
 
 
 def prepare(
@@ -84,7 +84,7 @@ def prepare(
         )
     embedded = range(1, int(model.max_atomic_number) + 1)
     Scope(config.student, frozenset(embedded), model.neighbor_rule).check_store(cache, np.flatnonzero(train))
-    edge_rule: NeighborRule | None = getattr(model, "edge_rule", None)
+    edge_rule: NeighborRule | None = None if model.edge_rule == model.neighbor_rule else model.edge_rule
     if teacher is not None and "edge" in signals and edge_rule is None:
         check_reach(cache, np.flatnonzero(train), teacher, model.neighbor_rule, config.student)
     provenance = _provenance(cache, config, teacher, weights, train) | {"elements": known_elements}

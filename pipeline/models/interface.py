@@ -38,7 +38,8 @@ Outputs = dict[str, Tensor]
 class Model(Protocol):
     """The contract that tests/models/test_contract.py checks for every entry of MODELS."""
 
-    neighbor_rule: NeighborRule
+    neighbor_rule: NeighborRule  # of the batch's edges
+    edge_rule: NeighborRule  # of the edges that `edge` is given for: the same, or picked from the batch's
     forces_from: Literal["direct", "gradient"]
     max_atomic_number: int  # the largest Z the embedding knows
 

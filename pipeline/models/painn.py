@@ -166,6 +166,7 @@ class PaiNN(nn.Module):
         self.neighbor_rule = NeighborRule(
             config.cutoff, config.max_neighbors, symmetrize=True, use_pbc=config.use_pbc
         )
+        self.edge_rule = self.neighbor_rule
         self.atom_emb = AtomEmbedding(C)
         self.radial_basis = GaussianBasis(K, config.cutoff)
         self.message_layers = nn.ModuleList(MessageBlock(C, K) for _ in range(config.num_layers))

@@ -119,6 +119,7 @@ class SchNet(nn.Module):
         C = config.hidden_channels
         n_nearest = config.max_neighbors or (50 if config.use_pbc else 32)
         self.neighbor_rule = NeighborRule(config.cutoff, n_nearest, use_pbc=config.use_pbc)
+        self.edge_rule = self.neighbor_rule
         self.embedding = nn.Embedding(MAX_ATOMIC_NUMBER + 1, C, padding_idx=0)
         self.distance_expansion = GaussianSmearing(config.cutoff, config.num_gaussians)
         self.interactions = nn.ModuleList(

@@ -113,6 +113,13 @@ class GemNetOCConfig(Settings):
         return NeighborRule(cutoff, n_nearest, self.tie_tolerance, use_pbc=self.use_pbc)
 
     @property
+    def edge_rule(self) -> NeighborRule:
+        """The main graph, whose edges have features."""
+        return NeighborRule(
+            self.cutoff, self.max_neighbors, self.tie_tolerance, symmetrize=True, use_pbc=self.use_pbc
+        )
+
+    @property
     def tie_tolerance(self) -> float:
         """How far behind the K-th neighbor others are kept, in Angstrom."""
         return 0.0 if self.enforce_max_neighbors_strictly else _TIE_TOLERANCE

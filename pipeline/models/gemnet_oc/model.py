@@ -48,6 +48,7 @@ class GemNetOC(nn.Module):
         self.config = config
         self.forces_from: Literal["direct", "gradient"] = "direct" if config.direct_forces else "gradient"
         self.neighbor_rule = config.neighbor_rule
+        self.edge_rule = config.edge_rule
         atom, edge = config.emb_size_atom, config.emb_size_edge
         self._add_bases(config)
         self.atom_emb = AtomEmbedding(atom)
