@@ -6,7 +6,7 @@ gave to the host, checks it and writes it. Shards are done one after another; a 
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -16,25 +16,23 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from molkd.cache_schema.encoding import encoding_for
-from molkd.cache_schema.fields import FieldSpec
 from molkd.cache_schema.layout import PLAN
 from molkd.cache_schema.manifest import finalize_if_complete
 from molkd.cache_schema.reader import Cache
-from molkd.cache_schema.shard_writer import ShardWriter
 from molkd.cache_schema.writer import Store
 from molkd.pipeline.config import CacheConfig, IngestConfig
 from molkd.pipeline.data.sources import open_source
 from molkd.pipeline.device import choose_device
 from molkd.pipeline.errors import ConfigError, TeacherError
-from molkd.pipeline.forecast import Forecast, forecast, row_bytes
+from molkd.pipeline.forecast import Forecast, forecast
 from molkd.pipeline.ingest import ingest
 from molkd.pipeline.prefetch import Background, prefetch
 from molkd.pipeline.progress import Progress
 from molkd.pipeline.scope import Scope, source_of
-from molkd.pipeline.teacher_pass import TeacherPass, Work, make_work
+from molkd.pipeline.shard_output import Written, commit, write
+from molkd.pipeline.teacher_pass import TeacherPass, make_work
 from molkd.pipeline.teachers.interface import Teacher
 from molkd.pipeline.teachers.load import load_teacher
 from molkd.pipeline.transfer import HostCopy, pin, side_stream
@@ -44,6 +42,7 @@ log = logging.getLogger(__name__)
 _BATCH_ATOMS = {"cpu": 1024, "cuda": 16_384}
 _BATCH_EDGES = {"cpu": 60_000, "cuda": 1_000_000}
 _PREFETCH = 3  # batches
+ALL = "all"  # among the signals asked for: every one but those on edges
 _PROBE_SYSTEMS = 256
 
 
@@ -101,7 +100,7 @@ def cache_teacher(
         log.info("%s: all of %s is there, nothing to do", config.store, ", ".join(groups))
     n_total = sum(len(store.systems_of_shard(s)) for s in shards)
     teacher_pass = TeacherPass(teacher, cache)
-    n_computed, n_bytes, bad = 0, 0, set[int]()
+    n_computed, written = 0, Written()
     with Progress(n_total, "teacher", "system") as progress, Background("kd-write", _PREFETCH) as writing:
         for shard in shards:
             # Asked anew each time: another process may have finished this shard meanwhile.
@@ -110,9 +109,8 @@ def cache_teacher(
             if not wanted:
                 progress.update(n_systems)
                 continue
-            _cache_shard(teacher_pass, store, shard, wanted, config, writing, bad, progress.update)
+            _cache_shard(teacher_pass, store, shard, wanted, config, writing, written, progress.update)
             n_computed += n_systems
-            n_bytes += sum(_shard_bytes(store, shard, teacher.signals[s], encodings[s]) for s in wanted)
     if not finalize_if_complete(store):
         log.info("%s: other signals are unfinished, so no manifest yet", config.store)
     return CacheSummary(
@@ -123,14 +121,33 @@ def cache_teacher(
         n_atoms=cache.n_atoms,
         n_computed=n_computed,
         seconds=time.perf_counter() - began,
-        bytes_written=n_bytes,
-        bad_systems=[source_of(cache, i) for i in sorted(bad)],
+        bytes_written=written.n_bytes,
+        bad_systems=[source_of(cache, i) for i in sorted(written.bad_systems)],
     )
 
 
 def choose_encodings(teacher: Teacher, config: CacheConfig) -> dict[str, str]:
     """Return signal -> encoding; energies and forces keep their precision, features are narrowed."""
-    return {s: encoding_for(teacher.signals[s], config.encoding) for s in dict.fromkeys(config.signals)}
+    return {s: encoding_for(teacher.signals[s], config.encoding) for s in asked_signals(teacher, config)}
+
+
+def asked_signals(teacher: Teacher, config: CacheConfig) -> list[str]:
+    """Return the signals to store; `ALL` stands for those on systems and atoms, edges are asked for by name.
+
+    Raises
+    ------
+    TeacherError
+        If the teacher lacks one of them, naming those it has.
+    """
+    usual = [name for name, spec in teacher.signals.items() if spec.axis != "edge"]
+    named = [s for name in config.signals for s in (usual if name == ALL else [name])]
+    unknown = [s for s in named if s not in teacher.signals]
+    if unknown:
+        raise TeacherError(
+            f"{config.teacher}: gives no signal {', '.join(unknown)}; "
+            f"it has {', '.join(sorted(teacher.signals))}"
+        )
+    return list(dict.fromkeys(named))
 
 
 def prepare_store(
@@ -204,12 +221,7 @@ def open_teacher(config: CacheConfig) -> Teacher:
     device = choose_device(config.device)
     dtype = getattr(torch, config.precision)
     teacher = load_teacher(config.teacher, device=device, dtype=dtype, scale_file=config.scale_file)
-    unknown = [s for s in config.signals if s not in teacher.signals]
-    if unknown:
-        raise TeacherError(
-            f"{config.teacher}: gives no signal {', '.join(unknown)}; "
-            f"it has {', '.join(sorted(teacher.signals))}"
-        )
+    asked_signals(teacher, config)
     return teacher
 
 
@@ -245,12 +257,12 @@ def _cache_shard(
     groups: dict[str, str],
     config: CacheConfig,
     writing: Background,
-    bad: set[int],
+    written: Written,
     on_systems: Callable[[int], object],
 ) -> None:
     """Compute the given signals of one shard; writing and committing follow behind.
 
-    Systems that are given up are added to `bad`.
+    Bytes and systems that are given up are added to `written`.
     """
     teacher, cache = teacher_pass.teacher, teacher_pass.cache
     kind = teacher.device.type
@@ -271,59 +283,10 @@ def _cache_shard(
         for work in prefetch(works, _PREFETCH):
             for part, signals in teacher_pass.run(work, tuple(groups)):
                 copy = HostCopy(signals, stream)
-                write = partial(_write, writers, part, copy, cache, bad, skip_bad=config.skip_bad)
-                writing.submit(write)
+                job = partial(write, writers, teacher.signals, part, copy, cache, written)
+                writing.submit(partial(job, skip_bad=config.skip_bad))
                 on_systems(len(part.indices))
         stack.pop_all()
     # Files are forced to disk and committed while the teacher is at the next shard. After a failed write rows
     # are missing, and a writer that lacks rows commits nothing.
-    writing.submit(partial(_commit, list(writers.values())))
-
-
-def _commit(writers: Sequence[ShardWriter]) -> None:
-    with ExitStack() as stack:
-        for writer in writers:
-            stack.push(writer)
-
-
-def _write(
-    writers: dict[str, ShardWriter],
-    work: Work,
-    copy: HostCopy,
-    cache: Cache,
-    bad: set[int],
-    *,
-    skip_bad: bool,
-) -> None:
-    """Wait for the values (off the main thread), check and append."""
-    arrays = copy.wait()
-    broken = _non_finite_systems(arrays, work)
-    if len(broken) and not skip_bad:
-        raise TeacherError(
-            f"{source_of(cache, int(broken[0]))}: the teacher gives non-finite numbers for this system; "
-            "look at the structure, or quarantine such systems with --skip-bad"
-        )
-    for index in broken:
-        log.warning("%s: non-finite teacher output, quarantined", source_of(cache, int(index)))
-    bad.update(int(i) for i in broken)
-    for name, writer in writers.items():
-        writer.write({"values": arrays[name]}, bad_systems=[int(i) for i in broken])
-
-
-def _non_finite_systems(arrays: dict[str, NDArray[Any]], work: Work) -> NDArray[np.int64]:
-    """Return the stored indices of systems with a NaN or an infinity in any signal."""
-    broken = np.zeros(len(work.indices), dtype=bool)
-    owner = np.repeat(np.arange(len(work.indices)), work.n_atoms)
-    for values in arrays.values():
-        # A sum is finite unless a value is not (or the sum overflows, which float64 excludes here).
-        if np.isfinite(values.sum(dtype=np.float64)):
-            continue
-        rows = ~np.isfinite(values.reshape(len(values), -1)).all(axis=1)
-        broken[rows if len(values) == len(broken) and len(values) != len(owner) else owner[rows]] = True
-    return work.indices[broken]
-
-
-def _shard_bytes(store: Store, shard: int, spec: FieldSpec, encoding: str) -> int:
-    systems = store.systems_of_shard(shard)
-    rows = store.systems.rows_in_shard(shard) if spec.axis == "atom" else len(systems)
-    return rows * row_bytes(spec, encoding)
+    writing.submit(partial(commit, writers, written))

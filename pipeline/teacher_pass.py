@@ -68,7 +68,17 @@ def _split_by_edges(
 def _build(cache: Cache, indices: NDArray[np.int64], rule: NeighborRule, dtype: torch.dtype) -> Work:
     arrays = cache.read(indices, _FIELDS)
     n_atoms = cache.system_n_atoms[indices].astype(np.int64)
-    batch = make_batch(**{name: arrays[name] for name in _FIELDS}, n_atoms=n_atoms, rule=rule, dtype=dtype)
+    batch = make_batch(
+        atomic_numbers=arrays["atomic_numbers"],
+        positions=arrays["positions"],
+        n_atoms=n_atoms,
+        cell=arrays["cell"],
+        pbc=arrays["pbc"],
+        tags=arrays["tags"],
+        fixed=arrays["fixed"],
+        rule=rule,
+        dtype=dtype,
+    )
     return Work(indices, batch, n_atoms)
 
 
