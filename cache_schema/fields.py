@@ -71,9 +71,18 @@ def e2n_spec(n_channels: int) -> FieldSpec:
     return node_spec(n_channels, "e2n")
 
 
-def edge_spec(n_channels: int, max_per_atom: int = 64) -> FieldSpec:
-    """Raw features of the directed edges (e2e), shape (C,); `max_per_atom` bounds the mean over a system."""
-    return FieldSpec("edge", "edge", (n_channels,), "float32", "1", max_per_atom=max_per_atom)
+MAX_EDGES_PER_ATOM = 1 << 16
+
+
+def edge_spec(n_channels: int, max_per_atom: int | None = None) -> FieldSpec:
+    """Raw features of the directed edges (e2e), shape (C,).
+
+    Parameters
+    ----------
+    max_per_atom : the most edges of any system, divided by its atoms; None takes the most the format allows
+    """
+    most = MAX_EDGES_PER_ATOM if max_per_atom is None else max_per_atom
+    return FieldSpec("edge", "edge", (n_channels,), "float32", "1", max_per_atom=most)
 
 
 # What says which edges the rows of an edge signal are. Numbers of atoms count from 0 within their system.

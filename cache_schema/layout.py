@@ -9,7 +9,14 @@ from numpy.typing import NDArray
 
 from molkd.cache_schema.encoding import ENCODINGS, exact_encoding
 from molkd.cache_schema.errors import CacheError
-from molkd.cache_schema.fields import ATOM_FIELDS, EDGE_INDEX, EDGE_SHIFT, N_EDGES, FieldSpec
+from molkd.cache_schema.fields import (
+    ATOM_FIELDS,
+    EDGE_INDEX,
+    EDGE_SHIFT,
+    MAX_EDGES_PER_ATOM,
+    N_EDGES,
+    FieldSpec,
+)
 
 FORMAT = 1
 CHUNK_ROWS = 1024  # rows of an inner chunk
@@ -19,7 +26,6 @@ WANTED_SHARDS = 8
 MAX_ROWS_PER_SHARD = 1 << 30
 MAX_SYSTEMS = 1 << 31
 MAX_ROW_VALUES = 1 << 20  # values in one row of a signal
-MAX_EDGES_PER_ATOM = 1 << 16
 MAX_EDGE_ROWS_PER_SHARD = 1 << 34
 
 PLAN, DATA, LOG, MANIFEST = "plan.json", "data.zarr", "log", "manifest.json"

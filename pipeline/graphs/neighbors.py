@@ -46,6 +46,16 @@ class NeighborRule:
     symmetrize: bool = False  # OCP's PaiNN and GemNet-OC: the higher atom's list decides, edges are mirrored
     use_pbc: bool = True  # False ignores cell and pbc
 
+    @property
+    def max_edges_per_atom(self) -> int | None:
+        """The most edges that a system can have, divided by its atoms; None if nothing limits them.
+
+        Ties are taken to be no more than the neighbors in front of them.
+        """
+        if self.max_neighbors is None:
+            return None
+        return self.max_neighbors * (2 if self.symmetrize else 1) * (2 if self.tie_tolerance > 0 else 1)
+
     def to_dict(self) -> dict[str, object]:
         """Plain values for JSON."""
         return asdict(self)

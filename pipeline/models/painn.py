@@ -185,7 +185,7 @@ class PaiNN(nn.Module):
         specs = [energy_spec(), atomic_energies_spec(), node_spec(C), v2v_spec(C)]
         specs += [forces_spec()] if self.config.regress_forces else []
         specs += [node_spec(C, name) for name in layers]
-        specs.append(edge_spec(C, max_per_atom=2 * self.config.max_neighbors))  # each comes with its mirror
+        specs.append(edge_spec(C, self.edge_rule.max_edges_per_atom))
         return {spec.name: spec for spec in specs}
 
     def forward(self, batch: Batch, taps: Collection[str] = (), *, forces: bool = True) -> Outputs:

@@ -110,9 +110,7 @@ class GemNetOC(nn.Module):
         specs = [energy_spec(), atomic_energies_spec(), node_spec(atom)]
         specs += [forces_spec()] if self.config.regress_forces else []
         if self.config.direct_forces:
-            # each edge comes with its mirror; ties behind the last neighbor at most double their number
-            most = 2 * self.config.max_neighbors * (2 if self.config.tie_tolerance else 1)
-            specs += [e2n_spec(edge), v2v_spec(edge), edge_spec(edge, most)]
+            specs += [e2n_spec(edge), v2v_spec(edge), edge_spec(edge, self.edge_rule.max_edges_per_atom)]
         for kind in "HX":
             specs += [node_spec(atom, f"layer/{kind}{i}") for i in range(self.config.num_blocks + 1)]
         return {spec.name: spec for spec in specs}
