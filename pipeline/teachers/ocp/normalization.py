@@ -10,6 +10,7 @@ import torch
 
 from molkd.pipeline.data.references import LabelScale
 from molkd.pipeline.errors import DataError, TeacherError
+from molkd.pipeline.teachers.ocp.reading import as_number
 
 log = logging.getLogger(__name__)
 
@@ -90,7 +91,7 @@ def _references(checkpoint: Mapping[str, Any], path: Path) -> dict[int, float]:
         raise TeacherError(
             f"{path}: its references of elements are no list of energies; take another checkpoint"
         )
-    values = table.double().numpy()
+    values = table.detach().double().numpy()
     return {int(z): float(values[z]) for z in np.flatnonzero(values)}
 
 
@@ -104,8 +105,9 @@ def _dataset(checkpoint: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _number(value: Any, name: str, path: Path) -> float:
-    if isinstance(value, torch.Tensor | np.generic | int | float) and torch.as_tensor(value).numel() == 1:
-        return float(value)
+    number = as_number(value)
+    if number is not None:
+        return number
     raise TeacherError(f"{path}: the normaliser {name} should be one number, found {value!r}")
 
 

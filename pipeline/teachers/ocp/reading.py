@@ -7,7 +7,9 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from molkd.pipeline.data.records import PARSER_ERRORS
 from molkd.pipeline.data.restricted_unpickler import NUMPY_SCALARS
@@ -15,6 +17,8 @@ from molkd.pipeline.errors import TeacherError
 
 _DAMAGE_ERRORS: tuple[type[Exception], ...] = (*PARSER_ERRORS, struct.error)
 _NAMED = re.compile(r"GLOBAL (\S+)")
+# What else torch says there is advice to trust the file.
+_REASON = re.compile(r"WeightsUnpickler error:\s*(.*)")
 
 
 def read_torch_file(path: Path) -> Any:
@@ -36,16 +40,24 @@ def read_torch_file(path: Path) -> Any:
     except pickle.UnpicklingError as error:
         named = _NAMED.search(str(error))
         if named is None:
-            raise TeacherError(_damaged(path, error)) from None
+            reason = _REASON.search(str(error))
+            raise TeacherError(_damaged(path, reason[1] if reason else "its pickle is broken")) from None
         raise TeacherError(
             f"{path}: refused, its pickle asks for {named[1]}, and a checkpoint needs tensors, plain "
             "containers and numpy scalars only. Nothing was run. Take the file from a source you trust, "
             "or save its state_dict, config and normalizers anew without such objects"
         ) from None
     except _DAMAGE_ERRORS as error:
-        raise TeacherError(_damaged(path, error)) from None
+        raise TeacherError(_damaged(path, f"{type(error).__name__}: {error}")) from None
 
 
-def _damaged(path: Path, error: Exception) -> str:
-    reason = " ".join(str(error).split())[:200] or type(error).__name__
-    return f"{path}: truncated, damaged or no file of torch.save ({reason}); copy it again"
+def as_number(value: Any) -> float | None:
+    """Return a number that a file holds as such, as numpy scalar or as tensor of one element; else None."""
+    if isinstance(value, Tensor):
+        return float(value.detach().item()) if value.numel() == 1 else None
+    return float(value) if isinstance(value, int | float | np.generic) else None
+
+
+def _damaged(path: Path, reason: str) -> str:
+    short = " ".join(reason.split())[:200]
+    return f"{path}: truncated, damaged or no file of torch.save ({short}); copy it again"

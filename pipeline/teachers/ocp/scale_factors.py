@@ -10,13 +10,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from molkd.pipeline.errors import TeacherError
 from molkd.pipeline.models.ocp_blocks import ScaleFactor
-from molkd.pipeline.teachers.ocp.reading import read_torch_file
+from molkd.pipeline.teachers.ocp.reading import as_number, read_torch_file
 from molkd.pipeline.teachers.ocp.weights import SCALE_SUFFIX
 
 log = logging.getLogger(__name__)
@@ -129,11 +128,8 @@ def _as_factors(content: Any, where: str) -> Factors:
     for key, value in content.items():
         if key == "comment":  # of JSON files
             continue
-        is_number = (
-            isinstance(value, int | float | np.generic | Tensor) and torch.as_tensor(value).numel() == 1
-        )
-        number = float(value) if is_number else math.nan
-        if not 0 <= number < math.inf:
+        number = as_number(value)
+        if number is None or not 0 <= number < math.inf:
             raise TeacherError(
                 f"{where}: the scale factor {key} should be a positive number, found {value!r}"
             )
