@@ -26,6 +26,7 @@ from molkd.pipeline.device import choose_device
 from molkd.pipeline.distill.loader import Sample
 from molkd.pipeline.distill.optim import lr_factor
 from molkd.pipeline.distill.run_folder import RunFolder
+from molkd.pipeline.distill.scale_factors import fit_on_first_batches
 from molkd.pipeline.distill.step import TrainState, accumulate, initial_state, train_step
 from molkd.pipeline.distill.student import Setup, prepare
 from molkd.pipeline.errors import CacheError, ModelError
@@ -86,6 +87,8 @@ def _train(config: TrainConfig, run: RunFolder) -> TrainSummary:
         _check_same_data(config, saved.get("data", {}), data)
         state.load_state_dict(saved)
         log.info("continuing at step %d of %d", state.step, total_steps)
+    else:
+        fit_on_first_batches(state)
     n_parameters = sum(p.numel() for p in setup.potential.model.parameters())
     log.info(
         "%s: %d parameters, %d training systems, %d steps of %d systems on %s",
@@ -99,7 +102,7 @@ def _train(config: TrainConfig, run: RunFolder) -> TrainSummary:
     for path in config.test.values():  # what is wrong with them shows now, not when the training is over
         for _ in _read(path, config, _scope(setup.potential, config.student)):
             pass
-    part_names = ["loss", "energy", "forces", *(t.name for t in config.kd)]
+    part_names = ["loss", "energy", "forces", *(t.label for t in config.kd)]
     run.start_metrics(_columns(part_names), state.step)
 
     with (
@@ -150,7 +153,7 @@ def _train(config: TrainConfig, run: RunFolder) -> TrainSummary:
             "student": config.student,
             "label": config.label,
             "seed": config.seed,
-            "kd": {t.name: setup.objective.weights[t.name] for t in config.kd},
+            "kd": dict(setup.objective.weights),
             "teacher": setup.potential.metadata["provenance"]["teacher"],
             "store": str(config.store),
             "dataset_fingerprint": cache.fingerprint,

@@ -55,6 +55,30 @@ MODELS: dict[str, dict[str, Any]] = {
     },
 }
 TEACHER = PAINN | {"hidden_channels": 24, "num_layers": 3, "cutoff": 5.0}
+# Ten atoms have nine neighbors: six of them are in the main graph, all in the others.
+GEMNET: dict[str, Any] = {
+    "name": "gemnet_oc",
+    "num_spherical": 3,
+    "num_radial": 8,
+    "num_blocks": 2,
+    "emb_size_atom": 12,
+    "emb_size_edge": 16,
+    **{
+        f"emb_size_{what}": 8
+        for what in ("trip_in", "trip_out", "quad_in", "quad_out", "aint_in", "aint_out")
+    },
+    **{f"emb_size_{what}": 4 for what in ("rbf", "cbf", "sbf")},
+    "num_before_skip": 1,
+    "num_after_skip": 1,
+    "num_atom": 1,
+    "num_output_afteratom": 1,
+    "num_global_out_layers": 1,
+    "cutoff": 5.0,
+    "max_neighbors": 6,
+    "max_neighbors_qint": 3,
+    "max_neighbors_aint": 50,
+}
+GEMNET_TEACHER = GEMNET | {"emb_size_atom": 20, "emb_size_edge": 24}
 
 
 def read_systems(path: Path = COLL) -> list[System]:
@@ -82,12 +106,12 @@ def scale_of(systems: list[System], mode: Any = "forces", references: Any = "fit
     return fit_label_scale(counts, [s.energy for s in systems], rms, mode, references)
 
 
-def save_teacher(path: Path, seed: int = 1) -> Path:
-    """A PaiNN with random weights, and energies that look like the labels'."""
+def save_teacher(path: Path, seed: int = 1, config: dict[str, Any] = TEACHER) -> Path:
+    """A model with random weights, and energies that look like the labels'."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = build_model(TEACHER)
-    Potential(model, scale_of(read_systems()), {"model": TEACHER}).save(path)
+        model = build_model(config)
+    Potential(model, scale_of(read_systems()), {"model": config}).save(path)
     return path
 
 
