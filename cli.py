@@ -74,7 +74,7 @@ def ingest(as_json: bool, **flags: Any) -> None:
 @kd.command("cache-teacher")
 @click.argument("data", type=PATH)
 @click.argument("store", type=PATH, required=False)
-@click.option("--teacher", required=True, help="Model file, run folder, weights, or a name (see kd doctor).")
+@click.option("--teacher", required=True, help="Model file, run folder, OCP checkpoint, or a name (see kd doctor).")
 @scale_file
 @click.option("--signals", help="Comma-separated; default energy,forces,atomic_energies,node.")
 @click.option("--name", help="Of the teacher's group in the store.")

@@ -31,7 +31,7 @@ def help_of(path):
 def test_commands_of_the_product():
     assert set(ALL) >= {
         ("ingest",), ("cache-teacher",), ("cache", "info"), ("cache", "verify"), ("train-student",),
-        ("evaluate",), ("report",), ("doctor",), ("demo",),
+        ("evaluate",), ("report",), ("doctor",), ("demo",), ("teacher", "info"),
     }  # fmt: skip
 
 

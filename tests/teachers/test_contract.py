@@ -30,9 +30,12 @@ TEACHERS = [
     "painn-direct",
     "painn-gradient",
     "schnet",
+    "ocp-painn",
+    "ocp-gemnet_oc",
+    "ocp-gemnet_oc-gradient",
     "sevennet-0",
 ]
-GRADIENT = [name for name in TEACHERS if name != "painn-direct"]
+GRADIENT = [name for name in TEACHERS if name not in ("painn-direct", "ocp-painn", "ocp-gemnet_oc")]
 
 
 def write_builtin(name: str, path: Path) -> None:
@@ -60,6 +63,46 @@ def write_builtin(name: str, path: Path) -> None:
     Potential(model, scale, metadata).save(path)
 
 
+def write_ocp(name: str, path: Path) -> None:
+    """A checkpoint in the layout of 2023, of a small model with random weights."""
+    from molkd.pipeline.models.registry import build_model
+
+    sizes = {"hidden_channels": 16, "num_layers": 2, "num_rbf": 8}
+    if "gemnet_oc" in name:
+        sizes = {
+            "num_spherical": 3,
+            "num_radial": 8,
+            "num_blocks": 2,
+            "num_atom": 1,
+            "num_output_afteratom": 1,
+        }
+        sizes |= {
+            f"emb_size_{s}": n for s, n in (("atom", 12), ("edge", 10), ("rbf", 4), ("cbf", 5), ("sbf", 6))
+        }
+        sizes |= {f"emb_size_{s}_{d}": 4 for s in ("trip", "quad", "aint") for d in ("in", "out")}
+        sizes |= {"num_before_skip": 1, "num_after_skip": 1, "num_concat": 1, "direct_forces": True}
+        sizes |= {f"{s}_interaction": True for s in ("quad", "atom_edge", "edge_atom", "atom")}
+        sizes |= {"sbf": {"name": "legendre_outer"}, "max_neighbors_aint": 1000}
+    if "gradient" in name:
+        sizes["direct_forces"] = False
+    settings = {**sizes, "cutoff": 5.0, "max_neighbors": 1000}
+    architecture = name.split("-")[1]
+    torch.manual_seed(4)
+    model = build_model({"name": architecture, **settings})
+    for key, parameter in model.named_parameters():
+        if key.endswith("scale_factor"):
+            parameter.data.fill_(0.8)
+        else:
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    scales = {"mean": torch.tensor(-0.7), "std": torch.tensor(1.9)}
+    content = {
+        "state_dict": {f"module.{key}": value for key, value in model.state_dict().items()},
+        "config": {"model": architecture, "model_attributes": settings},
+        "normalizers": {"target": scales, "grad_target": scales | {"mean": torch.tensor(0.0)}},
+    }
+    torch.save(content, path)
+
+
 @cache
 def teacher(name, dtype=torch.float64):
     if name == "sevennet-0":
@@ -74,6 +117,9 @@ def teacher(name, dtype=torch.float64):
         if name == "schnetpack-random":
             path = Path(folder) / "random.npz"
             np.savez(path, **random_schnetpack_arrays())
+        elif name.startswith("ocp-"):
+            path = Path(folder) / f"{name}.pt"
+            write_ocp(name, path)
         else:
             path = Path(folder) / f"{name}.safetensors"
             write_builtin(name, path)
@@ -245,8 +291,8 @@ def test_provenance_is_complete_and_json(name):
 def test_a_signal_it_does_not_give_is_refused_by_name(name):
     t = teacher(name)
     batch = batch_of(structures(), t.neighbor_rule)
-    with pytest.raises(TeacherError, match=r"does not give e2n; it gives .*atomic_energies"):
-        t.compute(batch, ["node", "e2n"])
+    with pytest.raises(TeacherError, match=r"does not give charges; it gives .*atomic_energies"):
+        t.compute(batch, ["node", "charges"])
 
 
 @pytest.mark.gpu
