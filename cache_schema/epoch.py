@@ -135,20 +135,12 @@ def _check_mask(cache: Cache, subset: NDArray[np.bool_]) -> NDArray[np.bool_]:
 
 def read_epoch(
     cache: Cache,
+    plan: EpochPlan,
     *,
     fields: Sequence[str],
     teacher: str | None = None,
     signals: Sequence[str] = (),
     start_batch: int = 0,
-    subset: NDArray[np.bool_] | None = None,
-    batch_size: int,
-    seed: int,
-    epoch: int,
-    block_atoms: int = BLOCK_ATOMS,
-    window_blocks: int = WINDOW_BLOCKS,
-    rank: int = 0,
-    world_size: int = 1,
-    drop_last: bool = False,
 ) -> Iterator[tuple[NDArray[np.int64], dict[str, NDArray[Any]]]]:
     """Yield stored indices (B,) and arrays, as `Cache.read`, batch by batch from `start_batch` on.
 
@@ -157,20 +149,8 @@ def read_epoch(
     Raises
     ------
     CacheError, IntegrityError
-        As `iterate_epoch` and `Cache.read`.
+        As `Cache.read`.
     """
-    plan = iterate_epoch(
-        cache,
-        subset=subset,
-        batch_size=batch_size,
-        seed=seed,
-        epoch=epoch,
-        block_atoms=block_atoms,
-        window_blocks=window_blocks,
-        rank=rank,
-        world_size=world_size,
-        drop_last=drop_last,
-    )
     window = -1
     held: _Window | None = None
     for begin, end in zip(plan.batch_ptr[start_batch:-1], plan.batch_ptr[start_batch + 1 :], strict=True):

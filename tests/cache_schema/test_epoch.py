@@ -117,14 +117,12 @@ def test_reading_gives_the_planned_systems_and_resumes(store_path, start_batch):
     cache = Cache.open(store_path)
     settings_ = {"batch_size": 3, "seed": 5, "epoch": 1, "block_atoms": 400, "window_blocks": 2}
     fields, signals = ("positions", "energy", "atomic_numbers"), ("node", "energy", "edge", "v2v")
-    plan = list(iterate_epoch(cache, **settings_))
+    plan = iterate_epoch(cache, **settings_)
     batches = list(
-        read_epoch(
-            cache, fields=fields, teacher=TEACHER, signals=signals, start_batch=start_batch, **settings_
-        )
+        read_epoch(cache, plan, fields=fields, teacher=TEACHER, signals=signals, start_batch=start_batch)
     )
     assert len(batches) == len(plan) - start_batch
-    for (indices, arrays), planned in zip(batches, plan[start_batch:], strict=True):
+    for (indices, arrays), planned in zip(batches, list(plan)[start_batch:], strict=True):
         assert indices.tolist() == planned.tolist()
         reference = cache.read(indices, fields, TEACHER, signals)
         assert arrays.keys() == reference.keys()
@@ -136,15 +134,15 @@ def test_reading_gives_the_planned_systems_and_resumes(store_path, start_batch):
 def test_each_window_is_read_once(store_path, monkeypatch):
     cache = Cache.open(store_path)
     settings_ = {"batch_size": 2, "seed": 5, "epoch": 1, "block_atoms": 200, "window_blocks": 2}
-    windows = iterate_epoch(cache, **settings_).windows
-    assert len(windows) > 2
+    plan = iterate_epoch(cache, **settings_)
+    assert len(plan.windows) > 2
     calls = []
     read = cache.read_rows
     monkeypatch.setattr(
         cache, "read_rows", lambda indices, *rest: calls.append(indices) or read(indices, *rest)
     )
-    list(read_epoch(cache, fields=("positions",), **settings_))
-    assert [c.tolist() for c in calls] == [sorted(w.tolist()) for w in windows]
+    list(read_epoch(cache, plan, fields=("positions",)))
+    assert [c.tolist() for c in calls] == [sorted(w.tolist()) for w in plan.windows]
 
 
 @pytest.mark.parametrize(
