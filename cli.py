@@ -188,7 +188,11 @@ def teacher_info(as_json: bool, teacher: str, scale_file: Path | None) -> None:
 @click.argument("store", type=PATH)
 @click.option("--student", required=True, help="Preset: painn-small, painn-big, schnet, painn-tiny, ...")
 @click.option(
-    "--kd", "kd_terms", multiple=True, help="none, or LOSS=LAMBDA with n2n, v2v, vanilla1, vanilla2."
+    "--kd",
+    "kd_terms",
+    multiple=True,
+    metavar="LOSS[:TAPS][=LAMBDA]",
+    help="none, n2n, e2n, v2v, e2e, vanilla1 or vanilla2; TAPS are U4, U2+U4 or 'H3->U4'.",
 )
 @click.option("--out", required=True, type=PATH, help="Run folder.")
 @click.option(
@@ -221,12 +225,15 @@ def train_student(
 ) -> None:
     """Train a student on STORE; --kd says what it learns from the cached teacher.
 
-    LAMBDA is the paper's weight, or auto: then the term starts as large as the loss on the labels. With
-    --kd none this is ordinary training, also the way to train a teacher. The same command continues.
+    LAMBDA is the paper's weight, or auto: then the term starts as large as the loss on the labels. TAPS say
+    which layers n2n and e2n compare: U4 is one of the student, U2+U4 are two of them together, and in H3->U4
+    the teacher's H3 is learnt (quote the > for the shell). e2e trains on the teacher's edges. With --kd none
+    this is ordinary training, also the way to train a teacher. The same command continues.
 
     \b
     Example:
       kd train-student coll.kdcache --student painn-small --kd n2n=auto --kd v2v=1.0 --out runs/n2n
+      kd train-student coll.kdcache --student painn-small --kd 'n2n:H3->U2+U4' --out runs/layers
       kd train-student coll.kdcache --student painn-big --kd none --out runs/teacher
     """
     from molkd.pipeline.distill.settings import resolve
