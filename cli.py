@@ -74,9 +74,11 @@ def ingest(as_json: bool, **flags: Any) -> None:
 @kd.command("cache-teacher")
 @click.argument("data", type=PATH)
 @click.argument("store", type=PATH, required=False)
-@click.option("--teacher", required=True, help="Model file, run folder, OCP checkpoint, or a name (see kd doctor).")
+@click.option(
+    "--teacher", required=True, help="Model file, run folder, OCP checkpoint, or a name (see kd doctor)."
+)
 @scale_file
-@click.option("--signals", help="Comma-separated; default energy,forces,atomic_energies,node.")
+@click.option("--signals", help="Comma-separated, or all; default energy,forces,atomic_energies,node.")
 @click.option("--name", help="Of the teacher's group in the store.")
 @click.option("--energy-key", help="Name of the energy in DATA (eV), kept as label.")
 @click.option("--forces-key", help="Name of the forces in DATA (eV/A), kept as label.")
@@ -142,22 +144,36 @@ def cache_info(as_json: bool, store: Path) -> None:
 @cache.command("verify")
 @click.argument("store", type=PATH)
 @click.option("--quick", is_flag=True, help="Presence and sizes only, no checksums.")
+@click.option("--deep", is_flag=True, help="Also values: do atoms and edges of a sample add up?")
+@click.option("--teacher", help="With --deep: compute the sample again with this teacher.")
+@scale_file
+@click.option("--systems", "n_systems", type=click.IntRange(min=1), default=32, help="Of the sample.")
+@click.option("--device", default="auto", show_default=True, help="Of the teacher.")
 @as_json
-def cache_verify(as_json: bool, store: Path, quick: bool) -> None:
+def cache_verify(as_json: bool, store: Path, quick: bool, deep: bool, **flags: Any) -> None:
     """Check every byte of STORE against its checksums; exit code 3 if something is wrong.
 
     \b
     Example:
       kd cache verify coll.kdcache
+      kd cache verify coll.kdcache --deep --teacher painn.safetensors
     """
+    if (deep and quick) or (flags["teacher"] and not deep):
+        raise click.UsageError("--teacher goes with --deep, and --deep not with --quick")
     from molkd.cache_schema.summary import describe_report
     from molkd.cache_schema.verify import verify
     from molkd.pipeline.progress import Progress
 
+    report: Any
     with Progress(0, "verify", "byte") as progress:
-        report = verify(store, quick=quick, progress=progress.advance_to)
-    _show(report, as_json, describe_report)
-    if report.problems:
+        if deep:
+            from molkd.pipeline.deep_verify import deep_verify
+
+            report = deep_verify(store, **flags, progress=progress.advance_to)
+        else:
+            report = verify(store, quick=quick, progress=progress.advance_to)
+    _show(report, as_json, None if deep else describe_report)
+    if not report.ok:
         sys.exit(3)
 
 

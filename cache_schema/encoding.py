@@ -106,6 +106,13 @@ def encode(values: NDArray[Any], encoding: Encoding, where: str) -> NDArray[Any]
     return stored
 
 
+def rounding_error(stored: NDArray[Any], encoding: Encoding) -> NDArray[np.float64]:
+    """Return how far stored values can be from the given ones: half a unit in their last place."""
+    numbers = np.finfo(encoding.dtype)
+    bound = np.abs(stored.astype(np.float64)) * float(numbers.eps) / 2
+    return np.maximum(bound, float(numbers.smallest_subnormal) / 2)
+
+
 def all_finite(stored: NDArray[Any]) -> bool:
     """Say whether no value is NaN or infinite; half precision is tested by its bits, 20 times faster."""
     if stored.dtype == np.float16:

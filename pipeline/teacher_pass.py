@@ -57,7 +57,7 @@ def make_work(
 def _split_by_edges(
     cache: Cache, indices: NDArray[np.int64], rule: NeighborRule, dtype: torch.dtype, max_edges: int
 ) -> Iterator[Work]:
-    work = _build(cache, indices, rule, dtype)
+    work = build_work(cache, indices, rule, dtype)
     if len(indices) == 1 or work.n_edges <= max_edges:
         yield work
         return
@@ -65,7 +65,8 @@ def _split_by_edges(
         yield from _split_by_edges(cache, half, rule, dtype, max_edges)
 
 
-def _build(cache: Cache, indices: NDArray[np.int64], rule: NeighborRule, dtype: torch.dtype) -> Work:
+def build_work(cache: Cache, indices: NDArray[np.int64], rule: NeighborRule, dtype: torch.dtype) -> Work:
+    """Read systems and build one batch of them."""
     arrays = cache.read(indices, _FIELDS)
     n_atoms = cache.system_n_atoms[indices].astype(np.int64)
     batch = make_batch(
@@ -119,7 +120,7 @@ class TeacherPass:
                 self.teacher.device, work.batch.n_atoms, work.n_edges,
             )  # fmt: skip
         for half in _halves(work.indices):
-            part = _build(self.cache, half, self.teacher.neighbor_rule, self.teacher.dtype)
+            part = build_work(self.cache, half, self.teacher.neighbor_rule, self.teacher.dtype)
             yield from self.run(part, signals)
 
     def _try(self, work: Work, signals: Collection[str]) -> dict[str, Tensor] | None:

@@ -61,7 +61,7 @@ def make_store(store: Path, *data: Path, **settings: object) -> Path:
 
 
 def write_teacher(path: Path, kind: str = "painn-direct", channels: int = 8, seed: int = 3) -> Path:
-    """Write a small teacher with random weights: painn-direct, painn-gradient, schnet or schnetpack."""
+    """Write a small teacher with random weights: painn-direct, painn-gradient, schnet, gemnet or schnetpack."""
     if kind == "schnetpack":
         np.savez(path.with_suffix(".npz"), **random_schnetpack_arrays())
         return path.with_suffix(".npz")
@@ -71,11 +71,19 @@ def write_teacher(path: Path, kind: str = "painn-direct", channels: int = 8, see
     }  # fmt: skip
     if kind == "schnet":
         config = {"name": "schnet", "hidden_channels": channels, "num_filters": 8, "num_interactions": 1}
-    config |= {"cutoff": 5.0, "max_neighbors": 1000}
+    if kind == "gemnet":
+        config = {
+            "name": "gemnet_oc", "num_spherical": 3, "num_radial": 8, "num_blocks": 1, "emb_size_atom": channels,
+            "emb_size_edge": channels + 2, "emb_size_trip_in": 4, "emb_size_trip_out": 4, "emb_size_quad_in": 4,
+            "emb_size_quad_out": 4, "emb_size_aint_in": 4, "emb_size_aint_out": 4, "emb_size_rbf": 4,
+            "emb_size_cbf": 4, "emb_size_sbf": 4, "max_neighbors": 12, "max_neighbors_aint": 1000,
+        }  # fmt: skip
+    config = {"max_neighbors": 1000, **config, "cutoff": 5.0}
     torch.manual_seed(seed)
     model = build_model(config)
     for parameter in model.parameters():  # fresh biases are zero and hide mistakes
-        parameter.data += 0.1 * torch.randn_like(parameter)
+        if parameter.requires_grad:
+            parameter.data += 0.1 * torch.randn_like(parameter)
     scale = LabelScale(-0.7, 1.9, 1.9, {1: -13.0, 6: -1030.0, 8: -2040.0})
     path = path.with_suffix(".safetensors")
     Potential(model, scale, {"model": config, "provenance": {"elements": list(ELEMENTS)}}).save(path)
