@@ -214,7 +214,7 @@ def test_energies_of_the_teacher_set_the_scale_where_labels_are_forces_only(teac
     assert set(scale.references) == {1, 6, 8}
     train_student(config)
     name = "energy" if "pseudo_labels" in learn else "vanilla2"
-    assert column(tmp_path / "run", f"train_{name}")[0] < 10
+    assert column(tmp_path / "run", f"train_{name}")[0] < 30  # of hundreds
 
 
 def test_a_store_without_labels_needs_the_teachers(bare_store, tmp_path):
