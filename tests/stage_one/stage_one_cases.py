@@ -61,7 +61,10 @@ def make_store(store: Path, *data: Path, **settings: object) -> Path:
 
 
 def write_teacher(path: Path, kind: str = "painn-direct", channels: int = 8, seed: int = 3) -> Path:
-    """Write a small teacher with random weights: painn-direct, painn-gradient, schnet, gemnet or schnetpack."""
+    """Write a small teacher with random weights.
+
+    `kind` is painn-direct, painn-gradient, schnet, gemnet or schnetpack.
+    """
     if kind == "schnetpack":
         np.savez(path.with_suffix(".npz"), **random_schnetpack_arrays())
         return path.with_suffix(".npz")
@@ -72,12 +75,11 @@ def write_teacher(path: Path, kind: str = "painn-direct", channels: int = 8, see
     if kind == "schnet":
         config = {"name": "schnet", "hidden_channels": channels, "num_filters": 8, "num_interactions": 1}
     if kind == "gemnet":
-        config = {
-            "name": "gemnet_oc", "num_spherical": 3, "num_radial": 8, "num_blocks": 1, "emb_size_atom": channels,
-            "emb_size_edge": channels + 2, "emb_size_trip_in": 4, "emb_size_trip_out": 4, "emb_size_quad_in": 4,
-            "emb_size_quad_out": 4, "emb_size_aint_in": 4, "emb_size_aint_out": 4, "emb_size_rbf": 4,
-            "emb_size_cbf": 4, "emb_size_sbf": 4, "max_neighbors": 12, "max_neighbors_aint": 1000,
-        }  # fmt: skip
+        sizes = dict.fromkeys(("trip_in", "trip_out", "quad_in", "quad_out", "aint_in", "aint_out"), 4)
+        sizes |= {"atom": channels, "edge": channels + 2, "rbf": 4, "cbf": 4, "sbf": 4}
+        config = {"name": "gemnet_oc", "num_spherical": 3, "num_radial": 8, "num_blocks": 1}
+        config |= {"max_neighbors": 12, "max_neighbors_aint": 1000}
+        config |= {f"emb_size_{name}": size for name, size in sizes.items()}
     config = {"max_neighbors": 1000, **config, "cutoff": 5.0}
     torch.manual_seed(seed)
     model = build_model(config)
