@@ -11,18 +11,15 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from molkd.cache_schema.reader import Cache
 from molkd.pipeline.config import TrainConfig
-from molkd.pipeline.data.sources import open_source
-from molkd.pipeline.data.store_source import StoreSource
 from molkd.pipeline.data.system import System
 from molkd.pipeline.device import choose_device
+from molkd.pipeline.distill.held_out import read_held_out, read_systems, validation_systems
 from molkd.pipeline.distill.loader import Sample
 from molkd.pipeline.distill.optim import lr_factor
 from molkd.pipeline.distill.run_folder import RunFolder
@@ -30,11 +27,10 @@ from molkd.pipeline.distill.scale_factors import fit_on_first_batches
 from molkd.pipeline.distill.step import TrainState, accumulate, initial_state, train_step
 from molkd.pipeline.distill.student import Setup, prepare
 from molkd.pipeline.errors import CacheError, ModelError
-from molkd.pipeline.evaluation.evaluate import evaluate, known_systems
+from molkd.pipeline.evaluation.evaluate import evaluate
 from molkd.pipeline.evaluation.result import FOLDER, Evaluation
 from molkd.pipeline.models.potential import Potential
 from molkd.pipeline.progress import Progress
-from molkd.pipeline.scope import Scope
 
 log = logging.getLogger(__name__)
 
@@ -78,10 +74,11 @@ def train_student(config: TrainConfig) -> TrainSummary:
 def _train(config: TrainConfig, run: RunFolder) -> TrainSummary:
     device = choose_device(config.device)
     cache = Cache.open(config.store)
-    setup = prepare(cache, config, device, _held_out_ids(config))
+    held_out = read_held_out(config)
+    setup = prepare(cache, config, device, held_out.ids)
     state = initial_state(cache, setup, config, device)
     total_steps, val_every = _length(state.loader.batches_per_epoch, config)
-    val_systems = _validation_systems(cache, setup, config)
+    val_systems = validation_systems(cache, setup, config, held_out)
     data = _data_of(cache, setup, val_systems)
     if (saved := run.load_state()) is not None:
         _check_same_data(config, saved.get("data", {}), data)
@@ -99,9 +96,6 @@ def _train(config: TrainConfig, run: RunFolder) -> TrainSummary:
         config.training.batch_size,
         device,
     )
-    for path in config.test.values():  # what is wrong with them shows now, not when the training is over
-        for _ in _read(path, config, _scope(setup.potential, config.student)):
-            pass
     part_names = ["loss", "energy", "forces", *(t.label for t in config.kd)]
     run.start_metrics(_columns(part_names), state.step)
 
@@ -228,46 +222,6 @@ def _columns(part_names: list[str]) -> list[str]:
     return ["step", "epoch", "lr", "seconds", *(f"train_{n}" for n in part_names), *validation]
 
 
-def _held_out_ids(config: TrainConfig) -> frozenset[bytes]:
-    """Return the ids of everything in the validation and test data."""
-    ids = set()
-    for path in [*config.test.values(), *([config.val] if config.val else [])]:
-        ids |= {system.id for system in _read(path, config)}
-    return frozenset(ids)
-
-
-def _scope(potential: Potential, name: str) -> Scope:
-    return Scope(name, potential.elements, potential.neighbor_rule)
-
-
-def _read(path: Path, config: TrainConfig, scope: Scope | None = None) -> Iterator[System]:
-    """Yield the systems of a file; those that make no sense or are out of scope are refused."""
-    source = open_source(path, energy_key=config.energy_key, forces_key=config.forces_key)
-    try:
-        if scope is None:
-            yield from (source.read(i) for i in range(len(source)))
-        else:
-            yield from known_systems(source, scope)
-    finally:
-        source.close()
-
-
-def _validation_systems(cache: Cache, setup: Setup, config: TrainConfig) -> list[System]:
-    """Read what is held out; without any label a system cannot tell a good student from a bad one."""
-    scope = _scope(setup.potential, config.student)
-    if config.val is not None:
-        systems = list(_read(config.val, config, scope))
-    else:
-        held_out = StoreSource(cache)
-        systems = [held_out.read(int(i)) for i in np.flatnonzero(setup.val)]
-        for system in systems:
-            scope.check(system)
-    labelled = [s for s in systems if np.isfinite(s.energy) or np.isfinite(s.forces[~s.fixed]).any()]
-    if not labelled:
-        log.info("no labelled system is held out: the last weights are kept as the best ones")
-    return labelled
-
-
 def _validate(
     state: TrainState, systems: list[System], run: RunFolder, device: torch.device
 ) -> dict[str, float | int]:
@@ -310,8 +264,7 @@ def _test(config: TrainConfig, run: RunFolder, device: torch.device) -> dict[str
     best = Potential.load(run.best, device)
     results = {}
     for name, path in config.test.items():
-        systems = _read(path, config, _scope(best, str(config.out)))
-        evaluation = _evaluate(best, systems, device, measure_throughput=True)
+        evaluation = _evaluate(best, read_systems(path, config), device, measure_throughput=True)
         evaluation.save(run.path / FOLDER / f"{name}.npz")
         results[name] = evaluation.to_report()
     return results
