@@ -1,12 +1,14 @@
 """Fits a fresh model's scale factors to data: its activations then start with the variance they should have.
 
 As in OCP: ``factor = sqrt(var(reference) / var(x))``, with 1 where there is no reference. The variance is
-over the rows of a batch, averaged over channels, then over batches by their rows. OCP runs every batch once
-for each factor. Here one pass fits all of them: while a batch passes, each factor takes that batch's own
-ratio, so that what lies behind it sees scaled values at once.
+over the rows of a batch, averaged over channels, then over batches by their rows. Rows of zeros, where there
+is no neighbor, triplet or quadruplet, do not count. OCP runs every batch once for each factor. Here one pass
+fits all of them: while a batch passes, each factor takes that batch's own ratio, so that what lies behind it
+sees scaled values at once.
 """
 
 import logging
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,29 +31,32 @@ class _Watcher:
 
     factor: ScaleFactor
     fits: bool  # whether the factor takes each batch's own ratio
-    variance: Tensor | float = 0.0  # of x, times rows
-    target: Tensor | float = 0.0  # what it should be, times rows
+    variance: float = 0.0  # of x, times rows
+    target: float = 0.0  # what it should be, times rows
 
     @torch.no_grad()
     def __call__(self, x: Tensor, reference: Tensor | None = None) -> None:
-        """Look at the arguments of the factor's `forward`; no value is fetched from the device."""
-        variance = _variance(x)
-        target = torch.ones_like(variance) if reference is None else _variance(reference)
-        known = (variance > 0) & (target > 0)
-        self.variance = self.variance + len(x) * torch.where(known, variance, 0.0)
-        self.target = self.target + len(x) * torch.where(known, target, 0.0)
+        """Look at the arguments of the factor's `forward`."""
+        rows = x.flatten(0, -2)  # (M, C)
+        count = (rows != 0).any(dim=1)
+        variance, target = _variance(rows[count]), 1.0
+        if reference is not None:
+            aims = reference.flatten(0, -2)
+            target = _variance(aims[count if len(aims) == len(rows) else (aims != 0).any(dim=1)])
+        if variance > 0 and target > 0:
+            n_rows = int(count.sum())
+            self.variance += n_rows * variance
+            self.target += n_rows * target
         if self.fits:
-            self.factor.scale_factor.copy_(torch.where(known, target / variance, 0.0).sqrt())
+            self.factor.scale_factor.fill_(math.sqrt(target / variance) if variance > 0 else 0.0)
 
     def fitted(self) -> float:
         """Return the factor from all batches; 0 if there was nothing to fit it on."""
-        target, variance = float(self.target), float(self.variance)
-        return (target / variance) ** 0.5 if 0 < variance < float("inf") else 0.0
+        return math.sqrt(self.target / self.variance) if self.target else 0.0
 
     def ratio(self) -> float:
         """Return the variance behind the factor over what it should be; NaN if there was nothing to scale."""
-        target, variance = float(self.target), float(self.variance)
-        return float(self.factor.scale_factor) ** 2 * variance / target if target else float("nan")
+        return float(self.factor.scale_factor) ** 2 * self.variance / self.target if self.target else math.nan
 
 
 def fit_scale_factors(model: nn.Module, batches: Iterable[Batch]) -> dict[str, float]:
@@ -140,9 +145,9 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
         model.train(was_training)
 
 
-def _variance(x: Tensor) -> Tensor:
-    """Return the variance of x (M, ...) over its rows, averaged over channels; 0 if it is rounding only."""
-    if len(x) < 2:
-        return x.new_zeros(())
-    variance = x.var(dim=0).mean()
-    return torch.where(variance > _ROUNDING * x.square().mean(), variance, 0.0)
+def _variance(rows: Tensor) -> float:
+    """Return the variance over rows (M, C), averaged over channels; 0 if there is none but rounding."""
+    if len(rows) < 2:
+        return 0.0
+    variance, scale = float(rows.var(dim=0).mean()), float(rows.square().mean())
+    return variance if _ROUNDING * scale < variance < math.inf else 0.0
