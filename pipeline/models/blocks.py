@@ -7,6 +7,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from molkd.pipeline.graphs.batch import Batch
+from molkd.pipeline.models.matmul import Linear
 
 
 class GaussianSmearing(nn.Module):
@@ -26,9 +27,9 @@ class GaussianSmearing(nn.Module):
         return torch.exp(self.coefficient * (distance.unsqueeze(1) - self.offset).square())  # (E, K)
 
 
-def linear(n_in: int, n_out: int, *, bias: bool = True) -> nn.Linear:
+def linear(n_in: int, n_out: int, *, bias: bool = True) -> Linear:
     """Linear layer with Glorot weights and zero bias."""
-    layer = nn.Linear(n_in, n_out, bias=bias)
+    layer = Linear(n_in, n_out, bias=bias)
     nn.init.xavier_uniform_(layer.weight)
     if bias:
         nn.init.zeros_(layer.bias)

@@ -7,6 +7,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from molkd.pipeline.models.gemnet_oc.layers import he_orthogonal_
+from molkd.pipeline.models.matmul import linear
 from molkd.pipeline.models.ocp_blocks import GaussianBasis
 
 
@@ -52,7 +53,7 @@ class BasisEmbedding(nn.Module):
         """Return what an edge's embedding makes of each angular function."""
         n_radial, n_angular, _ = self.weight.shape
         # OCP stores (K, A, I) and reads the product as (E, I, A), not transposed; trained weights know that.
-        product = rbf @ self.weight.view(n_radial, -1)
+        product = linear(rbf, self.weight.view(n_radial, -1).t())
         return product.view(-1, self.n_embedding, n_angular)
 
 
@@ -66,4 +67,4 @@ class RadialEmbedding(nn.Module):
 
     def forward(self, rbf: Float[Tensor, "E K"]) -> Float[Tensor, "E I"]:
         """Map the radial functions."""
-        return rbf @ self.weight.T
+        return linear(rbf, self.weight)

@@ -57,8 +57,7 @@ class AtomUpdate(nn.Module):
         self, m: Float[Tensor, "E C"], rbf: Float[Tensor, "E R"], receiver: Int[Tensor, " E"], n_atoms: int
     ) -> Float[Tensor, "N A"]:
         """Return what the atoms hear."""
-        x = sum_at(receiver, m * self.dense_rbf(rbf), n_atoms)
-        x = self.scale_sum(x, m)
+        x: Tensor = self.scale_sum(sum_at(receiver, m * self.dense_rbf(rbf), n_atoms), m)
         for layer in self.layers:
             x = layer(x)
         return x

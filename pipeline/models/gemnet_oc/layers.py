@@ -5,7 +5,9 @@ import math
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.nn.functional import linear, silu
+from torch.nn.functional import silu
+
+from molkd.pipeline.models import matmul
 
 _ACTIVATION_SCALE = 1 / 0.6  # unit variance for standard normal input
 _INV_SQRT_2 = 1 / math.sqrt(2)
@@ -35,7 +37,7 @@ class Linear(nn.Module):
 
     def __init__(self, n_in: int, n_out: int) -> None:
         super().__init__()
-        self.linear = nn.Linear(n_in, n_out, bias=False)
+        self.linear = matmul.Linear(n_in, n_out, bias=False)
         he_orthogonal_(self.linear.weight)
 
     def forward(self, x: Float[Tensor, "*rows A"]) -> Float[Tensor, "*rows B"]:
@@ -93,8 +95,8 @@ class EdgeEmbedding(nn.Module):
     ) -> Float[Tensor, "E C"]:
         """Map atoms before they are spread over edges: there are far fewer of them."""
         w_sender, w_receiver, w_edge = self.dense.linear.weight.split(self.sizes, dim=1)
-        total = linear(features, w_edge)  # (E, C)
+        total = matmul.linear(features, w_edge)  # (E, C)
         for weight, index in ((w_sender, sender), (w_receiver, receiver)):
-            spread = linear(h, weight).index_select(0, index)  # (E, C)
+            spread = matmul.linear(h, weight).index_select(0, index)  # (E, C)
             total = total + spread if torch.is_grad_enabled() else total.add_(spread)
         return scaled_silu(total)

@@ -110,7 +110,7 @@ def _edges_at(main: Graph, atoms: Int[Tensor, " Q"], n_atoms: int) -> tuple[Tens
 def _cos_dihedral(a: Float[Tensor, "Q Wc 3"], b: Float[Tensor, "Q Wd 3"]) -> Float[Tensor, "Q Wc Wd"]:
     """Return the cosine between normals; 0 where one of them vanishes because three atoms are on a line."""
     norms = torch.linalg.vector_norm(a, dim=2).unsqueeze(2) * torch.linalg.vector_norm(b, dim=2).unsqueeze(1)
-    cosine = (a @ b.transpose(1, 2)) / norms.clamp_min(_STRAIGHT.get(a.dtype, _STRAIGHT_SINGLE))
+    cosine: Tensor = (a @ b.transpose(1, 2)) / norms.clamp_min(_STRAIGHT.get(a.dtype, _STRAIGHT_SINGLE))
     return cosine.clamp(-1, 1)
 
 
