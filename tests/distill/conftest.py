@@ -12,7 +12,7 @@ from ase.constraints import FixAtoms
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from distill_cases import COLL, add_teacher, make_store, read_systems, save_teacher
+from distill_cases import COLL, GEMNET_TEACHER, add_teacher, make_store, read_systems, save_teacher
 
 
 @pytest.fixture(scope="session")
@@ -53,3 +53,16 @@ def bare_store(tmp_path_factory, teacher_file) -> Path:
     """The same structures without a single label."""
     path = make_store(tmp_path_factory.mktemp("bare") / "bare.kdcache", drop_labels=(COLL,))
     return add_teacher(path, teacher_file)
+
+
+@pytest.fixture(scope="session")
+def gemnet_file(tmp_path_factory) -> Path:
+    return save_teacher(tmp_path_factory.mktemp("gemnet") / "gemnet.safetensors", config=GEMNET_TEACHER)
+
+
+@pytest.fixture(scope="session")
+def gemnet_store(tmp_path_factory, gemnet_file) -> Path:
+    """All frames labelled, edges and some layers of a GemNet-OC as float32."""
+    path = make_store(tmp_path_factory.mktemp("gemnet_store") / "coll.kdcache", COLL)
+    signals = ("atomic_energies", "node", "e2n", "v2v", "edge", "layer/H1", "layer/X2")
+    return add_teacher(path, gemnet_file, signals=signals)

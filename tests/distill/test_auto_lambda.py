@@ -6,6 +6,8 @@ from distill_cases import make_store, train_config
 
 from molkd.cache_schema.fields import (
     atomic_energies_spec,
+    e2n_spec,
+    edge_spec,
     energy_spec,
     forces_spec,
     node_spec,
@@ -47,12 +49,23 @@ def hand_store(tmp_path_factory):
         (atomic_energies_spec(), np.array([0.5, -0.5, 0.5, -0.5, 0.5])),
         (energy_spec(), np.array([0.0, 0.5])),
         (forces_spec(), np.zeros((5, 3), np.float32)),
+        (node_spec(1, "layer/H3"), np.array([[0.0], [2.0], [0.0], [2.0], [1.0]], np.float32)),  # variance 0.8
+        (e2n_spec(1), 3 * np.array([[0.0], [2.0], [0.0], [2.0], [1.0]], np.float32)),  # 9 times as much
     ]
     store = Store.open(path, mode="a")
     store.add_teacher("hand", {"name": "hand", "weights_sha256": "0" * 64})
     for spec, values in signals:
         with store.shard_writer(store.add_signal("hand", spec, "fp32"), 0) as writer:
             writer.write({"values": values})
+    with store.shard_writer(store.add_signal("hand", edge_spec(2), "fp32"), 0) as writer:
+        writer.write(
+            {
+                "values": np.array([[1.0, 0.0], [3.0, 0.0], [1.0, 0.0], [3.0, 0.0]], np.float32),  # 1 and 0
+                "index": np.array([[1, 0], [0, 1], [1, 0], [0, 1]], np.int32),
+                "shift": np.zeros((4, 3), np.int16),
+                "n_edges": np.array([2, 2], np.int32),
+            }
+        )
     finalize(store)
     return path
 
@@ -65,7 +78,8 @@ def weight_of(store, tmp_path, *, scale="none", **term):
         training={"normalization": scale, "references": "none"},
         kd=[{"weight": "auto"} | term],
     )
-    return prepare(Cache.open(store), config, choose_device("cpu")).objective.weights[term["name"]]
+    (weight,) = prepare(Cache.open(store), config, choose_device("cpu")).objective.weights.values()
+    return weight
 
 
 @pytest.mark.parametrize(
@@ -75,8 +89,13 @@ def weight_of(store, tmp_path, *, scale="none", **term):
         ({"name": "n2n", "loss": "mae"}, 0.48**0.5),
         ({"name": "v2v"}, 8 / 3),
         ({"name": "vanilla2"}, 0.5),
+        ({"name": "n2n", "student_taps": ["U1", "M2"]}, 0.48),  # whatever of the student learns it
+        ({"name": "n2n", "teacher_tap": "H3"}, 0.8),
+        ({"name": "n2n", "teacher_tap": "H3", "loss": "mae"}, 0.8**0.5),
+        ({"name": "e2n"}, 7.2),
+        ({"name": "e2e"}, 0.5),
     ],
-    ids=["n2n", "n2n-mae", "v2v", "vanilla2"],
+    ids=["n2n", "n2n-mae", "v2v", "vanilla2", "taps", "layer", "layer-mae", "e2n", "e2e"],
 )
 def test_auto_starts_the_term_as_large_as_the_base_loss(hand_store, tmp_path, term, start):
     assert weight_of(hand_store, tmp_path, **term) == pytest.approx(L0 / start, rel=1e-6)

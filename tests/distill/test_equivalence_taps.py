@@ -1,18 +1,11 @@
 """The same for layers, edges and sums over edges: a GemNet-OC teaches every student, cached and live."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 from distill_cases import (
-    COLL,
     GEMNET,
-    GEMNET_TEACHER,
     MODELS,
-    add_teacher,
     column,
-    make_store,
-    save_teacher,
     train_config,
 )
 from live_loop import live_loss_curves
@@ -23,24 +16,12 @@ from molkd.pipeline.models.potential import Potential
 
 N_STEPS = 24  # four epochs
 FLOAT32_CURVES = 1e-5  # relative; see test_equivalence
-SIGNALS = ("energy", "forces", "atomic_energies", "node", "e2n", "v2v", "edge", "layer/H1", "layer/X2")
 STUDENTS = {
     "painn, own edges": (MODELS["painn-direct"], ["n2n:H1->U1+U2=5", "e2n:M2=0.5", "v2v=50"]),
     "painn, the teacher's edges": (MODELS["painn-direct"] | {"cutoff": 5.0}, ["e2e=1", "n2n:U1=5", "v2v=50"]),
     "schnet": (MODELS["schnet"], ["n2n:X2->I1=5", "e2n=0.5", "vanilla2=10"]),
     "gemnet-oc": (GEMNET, ["e2e=1", "e2n:e2n=0.5", "n2n:H1->H2+X0=5", "v2v=50"]),
 }
-
-
-@pytest.fixture(scope="module")
-def gemnet_file(tmp_path_factory) -> Path:
-    return save_teacher(tmp_path_factory.mktemp("gemnet") / "gemnet.safetensors", config=GEMNET_TEACHER)
-
-
-@pytest.fixture(scope="module")
-def gemnet_store(tmp_path_factory, gemnet_file) -> Path:
-    path = make_store(tmp_path_factory.mktemp("gemnet_store") / "coll.kdcache", COLL)
-    return add_teacher(path, gemnet_file, signals=SIGNALS)
 
 
 @pytest.mark.parametrize("name", STUDENTS)

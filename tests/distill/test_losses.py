@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from molkd.cache_schema.fields import node_spec, v2v_spec
+from molkd.cache_schema.fields import edge_spec, node_spec, v2v_spec
 from molkd.pipeline.config import KDTerm
 from molkd.pipeline.distill.heads import Objective
 from molkd.pipeline.distill.losses import (
@@ -124,6 +124,13 @@ def test_v2v_is_one_mean_over_atoms_components_and_channels():
     assert feature_loss(mapped, torch.zeros(1, 3, 2), "mae").item() == pytest.approx(4 / 6)
 
 
+def test_a_batch_without_edges_costs_nothing():
+    mapped = torch.zeros(0, 4, requires_grad=True)
+    loss = feature_loss(mapped, torch.zeros(0, 4), "mse")
+    loss.backward()
+    assert loss.item() == 0
+
+
 def test_features_of_half_precision_are_compared_in_float32():
     mapped = torch.full((2, 3), 300.0, dtype=torch.float16)  # 90,000 overflows float16
     assert feature_loss(mapped, torch.zeros(2, 3), "mse").item() == 90_000
@@ -183,3 +190,33 @@ def test_terms_combine_with_their_own_weight_and_are_logged_without():
     expected = {"energy": 1.75, "forces": 4.0, "n2n": 9.0, "v2v": 2.0, "vanilla1": 1.0, "vanilla2": 0.25}
     assert {k: v.item() for k, v in parts.items()} == pytest.approx(expected)
     assert total.item() == pytest.approx(401.75 + 10 * 9 + 0.5 * 2 + 2 * 1 + 200 * 0.25)
+
+
+def test_layers_stand_behind_each_other_in_the_order_they_are_given():
+    """Identity heads and taps: 1, 2 of the student against 1, 5 of the teacher, then 2, 1."""
+    terms = tuple(
+        KDTerm(name="n2n", head="identity", teacher_tap="H3", student_taps=taps)
+        for taps in (("U1", "U2"), ("U2", "U1"))
+    )
+    layers = {f"layer/U{k}": torch.full((5, 1), float(k)) for k in (1, 2)}
+    specs = {name: node_spec(1, name) for name in layers}
+    weights = {term.label: 1.0 for term in terms}
+    objective = Objective(terms, weights, specs, {"layer/H3": node_spec(2)}, 1.0, 1.0)
+    teacher = {"layer/H3": torch.tensor([[1.0, 5.0]]).expand(5, 2)}
+    _, parts = objective(outputs(**layers), targets(teacher=teacher))
+    assert parts["n2n:H3->U1+U2"].item() == pytest.approx((0 + 9) / 2)
+    assert parts["n2n:H3->U2+U1"].item() == pytest.approx((1 + 16) / 2)
+
+
+def test_edges_are_compared_one_by_one():
+    objective = Objective(
+        (KDTerm(name="e2e", head="identity"),),
+        {"e2e": 1.0},
+        {"edge": edge_spec(2)},
+        {"edge": edge_spec(2)},
+        1.0,
+        1.0,
+    )
+    student = outputs(edge=torch.tensor([[1.0, 2.0], [3.0, 4.0], [0.0, 0.0]]))
+    teacher = {"edge": torch.tensor([[1.0, 0.0], [0.0, 4.0], [0.0, 1.0]])}
+    assert objective(student, targets(teacher=teacher)).parts["e2e"].item() == pytest.approx((4 + 9 + 1) / 6)

@@ -1,11 +1,13 @@
 """Schedules at steps worked out by hand, the moving average against a plain loop."""
 
+import math
+
 import pytest
 import torch
 from torch import nn
 
 from molkd.pipeline.config import ScheduleConfig, TrainingConfig, make_config
-from molkd.pipeline.distill.optim import lr_factor, make_ema, make_optimizer, update_ema
+from molkd.pipeline.distill.optim import count_plateaus, lr_factor, make_ema, make_optimizer, update_ema
 from molkd.pipeline.models.registry import load_preset
 
 
@@ -52,6 +54,25 @@ def test_without_decay_steps_the_decay_spans_the_run():
 def test_a_constant_rate_still_warms_up():
     schedule = ScheduleConfig(kind="constant", warmup_steps=10, warmup_factor=0.5)
     assert [lr_factor(schedule, s, 100) for s in (0, 5, 10, 99)] == pytest.approx([0.5, 0.75, 1, 1])
+
+
+@pytest.mark.parametrize("preset", ["gemnet-oc-oc20", "gemnet-oc-small-oc20"])
+def test_gemnet_oc_on_oc20_drops_at_plateaus_as_torch_does(preset):
+    """Against torch's own scheduler, over scores that improve, stall and get worse."""
+    training = training_of(preset)
+    assert training.lr == 5e-4
+    scores = [5, 4, 4, 4.5, 4, 4.2, 3, 3, 3, 3, 2.9, 9, 9, 9, 9, 9, 9, 9, 9, 9]
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(()))], lr=1.0)
+    peer = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.8, patience=3)
+    best, n_stale, n_plateaus = math.inf, 0, 0
+    for score in scores:
+        n_stale, n_plateaus = count_plateaus(
+            n_stale, n_plateaus, is_best=score < best, patience=training.schedule.patience
+        )
+        best = min(best, score)
+        peer.step(score)
+        assert lr_factor(training.schedule, 1, 0, n_plateaus) == pytest.approx(peer.get_last_lr()[0])
+    assert n_plateaus == 3
 
 
 def test_moving_average_is_a_plain_loop_with_a_young_phase():

@@ -23,10 +23,12 @@ from distill_cases import (
 from safetensors.torch import load_file
 
 from molkd.cache_schema.reader import Cache
+from molkd.pipeline.config import parse_kd
 from molkd.pipeline.data.splits import split_mask
 from molkd.pipeline.distill.train import train_student
 from molkd.pipeline.errors import ConfigError, IntegrityError, ModelError
 from molkd.pipeline.evaluation.evaluate import evaluate
+from molkd.pipeline.evaluation.runs import read_run
 from molkd.pipeline.models.potential import Potential
 from molkd.pipeline.models.registry import build_model
 
@@ -85,6 +87,27 @@ def test_terms_are_learned_and_logged_unweighted_beside_the_total(store, tmp_pat
         values = column(tmp_path, f"train_{term}")
         assert np.mean(values[-6:]) < 0.9 * np.mean(values[:6])
     assert read_summary(tmp_path)["kd"] == {t["name"]: t["weight"] for t in kd}
+
+
+def test_one_loss_with_several_taps_is_several_terms(gemnet_store, tmp_path):
+    """Each with its column, its head and its weight, from the run to the report."""
+    texts = ["n2n=10", "n2n:M1=3", "n2n:H1->U1+U2=2", "e2n:M2=0.5"]
+    kd = parse_kd(texts)
+    labels = [text.partition("=")[0] for text in texts]
+    train_student(train_config(gemnet_store, tmp_path, kd=kd, training={"max_steps": 60}, tensorboard=True))
+    for row in read_metrics(tmp_path):
+        total = float(row["train_energy"]) + 100 * float(row["train_forces"])
+        total += sum(t["weight"] * float(row[f"train_{label}"]) for t, label in zip(kd, labels, strict=True))
+        assert float(row["train_loss"]) == pytest.approx(total, rel=PRINTED)
+    for label in labels:
+        values = column(tmp_path, f"train_{label}")
+        assert np.mean(values[-6:]) < 0.9 * np.mean(values[:6]), label
+    assert read_summary(tmp_path)["kd"] == dict(zip(labels, (10.0, 3.0, 2.0, 0.5), strict=True))
+    last = torch.load(tmp_path / "last.pt", weights_only=True)
+    assert {key.split(".")[1] for key in last["objective"]} == set(labels)
+    assert " + ".join(sorted(texts)) in read_run(tmp_path).kd
+    provenance = Potential.load(tmp_path).metadata["provenance"]
+    assert [term["label"] for term in provenance["kd"]] == labels
 
 
 def test_rows_between_are_averaged(store, tmp_path):
