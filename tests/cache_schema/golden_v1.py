@@ -1,7 +1,7 @@
-"""The store tests/data/golden_v1.kdcache: what it holds, and how it was made (format 1, molkd 0.1.0).
+"""The stores tests/data/golden_v1*.kdcache: what they hold, and how they were made (format 1, molkd 0.1.0).
 
-It is never made again: later versions must read the bytes as they are. To see what the writer of today would
-make: python golden_v1.py FOLDER
+golden_v1_edges also has a signal on edges. They are never made again: later versions must read the bytes as
+they are. To see what the writer of today would make: python golden_v1.py FOLDER [edges]
 """
 
 import sys
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from molkd.cache_schema.fields import energy_spec, node_spec, v2v_spec
+from molkd.cache_schema.fields import edge_spec, energy_spec, node_spec, v2v_spec
 from molkd.cache_schema.identity import system_id
 from molkd.cache_schema.manifest import finalize
 from molkd.cache_schema.writer import Store, create_store
@@ -23,12 +23,20 @@ PBC = [[False] * 3, [False] * 3, [True] * 3]
 PROVENANCE = {"weights_sha256": "0123456789abcdef" * 4, "architecture": "none", "licence": "CC0-1.0"}
 
 
+# Sender, receiver, image of the sender, feature. Water: O-H bonds both ways; copper: neighboring cells.
+EDGES = [
+    [(1, 0, (0, 0, 0), 0.1), (2, 0, (0, 0, 0), 0.2), (0, 1, (0, 0, 0), 0.3), (0, 2, (0, 0, 0), 0.4)],
+    [],
+    [(0, 0, (1, 0, 0), 0.5), (0, 0, (-1, 0, 0), 0.6)],
+]
+
+
 def node(k: int, n: int) -> np.ndarray:
     """Features (n, 2) of system k: 0.1 and its number, so that half precision rounds one of them."""
     return np.tile(np.array([0.1, k], dtype=np.float32), (n, 1))
 
 
-def make(path: Path) -> Store:
+def make(path: Path, *, edges: bool = False) -> Store:
     n_atoms = [len(z) for z in NUMBERS]
     ids = [system_id(*one) for one in zip(NUMBERS, POSITIONS, CELL, PBC, strict=True)]
     store = create_store(
@@ -75,9 +83,23 @@ def make(path: Path) -> Store:
             nodes.write({"values": node(k, n)}, bad_systems=[i] if k == 1 else ())
             vectors.write({"values": np.array(POSITIONS[k], dtype=np.float32)[:, :, None]})
             energies.write({"values": np.array([k + 0.1])})
+    if edges:
+        with store.shard_writer(
+            store.add_signal("golden", edge_spec(1, max_per_atom=4), "fp16"), 0
+        ) as writer:
+            for k in store.input_index:
+                n = len(EDGES[k])
+                writer.write(
+                    {
+                        "values": np.array([e[3] for e in EDGES[k]], np.float32).reshape(n, 1),
+                        "index": np.array([e[:2] for e in EDGES[k]], int).reshape(n, 2),
+                        "shift": np.array([e[2] for e in EDGES[k]], int).reshape(n, 3),
+                        "n_edges": np.array([n]),
+                    }
+                )
     finalize(store)
     return store
 
 
 if __name__ == "__main__":
-    make(Path(sys.argv[1]))
+    make(Path(sys.argv[1]), edges="edges" in sys.argv)

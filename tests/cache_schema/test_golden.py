@@ -6,12 +6,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from cache_example import tree_digest
-from golden_v1 import NUMBERS, POSITIONS, PROVENANCE, make
+from golden_v1 import EDGES, NUMBERS, POSITIONS, PROVENANCE, make
 
 from molkd.cache_schema.reader import Cache
 from molkd.cache_schema.verify import verify
 
-GOLDEN = Path(__file__).parents[1] / "data" / "golden_v1.kdcache"
+DATA = Path(__file__).parents[1] / "data"
 FINGERPRINT = "9bd71a212420440ef533de56c022c4c1bc93e6134f54b44b8c52b8f79e1dd98a"
 IDS = [
     "3dbb4d3fb8d06ab53d11a88a4a24a1ed",
@@ -20,10 +20,14 @@ IDS = [
 ]
 
 
+@pytest.fixture(params=["golden_v1", "golden_v1_edges"])
+def name(request):
+    return request.param
+
+
 @pytest.fixture(params=["manifest", "records"])
-def golden(request, tmp_path):
-    path = tmp_path / GOLDEN.name
-    shutil.copytree(GOLDEN, path)
+def golden(request, name, tmp_path):
+    path = shutil.copytree(DATA / f"{name}.kdcache", tmp_path / f"{name}.kdcache")
     if request.param == "records":
         (path / "manifest.json").unlink()
     return path
@@ -71,10 +75,22 @@ def test_it_holds_what_it_held(golden):
         np.testing.assert_array_equal(statistics.variance[1:], [0.75])
 
 
-def test_todays_writer_makes_the_same_bytes(tmp_path):
+@pytest.mark.parametrize("name", ["golden_v1_edges"])
+def test_it_holds_its_edges(golden):
+    with Cache.open(golden, complete=True) as cache:
+        water, copper = np.flatnonzero(cache.system_n_atoms == 3), np.flatnonzero(cache.pbc.all(axis=1))
+        arrays = cache.read([*copper, *water], (), "golden", ("edge",))
+        assert arrays["teacher/edge/n_edges"].tolist() == [2, 4]
+        assert arrays["teacher/edge/index"].T.tolist() == [[0, 0], [0, 0], [2, 1], [3, 1], [1, 2], [1, 3]]
+        assert arrays["teacher/edge/shift"].tolist() == [[1, 0, 0], [-1, 0, 0], *[[0, 0, 0]] * 4]
+        expected = np.float16([edge[3] for edge in EDGES[2] + EDGES[0]]).astype(np.float32)
+        np.testing.assert_array_equal(arrays["teacher/edge"][:, 0], expected)
+
+
+def test_todays_writer_makes_the_same_bytes(name, tmp_path):
     """If this fails the format changed: raise its number, keep reading format 1, add a golden store."""
-    make(tmp_path / "x.kdcache")
-    ours, kept = tree_digest(tmp_path / "x.kdcache"), tree_digest(GOLDEN)
+    make(tmp_path / "x.kdcache", edges=name.endswith("edges"))
+    ours, kept = tree_digest(tmp_path / "x.kdcache"), tree_digest(DATA / f"{name}.kdcache")
     assert ours.keys() == kept.keys()
     # Commit records name time and writer; the manifest holds sums, whose last bits depend on the machine.
     differing = {name for name in kept if ours[name] != kept[name]}
