@@ -126,9 +126,7 @@ def variant(
     if teacher is not None:
         state.loader.signals = ()
     samples = iter(state.loader)
-    wanted = tuple(
-        term_signal for term in terms for term_signal in ({"n2n": "node"}.get(term.name, term.name),)
-    )
+    wanted = tuple(signal for term in terms for signal in term.signals)
 
     def step() -> None:
         sample: Sample = next(samples)
