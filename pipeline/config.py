@@ -143,15 +143,16 @@ def _full_tap(text: str) -> str:
 
 
 class ScheduleConfig(Settings):
-    """Learning rate over steps: linear warm-up, then exponential decay or milestones."""
+    """Learning rate over steps: linear warm-up, then exponential decay, milestones or plateaus."""
 
-    kind: Literal["warmup_exponential", "warmup_milestones", "constant"] = "warmup_exponential"
+    kind: Literal["warmup_exponential", "warmup_milestones", "plateau", "constant"] = "warmup_exponential"
     warmup_steps: int = Field(0, ge=0)
     warmup_factor: float = Field(0.2, gt=0, le=1)  # where the warm-up starts
     decay_rate: float = Field(0.01, gt=0, le=1)  # reached after decay_steps
     decay_steps: int | None = None  # None: the length of the run
     milestones: tuple[int, ...] = ()
-    gamma: float = Field(0.1, gt=0, le=1)
+    gamma: float = Field(0.1, gt=0, le=1)  # factor at each milestone or plateau
+    patience: int = Field(3, ge=0)  # validations that may be no better before a plateau is called
 
 
 class TrainingConfig(Settings):

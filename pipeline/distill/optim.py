@@ -20,11 +20,11 @@ def make_optimizer(parameters: Iterable[nn.Parameter], config: TrainingConfig) -
     )
 
 
-def lr_factor(schedule: ScheduleConfig, step: int, total_steps: int) -> float:
+def lr_factor(schedule: ScheduleConfig, step: int, total_steps: int, n_plateaus: int = 0) -> float:
     """Return what the initial learning rate is multiplied by at `step` (0 is the first).
 
     The product of a warm-up that rises linearly from `warmup_factor` to 1 and, by kind, of
-    ``decay_rate ** (step / decay_steps)`` or ``gamma ** (milestones passed)``.
+    ``decay_rate ** (step / decay_steps)``, ``gamma ** (milestones passed)`` or ``gamma ** n_plateaus``.
     """
     done = min(1.0, step / schedule.warmup_steps) if schedule.warmup_steps else 1.0
     factor = schedule.warmup_factor + (1 - schedule.warmup_factor) * done
@@ -32,7 +32,20 @@ def lr_factor(schedule: ScheduleConfig, step: int, total_steps: int) -> float:
         factor *= schedule.decay_rate ** (step / (schedule.decay_steps or total_steps))
     elif schedule.kind == "warmup_milestones":
         factor *= schedule.gamma ** sum(step >= milestone for milestone in schedule.milestones)
+    elif schedule.kind == "plateau":
+        factor *= schedule.gamma**n_plateaus
     return factor
+
+
+def count_plateaus(n_stale: int, n_plateaus: int, *, is_best: bool, patience: int) -> tuple[int, int]:
+    """Count a validation: more than `patience` in a row that are no better make a plateau.
+
+    Parameters
+    ----------
+    n_stale : validations since the best one or the last plateau
+    """
+    n_stale = 0 if is_best else n_stale + 1
+    return (0, n_plateaus + 1) if n_stale > patience else (n_stale, n_plateaus)
 
 
 def make_ema(model: nn.Module) -> nn.Module:

@@ -31,6 +31,8 @@ class TrainState:
     best: float = math.inf
     best_step: int = 0
     best_val: dict[str, float | None] | None = None
+    n_stale: int = 0  # validations since the best one or the last plateau
+    n_plateaus: int = 0
     sums: Tensor | None = None  # of the loss and its parts since the last row of metrics.csv
     n_summed: int = 0
 
@@ -48,6 +50,8 @@ class TrainState:
                 "best": self.best,
                 "best_step": self.best_step,
                 "best_val": self.best_val,
+                "n_stale": self.n_stale,
+                "n_plateaus": self.n_plateaus,
                 "sums": self.sums,
                 "n_summed": self.n_summed,
             },
@@ -96,8 +100,9 @@ def train_step(
 ) -> LossTerms:
     """One step of Eq. 2, with no synchronisation with the device."""
     training = config.training
+    factor = lr_factor(training.schedule, state.step, total_steps, state.n_plateaus)
     for group in state.optimizer.param_groups:
-        group["lr"] = training.lr * lr_factor(training.schedule, state.step, total_steps)
+        group["lr"] = training.lr * factor
     batch, targets = sample_to(sample, device)
     if config.pseudo_labels:
         targets = fill_labels(targets)

@@ -21,7 +21,7 @@ from molkd.pipeline.data.system import System
 from molkd.pipeline.device import choose_device
 from molkd.pipeline.distill.held_out import read_held_out, read_systems, validation_systems
 from molkd.pipeline.distill.loader import Sample
-from molkd.pipeline.distill.optim import lr_factor
+from molkd.pipeline.distill.optim import count_plateaus, lr_factor
 from molkd.pipeline.distill.run_folder import RunFolder
 from molkd.pipeline.distill.scale_factors import fit_on_first_batches
 from molkd.pipeline.distill.step import TrainState, accumulate, initial_state, train_step
@@ -118,7 +118,7 @@ def _train(config: TrainConfig, run: RunFolder) -> TrainSummary:
             progress.update()
             if losses is not None:
                 row = _row(state, part_names, losses, config, total_steps)
-                row |= _validate(state, val_systems, run, device) if validates else {}
+                row |= _validate(state, val_systems, run, config, device) if validates else {}
                 run.add_metrics(row)
                 _to_tensorboard(writer, row)
             if interrupted() or last or state.step % config.checkpoint_every == 0:
@@ -208,10 +208,11 @@ def _mean_losses(state: TrainState, config: TrainConfig) -> list[float]:
 def _row(
     state: TrainState, part_names: list[str], losses: list[float], config: TrainConfig, total_steps: int
 ) -> dict[str, float | int]:
+    factor = lr_factor(config.training.schedule, state.step - 1, total_steps, state.n_plateaus)
     return {
         "step": state.step,
         "epoch": state.loader.epoch,
-        "lr": config.training.lr * lr_factor(config.training.schedule, state.step - 1, total_steps),
+        "lr": config.training.lr * factor,
         "seconds": state.seconds,
         **{f"train_{name}": value for name, value in zip(part_names, losses, strict=True)},
     }
@@ -223,7 +224,7 @@ def _columns(part_names: list[str]) -> list[str]:
 
 
 def _validate(
-    state: TrainState, systems: list[System], run: RunFolder, device: torch.device
+    state: TrainState, systems: list[System], run: RunFolder, config: TrainConfig, device: torch.device
 ) -> dict[str, float | int]:
     """Evaluate the averaged weights; keep them if they are the best so far."""
     model = state.ema if state.ema is not None else state.potential.model
@@ -237,7 +238,11 @@ def _validate(
     model.train()
     score = metrics.force_mae if metrics.n_force_atoms else metrics.energy_mae
     report = metrics.to_report()
-    if score < state.best:
+    is_best = score < state.best
+    state.n_stale, state.n_plateaus = count_plateaus(
+        state.n_stale, state.n_plateaus, is_best=is_best, patience=config.training.schedule.patience
+    )
+    if is_best:
         state.best, state.best_step, state.best_val = score, state.step, report
         averaged.save(run.best)
     log.info("step %d: %s", state.step, {k: round(v, 4) for k, v in report.items() if v is not None})
