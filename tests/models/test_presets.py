@@ -36,7 +36,7 @@ def test_every_preset_is_complete_and_valid(name, periodic):
 
 
 def test_families_follow_the_data():
-    for family in ("painn-small", "painn-big", "schnet"):
+    for family in ("gemnet-oc", "gemnet-oc-small", "painn-small", "painn-big", "schnet"):
         for periodic, ending in ((True, "oc20"), (False, "coll")):
             assert load_preset(family, periodic=periodic) == load_preset(
                 f"{family}-{ending}", periodic=periodic
@@ -51,7 +51,7 @@ def test_unknown_preset_names_the_nearest(name):
 
 
 def test_unknown_architecture_and_setting():
-    with pytest.raises(ConfigError, match=r"'dimenet'.*painn, schnet"):
+    with pytest.raises(ConfigError, match=r"'dimenet'.*gemnet_oc, painn, schnet"):
         build_model({"name": "dimenet"})
     with pytest.raises(ConfigError, match=r"did you mean hidden_channels"):
         build_model({"name": "painn", "hiden_channels": 64})
@@ -62,3 +62,29 @@ def test_unknown_architecture_and_setting():
 def test_medium_gives_conservative_forces_and_tiny_direct_ones():
     assert build_model(load_preset("painn-medium", periodic=False)["model"]).forces_from == "gradient"
     assert build_model(load_preset("painn-tiny", periodic=False)["model"]).forces_from == "direct"
+
+
+def test_quadruplets_follow_the_tags_only_where_tags_are_those_of_oc20():
+    for name in preset_names():
+        for periodic in (True, False):
+            settings = resolved(load_preset(name, periodic=periodic)["model"])
+            if settings.name == "gemnet_oc":
+                is_oc20 = name.endswith("oc20") or (periodic and name in ("gemnet-oc", "gemnet-oc-small"))
+                assert settings.qint_tags == ((1, 2) if is_oc20 else (0, 1, 2)), name
+
+
+def test_small_gemnet_oc_is_the_paper_one_but_for_its_size():
+    for ending in ("oc20", "coll"):
+        big, small = (
+            load_preset(f"gemnet-oc{size}-{ending}", periodic=ending == "oc20") for size in ("", "-small")
+        )
+        sizes = {"num_blocks": 3, "emb_size_atom": 128, "emb_size_edge": 256}
+        assert small["model"] == big["model"] | sizes
+        assert small["training"] == big["training"] | {"batch_size": 32, "lr": 5e-4}
+
+
+@pytest.mark.parametrize(("name", "n_parameters"), [("tiny", 300_000), ("medium", 2_000_000)])
+def test_gemnet_oc_for_a_laptop_stays_small(name, n_parameters):
+    model = build_model(load_preset(f"gemnet-oc-{name}", periodic=False)["model"])
+    assert model.forces_from == "direct"
+    assert sum(p.numel() for p in model.parameters()) < n_parameters

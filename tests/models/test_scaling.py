@@ -21,12 +21,14 @@ COLL = Path(__file__).parents[1] / "data" / "coll_small.extxyz"  # 48 frames of 
 RULE = NeighborRule(4.0, 20)
 PAINN = {"name": "painn", "hidden_channels": 32, "num_rbf": 16, "cutoff": 5.0, "use_pbc": False}
 FITTED = {
+    "gemnet-oc-tiny": load_preset("gemnet-oc-tiny", periodic=False)["model"],
     "painn-tiny": load_preset("painn-tiny", periodic=False)["model"],
     "painn-6-layers": PAINN | {"num_layers": 6},
     "painn-gradient": PAINN | {"num_layers": 3, "direct_forces": False},
 }
-# One pass scales by each batch's own ratio, later by the ratio of all: the two differ by a few per mille.
-NEAR_ONE = 0.03
+# One pass scales by each batch's own ratio, later by the ratio of all: 0.1 % for PaiNN and 4 % for GemNet-OC,
+# whose triplets differ more between batches of 8 small molecules.
+NEAR_ONE = 0.06
 
 
 def read_systems():
@@ -51,27 +53,37 @@ def factors_of(model):
     return {name: m for name, m in model.named_modules() if isinstance(m, ScaleFactor)}
 
 
-def variance(x):
-    """Over rows, averaged over channels."""
-    return float(np.var(x.detach().double().numpy(), axis=0, ddof=1).mean())
+def variance(rows):
+    """Over rows that are not zero, averaged over channels."""
+    rows = rows.detach().double().numpy()
+    return float(np.var(rows[np.abs(rows).max(axis=1) > 0], axis=0, ddof=1).mean())
 
 
-def measure(model, batches, name):
-    """Return the variance of what a factor gets, what it gives, and what it should give, over all batches."""
-    sums, n_rows = np.zeros(3), 0
+def measure(model, batches):
+    """Return, per factor, the variance of what it gets, what it gives, and what it should give."""
+    sums: dict[str, np.ndarray] = {}
+    n_rows: dict[str, int] = {}
 
-    def look(_, args, kwargs, output):
-        nonlocal sums, n_rows
+    def look(name, args, kwargs, output):
+        x, output = args[0].flatten(0, -2), output.flatten(0, -2)
         reference = kwargs.get("reference", args[1] if len(args) > 1 else None)
-        target = 1.0 if reference is None else variance(reference)
-        sums = sums + len(output) * np.array([variance(args[0]), variance(output), target])
-        n_rows += len(output)
+        target = 1.0
+        if reference is not None:
+            reference = reference.flatten(0, -2)
+            target = variance(reference[x.any(dim=1)] if len(reference) == len(x) else reference)
+        n = int(x.any(dim=1).sum())
+        sums[name] = sums.get(name, 0) + n * np.array([variance(x), variance(output), target])
+        n_rows[name] = n_rows.get(name, 0) + n
 
-    handle = factors_of(model)[name].register_forward_hook(look, with_kwargs=True)
+    def hook(name):
+        return lambda _, args, kwargs, output: look(name, args, kwargs, output)
+
+    handles = [f.register_forward_hook(hook(n), with_kwargs=True) for n, f in factors_of(model).items()]
     for batch in batches:
         model(batch)
-    handle.remove()
-    return sums / n_rows
+    for handle in handles:
+        handle.remove()
+    return {name: total / n_rows[name] for name, total in sums.items()}
 
 
 class Toy(nn.Module):
@@ -93,14 +105,14 @@ class Toy(nn.Module):
 def test_variances_end_near_one(name):
     model = make_model(FITTED[name])
     batches = make_batches(model.neighbor_rule)
-    before = [measure(model, batches, factor)[0] for factor in factors_of(model)]
+    before = [entering for entering, _, _ in measure(model, batches).values()]
     reported = fit_scale_factors(model, batches)
     assert max(abs(v - 1) for v in before) > 0.5  # there was something to do
-    assert reported.keys() == factors_of(model).keys()
-    for factor, ratio in reported.items():
-        _, after, target = measure(model, batches, factor)
+    measured = measure(model, batches)
+    assert reported.keys() == measured.keys() == factors_of(model).keys()
+    for factor, (_, after, target) in measured.items():
         assert after / target == pytest.approx(1, abs=NEAR_ONE)
-        assert ratio == pytest.approx(after / target, rel=1e-4)
+        assert reported[factor] == pytest.approx(after / target, rel=1e-4)
 
 
 def test_one_pass_gives_the_factors_of_one_pass_per_factor():
@@ -108,14 +120,14 @@ def test_one_pass_gives_the_factors_of_one_pass_per_factor():
     batches = make_batches(model.neighbor_rule)
     expected = {}
     for name, factor in factors_of(model).items():  # in the order of execution
-        entering, _, target = measure(model, batches, name)
+        entering, _, target = measure(model, batches)[name]
         expected[name] = math.sqrt(target / entering)
         factor.scale_factor.data.fill_(expected[name])
     for factor in factors_of(model).values():
         factor.scale_factor.data.zero_()
     fit_scale_factors(model, batches)
     for name, factor in factors_of(model).items():
-        assert float(factor.scale_factor) == pytest.approx(expected[name], rel=NEAR_ONE / 2)
+        assert float(factor.scale_factor) == pytest.approx(expected[name], rel=0.01)
 
 
 def test_batches_count_by_their_rows_and_references_set_the_aim(caplog):
