@@ -179,6 +179,7 @@ def test_an_unknown_architecture_is_told_what_is_supported(tmp_path, name):
         lambda c: c["config"].update(model={"hidden_channels": 3}),
         lambda c: c["config"].update(model={"name": "hydra"}),
         lambda c: c["config"].update(model={"name": "hydra", "backbone": {}, "heads": {"a": 3}}),
+        lambda c: c["config"].update(model={"name": "hydra", "backbone": {"model": "schnet"}, "heads": 3}),
     ],
 )
 def test_configs_that_name_no_model(tmp_path, change):

@@ -166,6 +166,8 @@ def test_scale_files_are_read_without_running_them(tmp_path):
         read_scale_file(tmp_path / "f.pt")
     with pytest.raises(TeacherError, match="no such file"):
         read_scale_file(tmp_path / "g.pt")
+    with pytest.raises(TeacherError, match="cannot be opened"):
+        read_scale_file(tmp_path)
 
 
 def test_teachers_without_scale_factors_refuse_a_scale_file(tmp_path):

@@ -104,14 +104,15 @@ def _from_hydra(model: Mapping[str, Any], path: Path) -> Architecture:
     kind = backbone.pop("model", None) or backbone.pop("name", None)
     name = _known_name(str(kind).removesuffix("_backbone").removesuffix("Backbone"), path)
     modules = {key: _short_name(str(_mapping(head, key, path).get("module"))) for key, head in heads.items()}
-    own = set(_HEADS.get(name, {}).values())
-    needed = (
-        own if backbone.get("direct_forces", name == "painn") else own - {_HEADS.get(name, {}).get("forces")}
-    )
-    if not needed <= set(modules.values()) <= own or len(modules) != len(set(modules.values())):
+    own = _HEADS.get(name, {})
+    needed = set(own.values())
+    if not backbone.get("direct_forces", name == "painn"):
+        needed.discard(own.get("forces", ""))  # it has no weights then
+    found = set(modules.values())
+    if not found or len(found) < len(modules) or not needed <= found <= set(own.values()):
         raise TeacherError(
             f"{path}: its heads are {', '.join(f'{k} ({v})' for k, v in modules.items()) or 'none'}; "
-            f"{name} is read with {' and '.join(sorted(own)) or 'no separate heads'} only"
+            f"{name} is read with {' and '.join(own.values()) or 'no separate heads'} only"
         )
     of_heads = [{k: v for k, v in head.items() if k != "module"} for head in heads.values()]
     if any(other != of_heads[0] for other in of_heads[1:]):

@@ -37,6 +37,10 @@ def read_torch_file(path: Path) -> Any:
             return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise TeacherError(f"{path}: no such file; check the path") from None
+    except (PermissionError, IsADirectoryError) as error:
+        raise TeacherError(
+            f"{path}: cannot be opened ({error.strerror}); check the path and its rights"
+        ) from None
     except pickle.UnpicklingError as error:
         named = _NAMED.search(str(error))
         if named is None:
