@@ -1,10 +1,11 @@
 """The neighbour rule, written once for both stages.
 
-The rule works on distances rounded to 1e-6 A, so that neighbors which are equally far by symmetry stay
-equally far in floating point. In this order:
+Neighbors which are equally far by symmetry must stay so in floating point, positions in float32 included; so
+distances are compared in whole steps of `TIE_STEP`. In this order:
 
-1. candidates are all pairs with ``MIN_DISTANCE < d <= cutoff``, periodic images of an atom itself included;
-   systems without periodic axes, or any system with ``use_pbc=False``, follow the same rule in open space;
+1. candidates are all pairs with ``MIN_DISTANCE < d <= cutoff`` (d to 1e-6 A), periodic images of an atom
+   itself included; systems without periodic axes, or any system with ``use_pbc=False``, follow the same rule
+   in open space;
 2. every center keeps its nearest `max_neighbors`; equal distances are decided by (sender, shift) order,
    smallest first; with `tie_tolerance` everything that close behind the K-th neighbor stays as well;
 3. `symmetrize` keeps of each pair only the edge whose sender has the lower index (an atom and its own image:
@@ -19,6 +20,7 @@ search begins with a radius that holds that many atoms in most solids, widens on
 K, and hands on only what the system keeps.
 """
 
+import math
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from typing import NamedTuple
@@ -28,8 +30,8 @@ from numpy.typing import NDArray
 from vesin import NeighborList
 
 MIN_DISTANCE = 0.01  # A; closer pairs are the atom itself, or two atoms on one spot
-_RESOLUTION = 1e-6  # A
-_MIN_CLOSEST = round(MIN_DISTANCE / _RESOLUTION)
+TIE_STEP = 1e-4  # A; far above what float32 does to coordinates, far below any difference that matters
+_RESOLUTION = 1e-6  # A, of the cutoff
 _ALL_PAIRS_MAX_ATOMS = 128  # open systems up to here: measuring all pairs beats one search each
 _SPARSE_DENSITY = 0.015  # atoms/A^3, a fifth of a metal's: an adsorbate has most of its neighbors below it
 _WIDENING = 1.2  # of the search radius, where that guess held too few
@@ -90,7 +92,7 @@ class _Pairs(NamedTuple):
     receiver: NDArray[np.int64]  # (E,)
     sender: NDArray[np.int64]  # (E,)
     shift: NDArray[np.int32]  # (E, 3)
-    distance: NDArray[np.int64]  # (E,), in 1e-6 A
+    distance: NDArray[np.int64]  # (E,), in TIE_STEP
 
     def take(self, idx: NDArray[np.integer]) -> "_Pairs":
         """Return the edges at these places."""
@@ -160,9 +162,9 @@ def _search_together(
     squared = np.zeros(len(receiver))
     for axis in points.T:
         squared += (axis[sender] - np.repeat(axis, n_senders)) ** 2
-    distance = _rounded(np.sqrt(squared))
-    kept = np.flatnonzero(_is_inside(distance, rule))
-    receiver, distance = receiver[kept], distance[kept]
+    lengths = np.sqrt(squared)
+    kept = np.flatnonzero(_is_inside(lengths, rule))
+    receiver, distance = receiver[kept], _steps(lengths[kept])
     shift = np.zeros((len(kept), 3), dtype=np.int32)
     pairs = _Pairs(receiver, sender[kept], shift, distance)
     if rule.max_neighbors is None or n_atoms.max(initial=0) <= rule.max_neighbors:
@@ -184,13 +186,12 @@ def _search_alone(
         # half of the edges, not sorted: doubling and grouping them here is faster
         search = NeighborList(cutoff=radius + 2 * _RESOLUTION, full_list=False, sorted=False, n_threads=1)
         half, shift, lengths = search.compute(points, box, periodic, "PSd", copy=False)
-        distance = _rounded(lengths)
-        kept = np.flatnonzero(_is_inside(distance, rule))  # (E/2,)
+        kept = np.flatnonzero(_is_inside(lengths, rule))  # (E/2,)
         i, j = half.take(kept, axis=0).astype(np.int64).T
         receiver = np.concatenate([i, j])  # (E,)
-        distance = np.tile(distance[kept], 2)
+        distance = np.tile(_steps(lengths[kept]), 2)
         limits = _limits(receiver, distance, len(points), rule)
-        if radius >= rule.cutoff or limits.max(initial=0) <= radius / _RESOLUTION:
+        if radius >= rule.cutoff or (limits.max(initial=0) + 1) * TIE_STEP <= radius:
             break
         radius = min(_WIDENING * radius, rule.cutoff)
     near = np.flatnonzero(distance <= limits.take(receiver))
@@ -200,29 +201,31 @@ def _search_alone(
     return _Pairs(receiver.take(near), np.concatenate([j, i]).take(near), shift, distance.take(near))
 
 
-def _rounded(lengths: NDArray[np.float64]) -> NDArray[np.int64]:
-    """Return lengths in Angstrom as whole multiples of 1e-6 A."""
-    return np.rint(lengths / _RESOLUTION).astype(np.int64)
+def _steps(lengths: NDArray[np.float64]) -> NDArray[np.int64]:
+    """Return lengths in Angstrom as whole multiples of `TIE_STEP`."""
+    return np.rint(lengths / TIE_STEP).astype(np.int64)
 
 
-def _is_inside(distance: NDArray[np.int64], rule: NeighborRule) -> NDArray[np.bool_]:
+def _is_inside(lengths: NDArray[np.float64], rule: NeighborRule) -> NDArray[np.bool_]:
     """Mark the candidates (rule 1 above)."""
-    return (distance > _MIN_CLOSEST) & (distance <= round(rule.cutoff / _RESOLUTION))
+    distance = np.rint(lengths / _RESOLUTION)
+    return (distance > round(MIN_DISTANCE / _RESOLUTION)) & (distance <= round(rule.cutoff / _RESOLUTION))
 
 
 def _limits(
     receiver: NDArray[np.int64], distance: NDArray[np.int64], n_atoms: int, rule: NeighborRule
 ) -> NDArray[np.int64]:
-    """Return how far each atom looks (N,), in 1e-6 A: to its K-th neighbor and ties, or to the cutoff."""
-    limits = np.full(n_atoms, round(rule.cutoff / _RESOLUTION))
+    """Return how far each atom looks (N,), in steps: to its K-th neighbor and ties, or to the cutoff."""
+    n_steps = math.ceil(rule.cutoff / TIE_STEP) + 1
+    limits = np.full(n_atoms, n_steps)
     if rule.max_neighbors is None:
         return limits
     n_edges = np.bincount(receiver, minlength=n_atoms)
     enough = n_edges >= rule.max_neighbors
-    span = round(rule.cutoff / _RESOLUTION) + 1
+    span = n_steps + 1
     ranked = np.sort(receiver * span + distance)  # plain integers sort several times faster than two columns
     kth = np.cumsum(n_edges) - n_edges + rule.max_neighbors - 1
-    limits[enough] = ranked[kth[enough]] % span + round(rule.tie_tolerance / _RESOLUTION)
+    limits[enough] = ranked[kth[enough]] % span + round(rule.tie_tolerance / TIE_STEP)
     return limits
 
 

@@ -7,12 +7,15 @@ import lzma
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 
 from molkd.pipeline.graphs.batch import make_batch
 from molkd.pipeline.models.registry import build_model
 
 FOLDER = Path(__file__).parents[1] / "data" / "models"
+SHARED = Path(__file__).parents[3] / "shared" / "reference"
+FLOAT64 = 1e-9  # relative to the largest value of an array; the reference holds about 1e-14
 CASES = [
     (path.parent.name, path.name.removesuffix(".pt.xz")) for path in sorted(FOLDER.glob("*/case_*.pt.xz"))
 ]
@@ -34,11 +37,25 @@ def load_model(folder, model_config):
     if stored.exists():
         model.load_state_dict(load_tensors(stored))
     else:
-        seed = json.loads((FOLDER / folder / "config.json").read_text())["weight_recipe_seed"]
+        recipe = json.loads((FOLDER / folder / "config.json").read_text())
+        override = scale_factors(recipe["scale_factors_override"])
         with torch.no_grad():
             for name, parameter in model.named_parameters():
-                parameter.copy_(torch.from_numpy(drawn_weight(name, tuple(parameter.shape), seed)))
+                value = drawn_weight(name, tuple(parameter.shape), recipe["weight_recipe_seed"])
+                parameter.copy_(torch.from_numpy(value))
+                if name.removesuffix(".scale_factor") in override:
+                    parameter.fill_(override[name.removesuffix(".scale_factor")])
     return model
+
+
+def scale_factors(path):
+    """Factors of a published model, which may not be copied into this project."""
+    if path is None:
+        return {}
+    path = SHARED / path
+    if not path.exists():
+        pytest.skip(f"published scale factors are not at {path}")
+    return {name: float(np.squeeze(value)) for name, value in json.loads(path.read_text()).items()}
 
 
 def drawn_weight(name, shape, seed):
@@ -55,10 +72,11 @@ def drawn_weight(name, shape, seed):
     elif name.endswith(("embeddings.weight", "embedding.weight")):
         value = normal
     else:
-        fan_out, fan_in = shape
+        axes = (1,) if len(shape) == 2 else (0, 1)
+        fan_out, fan_in = shape[0], int(np.prod([shape[axis] for axis in axes]))
         if fan_in > 1:
-            spread = np.sqrt(normal.var(axis=1, ddof=1, keepdims=True) + 1e-6)
-            normal = (normal - normal.mean(axis=1, keepdims=True)) / spread
+            spread = np.sqrt(normal.var(axis=axes, ddof=1, keepdims=True) + 1e-6)
+            normal = (normal - normal.mean(axis=axes, keepdims=True)) / spread
         value = normal / np.sqrt(fan_in)
         if name.startswith(("message_layers.", "update_layers.")):
             value = value * np.sqrt(2 * fan_in / (fan_in + fan_out))
@@ -80,3 +98,15 @@ def batch_of(inputs, rule, dtype):
         rule=rule,
         dtype=dtype,
     )
+
+
+def relative_error(value, expected):
+    expected = expected.double()
+    scale = max(float(expected.abs().max()), 1e-30)
+    return float((value.detach().double() - expected).abs().max()) / scale
+
+
+def edge_order(edge_index, *columns):
+    """Order by receiver, sender and rounded per-edge quantities (images of one pair differ in those)."""
+    keys = [np.round(np.asarray(c.detach(), dtype=np.float64), 5) + 0.0 for c in columns]
+    return torch.from_numpy(np.lexsort([*keys[::-1], edge_index[0].numpy(), edge_index[1].numpy()]))

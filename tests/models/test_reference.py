@@ -1,20 +1,32 @@
-"""PaiNN and SchNet against fairchem 1.10: outputs, intermediate features, gradients, parameter names."""
+"""PaiNN, SchNet and GemNet-OC against fairchem 1.10: outputs, intermediate features, gradients, names."""
 
 import json
 
-import numpy as np
 import pytest
 import torch
-from ocp_reference import CASES, FOLDER, batch_of, load_case, load_model
+from ocp_reference import (
+    CASES,
+    FLOAT64,
+    FOLDER,
+    batch_of,
+    edge_order,
+    load_case,
+    load_model,
+    relative_error,
+)
 
 from molkd.pipeline.graphs.batch import edge_vectors
 from molkd.pipeline.models.registry import build_model
 
-FLOAT64 = 1e-9  # relative to the largest value of an array; the reference holds about 1e-14
-# Largest |float32 - float64| of fairchem itself (energy, forces). Another order of the sums may cost
-# a few times that, and a few units in the last place where fairchem was lucky.
+# Largest |float32 - float64| of fairchem itself (energy, forces). Single energies it got right by luck, so the
+# largest of a model's cases counts; another order of the sums may cost a few times that.
 NOISE_FACTOR = 4
 NOISE = {
+    ("gemnet_oc_a", "case_batch"): (1.3e-7, 4.2e-7),
+    ("gemnet_oc_a", "case_bulk"): (9.7e-9, 6.1e-7),
+    ("gemnet_oc_a", "case_mol"): (5.6e-8, 4.4e-7),
+    ("gemnet_oc_a", "case_slab"): (1.3e-6, 2.5e-6),
+    ("gemnet_oc_oc20_recipe", "case_slab"): (5.0e-6, 2.8e-6),
     ("painn_a", "case_batch"): (1.2e-6, 3.0e-8),
     ("painn_a", "case_bulk"): (3.6e-6, 6.4e-7),
     ("painn_a", "case_mol"): (5.3e-7, 3.2e-8),
@@ -26,12 +38,6 @@ NOISE = {
     ("schnet_a", "case_slab"): (1.1e-6, 3.3e-6),
     ("schnet_oc20_recipe", "case_slab"): (5.8e-6, 3.3e-5),
 }
-
-
-def relative_error(value, expected):
-    expected = expected.double()
-    scale = max(float(expected.abs().max()), 1e-30)
-    return float((value.detach().double() - expected).abs().max()) / scale
 
 
 def run_with_hooks(model, batch):
@@ -73,13 +79,7 @@ def run_with_hooks(model, batch):
 TAPS = (("M", "msg"), ("U", "upd"))
 
 
-def edge_order(edge_index, *columns):
-    """Order by receiver, sender and rounded per-edge quantities (images of one pair differ in those)."""
-    keys = [np.round(np.asarray(c.detach(), dtype=np.float64), 5) + 0.0 for c in columns]
-    return torch.from_numpy(np.lexsort([*keys[::-1], edge_index[0].numpy(), edge_index[1].numpy()]))
-
-
-@pytest.mark.parametrize(("folder", "name"), CASES)
+@pytest.mark.parametrize(("folder", "name"), [c for c in CASES if not c[0].startswith("gemnet")])
 def test_float64_agrees_in_everything(folder, name):
     case = load_case(folder, name)
     model = load_model(folder, case["model_config"]).double()
@@ -144,7 +144,8 @@ def test_float32_stays_within_the_noise(folder, name):
     batch = batch_of(case["inputs"], model.neighbor_rule, torch.float32)
     with torch.no_grad():
         outputs = model(batch)
-    for key, noise in zip(("energy", "forces"), NOISE[folder, name], strict=True):
+    energy_noise = max(noise[0] for (model_folder, _), noise in NOISE.items() if model_folder == folder)
+    for key, noise in (("energy", energy_noise), ("forces", NOISE[folder, name][1])):
         assert outputs[key].dtype == torch.float32
         expected = case["out_f64"][key].view_as(outputs[key])
         last_place = torch.finfo(torch.float32).eps * float(expected.abs().max())
@@ -162,10 +163,11 @@ def test_state_dict_has_the_peers_names_shapes_and_aliases(path):
         k: list(v.shape) for k, v in state.items()
     }
     parameters = dict(model.named_parameters(remove_duplicate=False))
+    buffers = dict(model.named_buffers(remove_duplicate=False))
     for entry in listed["state_dict"]:
         name = entry["name"]
         assert (name in parameters) == (entry["kind"] == "parameter")
         assert (name in parameters and parameters[name].requires_grad) == entry["trainable"]
         if "alias_of" in entry:
-            assert parameters[name] is parameters[entry["alias_of"]]
+            assert (parameters | buffers)[name] is (parameters | buffers)[entry["alias_of"]]
     assert sum(p.numel() for p in model.parameters()) == listed["num_parameters"]

@@ -4,8 +4,8 @@ No list of triplets or quadruplets is ever made. The edges of a graph are sorted
 atom can stand side by side in a table with a row per atom; triplets c->a<-b are then products of an atom's
 own rows, and quadruplets c->a<-b<-d products of the rows of two neighboring atoms.
 
-Which edges are nearest is decided by distances in float64, rounded to 1e-6 A, equal ones by (sender, shift):
-neither precision nor the other systems of a batch have a say (molkd.pipeline.graphs.neighbors).
+Which edges are nearest is decided as in molkd.pipeline.graphs.neighbors: by whole steps of distance, equal
+ones by (sender, shift), so neither rounding nor the other systems of a batch have a say.
 """
 
 from typing import NamedTuple
@@ -15,9 +15,10 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from molkd.pipeline.graphs.batch import Batch, edge_vectors
+from molkd.pipeline.graphs.neighbors import TIE_STEP
 from molkd.pipeline.models.gemnet_oc.config import GemNetOCConfig
 
-_RESOLUTION = 1e-6  # A
+_RESOLUTION = 1e-6  # A, of cutoffs
 _SPAN = 2**13  # shifts of +-2047 lattice vectors and sums of two of them fit between two codes
 
 
@@ -121,9 +122,10 @@ class _Ranks:
         wide = batch._replace(cell=cell, edge_shift=batch.edge_shift.double())
         length = torch.linalg.vector_norm(edge_vectors(wide, positions), dim=1)
         receiver = batch.edge_index[1]
-        self.steps = torch.round(length / _RESOLUTION).long()  # (E,)
+        self.length = length
+        self.steps = torch.round(length / TIE_STEP).long()  # (E,)
         self.receiver, self.n_atoms = receiver, batch.n_atoms
-        self.tolerance = round(tie_tolerance / _RESOLUTION)
+        self.tolerance = round(tie_tolerance / TIE_STEP)
         # stable: equally far edges stay in their (sender, shift) order
         order = torch.argsort(receiver * 2**40 + self.steps, stable=True)
         n_edges = torch.bincount(receiver, minlength=batch.n_atoms)
@@ -139,7 +141,7 @@ class _Ranks:
             is_last = (self.rank == n_nearest - 1).nonzero().squeeze(1)
             limit[self.receiver[is_last]] = self.steps[is_last] + self.tolerance
             near = self.steps <= limit[self.receiver]
-        near &= self.steps <= round(cutoff / _RESOLUTION)
+        near &= self.length <= cutoff + _RESOLUTION / 2
         return take(graph, near.nonzero().squeeze(1))
 
 

@@ -82,17 +82,18 @@ class GemNetOC(nn.Module):
         self.mlp_rbf_tint = Linear(n_radial, rbf)
         self.mlp_rbf_h = Linear(n_radial, rbf)
         self.mlp_rbf_out = Linear(n_radial, rbf)
-        self.cbf_basis_tint = AngularBasis(radial(config.cutoff))
+        within_main = radial(config.cutoff)  # OCP's models share this one
+        self.cbf_basis_tint = AngularBasis(within_main)
         self.mlp_cbf_tint = BasisEmbedding(n_radial, cbf, n_angular)
         if config.quad_interaction:
             self.cbf_basis_qint = AngularBasis(radial(config.cutoff_qint))
-            self.sbf_basis_qint = AngularBasis(radial(config.cutoff))
+            self.sbf_basis_qint = AngularBasis(within_main)
             self.mlp_rbf_qint = Linear(n_radial, rbf)
             self.mlp_cbf_qint = BasisEmbedding(n_radial, cbf, n_angular)
             self.mlp_sbf_qint = BasisEmbedding(n_radial, config.emb_size_sbf, n_angular**2)
         if config.atom_edge_interaction:
             self.radial_basis_aeaint = radial(config.cutoff_aeaint)
-            self.cbf_basis_aeint = AngularBasis(radial(config.cutoff))
+            self.cbf_basis_aeint = AngularBasis(within_main)
             self.mlp_rbf_aeint = Linear(n_radial, rbf)
             self.mlp_cbf_aeint = BasisEmbedding(n_radial, cbf, n_angular)
         if config.edge_atom_interaction:

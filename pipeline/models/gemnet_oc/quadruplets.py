@@ -24,9 +24,9 @@ from molkd.pipeline.models.gemnet_oc.layers import Dense, Linear
 from molkd.pipeline.models.gemnet_oc.triplets import Bilinear, both_directions
 from molkd.pipeline.models.ocp_blocks import ScaleFactor
 
-# Below this product of sines three atoms are on a line, and a dihedral angle is rounding noise.
-_STRAIGHT = {torch.float64: 1e-9}
-_STRAIGHT_SINGLE = 1e-5
+# Below this product of sines three atoms are on a line: what is left of a dihedral angle is the rounding of
+# positions. OCP draws the line at 1e-9, where float32 never gets, so its crystals have random angles.
+_STRAIGHT = 1e-5
 
 
 class QuadGeometry(NamedTuple):
@@ -108,10 +108,10 @@ def _edges_at(main: Graph, atoms: Int[Tensor, " Q"], n_atoms: int) -> tuple[Tens
 
 
 def _cos_dihedral(a: Float[Tensor, "Q Wc 3"], b: Float[Tensor, "Q Wd 3"]) -> Float[Tensor, "Q Wc Wd"]:
-    """Return the cosine between normals; 0 where one of them vanishes because three atoms are on a line."""
+    """Return the cosine between normals; 0 where one vanishes because three atoms are on a line."""
     norms = torch.linalg.vector_norm(a, dim=2).unsqueeze(2) * torch.linalg.vector_norm(b, dim=2).unsqueeze(1)
-    cosine: Tensor = (a @ b.transpose(1, 2)) / norms.clamp_min(_STRAIGHT.get(a.dtype, _STRAIGHT_SINGLE))
-    return cosine.clamp(-1, 1)
+    cosine = ((a @ b.transpose(1, 2)) / norms.clamp_min(_STRAIGHT)).clamp(-1, 1)
+    return torch.where(norms > _STRAIGHT, cosine, torch.zeros_like(cosine))
 
 
 class QuadrupletInteraction(nn.Module):
