@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from molkd.cache_schema.commit import rewrite_remedy
+from molkd.cache_schema.encoding import decode
 from molkd.cache_schema.errors import CacheError, IntegrityError
 from molkd.cache_schema.fields import EDGE_INDEX, EDGE_SHIFT, N_EDGES
 from molkd.cache_schema.plan import Systems
@@ -68,7 +69,9 @@ class EdgeReader:
         self._ptr: dict[int, NDArray[np.int64]] = {}  # shard -> where the edges of each of its systems begin
 
     def read(self, systems: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
-        """Return values (E, *shape), index (E, 2), shift (E, 3) and n_edges (n,) of systems (n,), as stored.
+        """Return values (E, *shape), index (2, E), shift (E, 3) and n_edges (n,) of systems (n,).
+
+        Atoms are numbered over all these systems one after the other.
 
         Raises
         ------
@@ -91,12 +94,19 @@ class EdgeReader:
             name: self._arrays[name].read(begin[some], n_edges[some])
             for name in ("values", EDGE_INDEX.name, EDGE_SHIFT.name)
         }
-        if not are_inside(arrays[EDGE_INDEX.name], np.repeat(self._systems.n_atoms[systems], n_edges)):
+        index, n_atoms = arrays[EDGE_INDEX.name], self._systems.n_atoms[systems]
+        if not are_inside(index, np.repeat(n_atoms, n_edges)):
             raise IntegrityError(
                 f"{self._root}: {self._state.group.name} has edges between atoms that their system does not "
                 "have; kd cache verify names the shards"
             )
-        return arrays | {N_EDGES.name: n_edges}
+        first_atom = np.repeat(np.cumsum(n_atoms, dtype=np.int64) - n_atoms, n_edges)  # (E,)
+        return {
+            "values": decode(arrays["values"], self._state.group.spec),
+            EDGE_INDEX.name: np.ascontiguousarray((index + first_atom[:, None]).T),
+            EDGE_SHIFT.name: arrays[EDGE_SHIFT.name],
+            N_EDGES.name: n_edges,
+        }
 
     def _shard_ptr(self, shard: int) -> NDArray[np.int64]:
         if shard not in self._ptr:
@@ -116,17 +126,3 @@ class EdgeReader:
 def are_inside(index: NDArray[np.integer[Any]], n_atoms: NDArray[np.integer[Any]]) -> bool:
     """Say whether edges (E, 2) end at atoms of their system; `n_atoms` (E,) is its size."""
     return bool(((index >= 0) & (index < n_atoms[:, None])).all())
-
-
-def number_in_batch(
-    index: NDArray[np.integer[Any]], n_edges: NDArray[np.integer[Any]], n_atoms: NDArray[np.integer[Any]]
-) -> NDArray[np.int64]:
-    """Return edge_index (2, E) over concatenated systems from numbers within each system.
-
-    Parameters
-    ----------
-    index : (E, 2)
-    n_edges, n_atoms : (n,) of the systems
-    """
-    offset = np.repeat(np.cumsum(n_atoms, dtype=np.int64) - n_atoms, n_edges)  # (E,)
-    return np.ascontiguousarray((index + offset[:, None]).T)

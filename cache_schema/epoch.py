@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from molkd.cache_schema.errors import CacheError
-from molkd.cache_schema.reader import Cache, number_edges
+from molkd.cache_schema.reader import Cache
 
 BLOCK_ATOMS = 4096
 WINDOW_BLOCKS = 32
@@ -144,13 +144,16 @@ def read_epoch(
 ) -> Iterator[tuple[NDArray[np.int64], dict[str, NDArray[Any]]]]:
     """Yield stored indices (B,) and arrays, as `Cache.read`, batch by batch from `start_batch` on.
 
-    A window is read at once, in stored order; memory holds one window and one batch.
+    A window is read at once, in stored order; memory holds one window and one batch. Signals on edges, tens
+    of rows an atom, are read batch by batch: there a single system is a run of rows long enough.
 
     Raises
     ------
     CacheError, IntegrityError
         As `Cache.read`.
     """
+    on_edges = [name for name in signals if cache.axis(f"teacher/{name}", teacher) == "edge"]
+    signals = [name for name in signals if name not in on_edges]
     window = -1
     held: _Window | None = None
     for begin, end in zip(plan.batch_ptr[start_batch:-1], plan.batch_ptr[start_batch + 1 :], strict=True):
@@ -166,7 +169,9 @@ def read_epoch(
             parts.append(held.take(plan.order[place:stop]))
             place = stop
         arrays = parts[0] if len(parts) == 1 else {k: np.concatenate([p[k] for p in parts]) for k in parts[0]}
-        yield plan.order[begin:end], number_edges(arrays)
+        if on_edges:
+            arrays |= cache.read(plan.order[begin:end], (), teacher, on_edges)
+        yield plan.order[begin:end], arrays
 
 
 class _Window:
@@ -181,20 +186,16 @@ class _Window:
         signals: Sequence[str],
     ) -> None:
         self.systems = np.sort(systems)
-        self.arrays = cache.read_rows(self.systems, fields, teacher, signals)
-        self.counts = {name: cache.row_counts(name, teacher) for name in self.arrays}
-        self.ptr = {
-            name: np.concatenate([[0], np.cumsum(self.arrays[name], dtype=np.int64)])
-            for name in set(self.counts.values())
-            if name is not None
-        }
+        self.arrays = cache.read(self.systems, fields, teacher, signals)
+        self.atoms_ptr = np.concatenate([[0], np.cumsum(self.arrays["n_atoms"], dtype=np.int64)])
+        self.on_atoms = {name for name in self.arrays if cache.axis(name, teacher) == "atom"}
 
     def take(self, systems: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
         """Return the arrays of some of them in the given order."""
         place = np.searchsorted(self.systems, systems)
-        rows: dict[str | None, NDArray[np.int64]] = {None: place}
-        for name, ptr in self.ptr.items():
-            count = self.arrays[name][place]
-            shift = ptr[place] - (np.cumsum(count, dtype=np.int64) - count)
-            rows[name] = np.arange(int(count.sum())) + np.repeat(shift, count)
-        return {name: values.take(rows[self.counts[name]], axis=0) for name, values in self.arrays.items()}
+        count = self.arrays["n_atoms"][place]
+        shift = self.atoms_ptr[place] - (np.cumsum(count, dtype=np.int64) - count)
+        rows = np.arange(int(count.sum())) + np.repeat(shift, count)
+        return {
+            n: values.take(rows if n in self.on_atoms else place, axis=0) for n, values in self.arrays.items()
+        }

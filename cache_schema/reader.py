@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from molkd.cache_schema.edges import EdgeReader, number_in_batch
+from molkd.cache_schema.edges import EdgeReader
 from molkd.cache_schema.encoding import decode
 from molkd.cache_schema.errors import CacheError
-from molkd.cache_schema.fields import ATOM_FIELDS, EDGE_INDEX, N_EDGES, SYSTEM_FIELDS, FieldSpec
+from molkd.cache_schema.fields import ATOM_FIELDS, N_EDGES, SYSTEM_FIELDS, FieldSpec
 from molkd.cache_schema.groups import (
     ATOMS,
     list_logged_teachers,
@@ -224,19 +224,6 @@ class Cache:
         IntegrityError
             If stored bytes are damaged; no value is returned.
         """
-        return number_edges(self.read_rows(indices, fields, teacher, signals))
-
-    def read_rows(
-        self,
-        indices: ArrayLike,
-        fields: Sequence[str] = FIELDS,
-        teacher: str | None = None,
-        signals: Sequence[str] = (),
-    ) -> dict[str, NDArray[Any]]:
-        """Read as `read`, but edges as rows (E, 2) numbered within their system; `number_edges` finishes it.
-
-        So the rows of a system can be taken out, or put behind those of others, whatever their axis.
-        """
         index = np.asarray(indices, dtype=np.int64).reshape(-1)
         if len(index) and not (index.min() >= 0 and index.max() < self.n_systems):
             raise CacheError(
@@ -255,24 +242,18 @@ class Cache:
                 raise CacheError(f"{self.path}: signal {signal} asked for without naming a teacher")
             group = self._signal_group(teacher, signal)
             if group in self._edges:
-                rows = self._edges[group].read(index)
-                values = decode(rows.pop("values"), self._states[group].group.spec)
-                out |= {f"teacher/{signal}": values, **{f"teacher/{signal}/{n}": rows[n] for n in rows}}
+                edges = self._edges[group].read(index)
+                out[f"teacher/{signal}"] = edges.pop("values")
+                out |= {f"teacher/{signal}/{name}": values for name, values in edges.items()}
             else:
                 out[f"teacher/{signal}"] = self._read(group, "values", index)
         return out
 
-    def row_counts(self, name: str, teacher: str | None = None) -> str | None:
-        """Return which array of `read_rows` says how many rows of array `name` each system has; None: one."""
-        if not name.startswith("teacher/") or teacher is None:
-            return "n_atoms" if name in ATOM_FIELDS else None
-        signal, known = name.removeprefix("teacher/"), self._require_teacher(teacher).signals
-        if signal in known:
-            return {"system": None, "atom": "n_atoms", "edge": f"{name}/{N_EDGES.name}"}[
-                known[signal].spec.axis
-            ]
-        counts = f"{name.rpartition('/')[0]}/{N_EDGES.name}"
-        return counts if name != counts else None
+    def axis(self, name: str, teacher: str | None = None) -> str:
+        """Return the axis, "system", "atom" or "edge", of the values that `read` returns under this name."""
+        if name.startswith("teacher/") and teacher is not None:
+            return self._states[self._signal_group(teacher, name.removeprefix("teacher/"))].group.spec.axis
+        return "atom" if name in ATOM_FIELDS else "system"
 
     def _read(self, group: str, name: str, index: NDArray[np.int64]) -> NDArray[Any]:
         array = self._arrays[group, name]
@@ -297,16 +278,6 @@ class Cache:
                 f"{self.path}: no teacher {teacher}; it has {', '.join(self.teachers) or 'none'}"
             )
         return self.teachers[teacher]
-
-
-def number_edges(rows: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-    """Return what `Cache.read_rows` gave, or parts of it joined, with edges numbered over all its atoms."""
-    done = dict(rows)
-    for name in rows:
-        if name.startswith("teacher/") and name.endswith(f"/{N_EDGES.name}"):
-            index = f"{name.removesuffix(N_EDGES.name)}{EDGE_INDEX.name}"
-            done[index] = number_in_batch(rows[index], rows[name], rows["n_atoms"])
-    return done
 
 
 def _entry(state: GroupState, name: str, arrays: Iterable[str]) -> SignalEntry:
