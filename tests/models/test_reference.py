@@ -18,8 +18,8 @@ from ocp_reference import (
 from molkd.pipeline.graphs.batch import edge_vectors
 from molkd.pipeline.models.registry import build_model
 
-# Largest |float32 - float64| of fairchem itself (energy, forces). Single energies it got right by luck, so the
-# largest of a model's cases counts; another order of the sums may cost a few times that.
+# Largest |float32 - float64| of fairchem itself (energy, forces). It got single energies right by luck, so
+# the largest of a model's cases counts; another order of the sums may cost a few times that.
 NOISE_FACTOR = 4
 NOISE = {
     ("gemnet_oc_a", "case_batch"): (1.3e-7, 4.2e-7),
