@@ -68,7 +68,7 @@ class DeepReport:
     systems: dict[str, list[int]] = field(default_factory=dict)  # teacher -> stored indices looked at
     checks: list[Deviation] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)  # anything else that deviates
-    notes: list[str] = field(default_factory=list)  # what could not be checked, and why
+    notes: list[str] = field(default_factory=list)  # what could not be checked, what else differs
 
     @property
     def ok(self) -> bool:
@@ -94,7 +94,7 @@ class DeepReport:
             f"most in {check.worst}"
             for check in wrong
         ]
-        lines += [f"not checked: {note}" for note in self.notes]
+        lines += [f"note: {note}" for note in self.notes]
         if not self.ok:
             verdict = "the store deviates; write the signal again, under another --name"
         else:

@@ -73,7 +73,9 @@ def deep_verify(
             if not chosen:
                 report.notes.append(f"{name}: no shard has all of its signals; nothing to look at")
                 continue
-            _Values(cache, name, chosen, live.get(name), report).check()
+            values = _Values(cache, name, chosen, live.get(name), report)
+            report.notes += values.other_settings()
+            values.check()
     return report
 
 
@@ -85,7 +87,7 @@ def _live_teachers(
     Raises
     ------
     CacheError
-        If no teacher of the store has these weights, or one has them with another configuration.
+        If no teacher of the store has these weights.
     """
     chosen = choose_device(device)
 
@@ -102,26 +104,14 @@ def _live_teachers(
             f"{cache.path}: none of its teachers has the weights of {spec} ({weights}); {stored}. "
             "Give the file that the store was made with"
         )
-    for name in same:
-        stored_as = cache.teachers[name].provenance
-        given = provenance(load(str(stored_as.get("precision", "float32"))))
-        differs = [k for k in TEACHER_IDENTITY if canonical(given.get(k)) != canonical(stored_as.get(k))]
-        if differs:
-            shown = "; ".join(f"{key} {stored_as.get(key)}, given {given.get(key)}" for key in differs)
-            raise CacheError(
-                f"{cache.path}: its teacher {name} has the weights of {spec}, but other settings ({shown}); "
-                "give it as it was when the store was made"
-            )
     return dict.fromkeys(same, load)
 
 
 def _sample(cache: Cache, teacher: str, n_systems: int, seed: int) -> list[int]:
     """Draw systems of which all signals are written and none was given up."""
-    signals = cache.teachers[teacher].signals.values()
-    missing = set[int]().union(*(entry.missing_shards for entry in signals)) if signals else None
-    if missing is None:
-        return []
-    there = ~np.isin(cache.systems.shard, list(missing))
+    there = np.full(cache.n_systems, bool(cache.teachers[teacher].signals))
+    for entry in cache.teachers[teacher].signals.values():
+        there &= ~np.isin(cache.systems.shard, entry.missing_shards)
     there[cache.bad_systems(teacher)] = False
     systems = np.flatnonzero(there)
     drawn = np.random.default_rng(seed).permutation(systems)[:n_systems]
@@ -142,13 +132,32 @@ class _Values:
         self.cache, self.name, self.systems, self.report = cache, name, systems, report
         self.entries: dict[str, SignalEntry] = cache.teachers[name].signals
         self.encodings = {signal: entry.encoding for signal, entry in self.entries.items()}
-        stored_as = cache.teachers[name].provenance
-        self.precision = str(stored_as.get("precision", "float32"))
+        self.provenance = cache.teachers[name].provenance
+        self.precision = str(self.provenance.get("precision", "float32"))
+        if self.precision not in ("float32", "float64"):
+            raise CacheError(
+                f"{cache.path}: teacher {name} computed in {self.precision}, "
+                "this version knows float32 and float64; update molkd"
+            )
         self.eps = float(np.finfo(self.precision).eps)
-        self.v2v_is_sum = stored_as.get("architecture") in V2V_IS_SUM
+        self.v2v_is_sum = self.provenance.get("architecture") in V2V_IS_SUM
         self.live = load(self.precision) if load else None
         self.exact = load("float64") if load and self.precision != "float64" else None
         self.checks: dict[str, Deviation] = {}
+
+    def other_settings(self) -> list[str]:
+        """Return in which settings the live teacher differs from the store; values show what they matter."""
+        if self.live is None:
+            return []
+        given, known = provenance(self.live), self.provenance
+        lines = []
+        for key in TEACHER_IDENTITY:
+            old, new = ({"": x} if not isinstance(x, dict) else x for x in (known.get(key), given.get(key)))
+            for part in sorted(old.keys() | new.keys()):
+                if canonical(old.get(part)) != canonical(new.get(part)):
+                    name = f"{key}.{part}".rstrip(".")
+                    lines.append(f"{self.name}: {name} is {new.get(part)}, in the store {old.get(part)}")
+        return lines
 
     def check(self) -> None:
         """Add all that is found to the report."""

@@ -26,7 +26,7 @@ def test_damage_has_exit_code_3(kd, store):
     path.write_bytes(path.read_bytes()[:-1])
     result = kd("cache", "verify", store, "--deep")
     assert result.code == 3
-    assert "not checked: values were not looked at: repair the files first" in result.out
+    assert "note: values were not looked at: repair the files first" in result.out
 
 
 def test_another_teacher_is_an_error_of_the_user(kd, store, tmp_path):

@@ -3,6 +3,7 @@
 import json
 import shutil
 import struct
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -204,3 +205,21 @@ def test_shards_without_all_signals_are_left_out(store):
     assert report.ok
     assert report.systems["gemnet"] == []
     assert "no shard has all of its signals" in report.text()
+
+
+def test_other_settings_are_noted(made, tmp_path):
+    """The same weights file with another neighbour rule: values say what it changes, a note says why."""
+
+    class Near:
+        def __init__(self, teacher):
+            self._teacher = teacher
+            self.neighbor_rule = replace(teacher.neighbor_rule, cutoff=2.0)
+
+        def __getattr__(self, name):
+            return getattr(self._teacher, name)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "load_teacher", lambda *a, **k: Near(load_teacher(*a, **k)))
+        report = deep_verify(made / "s.kdcache", teacher=str(made / "painn.safetensors"), n_systems=2)
+    assert report.notes == ["painn: neighbor_rule.cutoff is 2.0, in the store 5.0"]
+    assert not report.ok
