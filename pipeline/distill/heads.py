@@ -90,9 +90,9 @@ def _check_teacher(term: KDTerm, cached: Mapping[str, FieldSpec], offered: Colle
         if name in cached:
             continue
         if offered and name not in (*offered, "energy", "forces"):
+            hint = f"; did you mean {_nearest(name, offered)}?" if name.startswith("layer/") else ""
             raise ConfigError(
-                f"--kd {term.label}: the teacher gives no {name}; it gives {', '.join(sorted(offered))}; "
-                f"the nearest is {_nearest(name, offered)}"
+                f"--kd {term.label}: the teacher gives no {name}; it gives {', '.join(sorted(offered))}{hint}"
             )
         have = ", ".join(sorted(cached)) or "none"
         raise ConfigError(

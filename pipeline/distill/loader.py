@@ -8,7 +8,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from molkd.cache_schema.epoch import BLOCK_ATOMS, WINDOW_BLOCKS, iterate_epoch, read_epoch
+from molkd.cache_schema.epoch import iterate_epoch, read_epoch
 from molkd.cache_schema.reader import Cache
 from molkd.pipeline.data.references import LabelScale, reference_table
 from molkd.pipeline.distill.losses import Targets
@@ -19,7 +19,6 @@ from molkd.pipeline.prefetch import prefetch
 
 _FIELDS = ("atomic_numbers", "positions", "tags", "fixed", "cell", "pbc", "energy", "forces")
 _PREFETCH = 4  # batches ready ahead of the step
-_EDGE_BYTES = 1 << 29  # of features of edges in memory
 
 
 class Sample(NamedTuple):
@@ -70,9 +69,6 @@ class CacheLoader:
         self.epoch = 0
         self.batch_in_epoch = 0  # the next batch to deliver
         self._references = reference_table(scale.references)  # (119,) eV
-        self._window = BLOCK_ATOMS, WINDOW_BLOCKS  # atoms of a block, blocks of a window
-        if teacher is not None and "edge" in signals:
-            self._window = _edge_window(cache, teacher)
 
     @property
     def batches_per_epoch(self) -> int:
@@ -110,8 +106,6 @@ class CacheLoader:
             batch_size=self.batch_size,
             seed=self.seed,
             epoch=epoch,
-            block_atoms=self._window[0],
-            window_blocks=self._window[1],
         )
         batches = read_epoch(
             self.cache,
@@ -168,19 +162,6 @@ class CacheLoader:
             free=torch.from_numpy(~arrays["fixed"].astype(bool)),
             teacher=teacher,
         )
-
-
-def _edge_window(cache: Cache, teacher: str) -> tuple[int, int]:
-    """Return atoms of a block and blocks of a window whose edges' features stay below `_EDGE_BYTES`.
-
-    Atoms have dozens of edges: the usual window would hold gigabytes of them.
-    """
-    entry = cache.teachers[teacher].signals["edge"]
-    n_edges = entry.statistics.count if entry.statistics else 0
-    bytes_per_atom = 4 * entry.spec.shape[-1] * n_edges / cache.n_atoms
-    n_atoms = int(_EDGE_BYTES / max(bytes_per_atom, 1))
-    block_atoms = max(min(BLOCK_ATOMS, n_atoms // 8), 1)
-    return block_atoms, max(min(WINDOW_BLOCKS, n_atoms // block_atoms), 1)
 
 
 def sample_to(sample: Sample, device: torch.device) -> Sample:

@@ -17,7 +17,12 @@ from cli_arguments import train
         (["--set", "training.lr"], ["--set training.lr: write it as key=value"]),
         (["--set", "training.lr=fast"], ["training.lr", "'fast'"]),
         (["--set", "training.schedule.kind=zigzag"], ["training.schedule.kind", "warmup_exponential"]),
-        (["--kd", "n2m=1"], ["'n2n', 'v2v'", "'n2m'"]),
+        (["--kd", "n2m=1"], ["'n2n', 'e2n', 'v2v', 'e2e'", "'n2m'"]),
+        (["--kd", "n2n:U9"], ["the student has no scalar features U9; did you mean U", "valid taps: M1, "]),
+        (["--kd", "n2n:H9->U1"], ["--kd n2n:H9->U1: the teacher gives no layer/H9", "did you mean layer/"]),
+        (["--kd", "n2n:H9-"], ["quote what holds ->"]),
+        (["--kd", "v2v:U1"], ["v2v takes no taps"]),
+        (["--kd", "e2e"], ["needs the teacher's signal edge", "--signals edge"]),
         (["--kd", "n2n=-1"], ["kd.0", "positive"]),
         (["--kd", "n2n=much"], ["n2n=much", "a number or auto"]),
         (["--kd", "none", "--kd", "n2n"], ["--kd none cannot be combined"]),
@@ -73,8 +78,9 @@ def test_run_with_other_settings_is_kept(refused, kd, everything, tmp_path):
 
 def test_student_without_vectors(refused, everything, tmp_path):
     command = ("train-student", everything / "train.kdcache", "--student", "schnet-tiny", "--steps", "2")
-    says = ["--kd v2v needs vector features, this student has only: node; take n2n, or a PaiNN student"]
-    refused(*command, "--kd", "v2v=1", "--out", tmp_path / "run", says=says, new=["run"])
+    for loss, what in (("v2v", "vector features"), ("e2e", "features of edges")):
+        says = [f"--kd {loss} needs {what}, this student has none; take n2n, or a PaiNN or GemNet-OC student"]
+        refused(*command, "--kd", f"{loss}=1", "--out", tmp_path / loss, says=says, new=[loss])
 
 
 def test_signal_that_the_teacher_does_not_give(refused, everything, store):
@@ -87,7 +93,13 @@ def test_signal_that_the_teacher_does_not_give(refused, everything, store):
 def test_signal_that_the_cache_does_not_hold(refused, kd, everything, tmp_path):
     teacher, store = everything / "schnet.safetensors", tmp_path / "new.kdcache"
     assert kd("cache-teacher", everything / "train.extxyz", store, "--teacher", teacher).code == 0
-    says = ["--kd v2v needs the teacher's signal v2v", "the cache has: .*node", "--signals v2v"]
+    says = [
+        "--kd n2n:I1->U1 needs the teacher's signal layer/I1",
+        "the cache has: .*node",
+        "--signals layer/I1",
+    ]
+    refused(*train(store, tmp_path / "run", "--kd", "n2n:I1->U1"), says=says, new=["run"])
+    says = ["--kd v2v: the teacher gives no v2v; it gives atomic_energies, layer/I1, .*node"]
     refused(*train(store, tmp_path / "run", "--kd", "v2v=1"), says=says, new=["run"])
 
 

@@ -140,7 +140,7 @@ def test_a_tap_that_the_teacher_does_not_have_is_told_the_nearest_and_all():
     with pytest.raises(ConfigError) as error:
         make_head(KDTerm(**parse_kd(["n2n:H7->U2"])[0]), PAINN, TEACHER, offered)
     assert "--kd n2n:H7->U2: the teacher gives no layer/H7; it gives " in str(error.value)
-    assert "atomic_energies, layer/H0, layer/H1, node, v2v; the nearest is layer/H1" in str(error.value)
+    assert "atomic_energies, layer/H0, layer/H1, node, v2v; did you mean layer/H1?" in str(error.value)
     with pytest.raises(ConfigError, match=r"run kd cache-teacher again with --signals layer/H1 "):
         make_head(KDTerm(**parse_kd(["n2n:H1->U2"])[0]), PAINN, TEACHER, offered)
     with pytest.raises(ConfigError, match="the teacher gives no e2n"):

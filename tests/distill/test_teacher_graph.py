@@ -11,7 +11,6 @@ from distill_cases import (
     GEMNET,
     PAINN,
     add_teacher,
-    ids_of,
     make_store,
     read_systems,
     scale_of,
@@ -19,7 +18,6 @@ from distill_cases import (
 )
 
 from molkd.cache_schema.reader import Cache
-from molkd.pipeline.distill import loader as loader_module
 from molkd.pipeline.distill.loader import CacheLoader
 from molkd.pipeline.distill.student import prepare
 from molkd.pipeline.distill.teacher_graph import sorted_edges
@@ -125,16 +123,6 @@ def test_edges_in_any_order_are_sorted_with_their_features(edge_store):
     assert again.keys() == arrays.keys()
     for name, values in arrays.items():
         np.testing.assert_array_equal(again[name], values)
-
-
-def test_little_memory_for_edges_leaves_no_system_out(edge_store, monkeypatch):
-    student = build_model(PAINN)
-    usual = samples_of(edge_store, student)
-    monkeypatch.setattr(loader_module, "_EDGE_BYTES", 20_000)  # a few systems
-    small = samples_of(edge_store, student)
-    first, second = ([i for sample in samples for i in ids_of(sample)] for samples in (usual, small))
-    assert first != second
-    assert sorted(first) == sorted(second) == sorted(row.tobytes() for row in Cache.open(edge_store).ids)
 
 
 def test_a_student_that_does_not_reach_as_far_is_refused(edge_store, tmp_path):
