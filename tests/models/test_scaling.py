@@ -143,7 +143,18 @@ def test_batches_count_by_their_rows_and_references_set_the_aim(caplog):
     assert float(model.second.scale_factor) == pytest.approx(math.sqrt(mean) / 3, rel=1e-5)
 
 
-def test_what_has_nothing_to_scale_stays_and_is_named_once(caplog):
+def test_without_quadruplets_only_their_factors_stay(caplog):
+    model = make_model(FITTED["gemnet-oc-tiny"] | {"qint_tags": [1, 2]})  # all tags are 0
+    ratios = fit_scale_factors(model, make_batches(model.neighbor_rule))
+    unfitted = {name for name, factor in factors_of(model).items() if float(factor.scale_factor) == 0}
+    scales = ("scale_rbf", "scale_cbf", "scale_sbf_sum")
+    assert unfitted == {f"int_blocks.{i}.quad_interaction.{scale}" for i in range(2) for scale in scales}
+    assert ratios.keys() == factors_of(model).keys() - unfitted
+    assert all(name in caplog.text for name in unfitted)
+
+
+@pytest.mark.parametrize("settings", [PAINN | {"num_layers": 2}, FITTED["gemnet-oc-tiny"]])
+def test_what_has_nothing_to_scale_stays_and_is_named_once(caplog, settings):
     lone = System(
         atomic_numbers=np.array([6], np.uint8),
         positions=np.zeros((1, 3)),
@@ -155,12 +166,12 @@ def test_what_has_nothing_to_scale_stays_and_is_named_once(caplog):
         fixed=np.zeros(1, bool),
         source="lone carbon",
     )
-    model = make_model(PAINN | {"num_layers": 2})
+    model = make_model(settings)
     with caplog.at_level(logging.WARNING):
         assert fit_scale_factors(model, [batch_from_systems([lone] * 4, model.neighbor_rule)]) == {}
-    assert [float(f.scale_factor) for f in factors_of(model).values()] == [0, 0]
+    assert all(float(factor.scale_factor) == 0 for factor in factors_of(model).values())
     (record,) = caplog.records
-    assert "upd_out_scalar_scale_0, upd_out_scalar_scale_1" in record.message
+    assert ", ".join(factors_of(model)) in record.message
     assert "constant" in record.message
 
 
