@@ -100,7 +100,7 @@ def test_signal_that_the_cache_does_not_hold(refused, kd, everything, tmp_path):
     ]
     refused(*train(store, tmp_path / "run", "--kd", "n2n:I1->U1"), says=says, new=["run"])
     says = ["--kd v2v: the teacher gives no v2v; it gives atomic_energies, layer/I1, .*node"]
-    refused(*train(store, tmp_path / "run", "--kd", "v2v=1"), says=says, new=["run"])
+    refused(*train(store, tmp_path / "v2v", "--kd", "v2v=1"), says=says, new=["v2v"])
 
 
 def test_student_of_no_teacher(refused, everything, tmp_path):
