@@ -10,6 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from torch import Tensor
+
 from molkd.pipeline.errors import TeacherError
 from molkd.pipeline.models.registry import MODELS
 
@@ -72,12 +75,27 @@ class Architecture:
         return {"name": self.name, **self.settings}
 
 
-def read_architecture(config: Any, path: Path) -> Architecture:
+def read_config(checkpoint: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """Return the parts of a checkpoint's config that matter, as plain values; `scale_file` stays as it is.
+
+    Raises
+    ------
+    TeacherError
+        If a setting is no plain value.
+    """
+    config = checkpoint.get("config")
+    if not isinstance(config, Mapping):
+        return {}
+    parts = ("model", "model_attributes", "dataset")
+    return {part: _plain(config[part], part, path) for part in parts if part in config}
+
+
+def read_architecture(config: Mapping[str, Any], path: Path) -> Architecture:
     """Return the architecture that a checkpoint's config describes.
 
     Parameters
     ----------
-    config : the checkpoint's entry of that name
+    config : what `read_config` gives
     path : the checkpoint, for messages
 
     Raises
@@ -85,7 +103,7 @@ def read_architecture(config: Any, path: Path) -> Architecture:
     TeacherError
         If there is no config, the architecture is unknown, or a setting is one that our model cannot follow.
     """
-    model = config.get("model") if isinstance(config, Mapping) else None
+    model = config.get("model")
     if isinstance(model, str):  # 2020 to 2023
         model = {**_mapping(config.get("model_attributes"), "model_attributes", path), "name": model}
     if not isinstance(model, Mapping) or not isinstance(model.get("name"), str):
@@ -173,6 +191,22 @@ def _known_name(text: str, path: Path) -> str:
 def _short_name(text: str) -> str:
     """Return the last part of a name that may be a class with its module, in lower case."""
     return text.rsplit(".", 1)[-1].lower()
+
+
+def _plain(value: Any, where: str, path: Path) -> Any:
+    """Return text, numbers, lists and mappings of them; numpy scalars and one-element tensors as numbers."""
+    if value is None or isinstance(value, str | bool | int | float):
+        return value
+    if isinstance(value, list | tuple):
+        return [_plain(v, f"{where}.{k}", path) for k, v in enumerate(value)]
+    if isinstance(value, Mapping):
+        return {k: v if k == "scale_file" else _plain(v, f"{where}.{k}", path) for k, v in value.items()}
+    if isinstance(value, np.generic) or (isinstance(value, Tensor) and value.numel() == 1):
+        return value.item()
+    raise TeacherError(
+        f"{path}: {where} in its config is a {type(value).__name__}, expected text or a number; "
+        "take a checkpoint that OCP's trainer wrote"
+    )
 
 
 def _mapping(value: Any, where: str, path: Path) -> Mapping[str, Any]:

@@ -113,7 +113,8 @@ def _places(
 ) -> Iterator[tuple[str, Factors]]:
     in_weights = {name: value for name, value in weights.items() if name.endswith(SCALE_SUFFIX)}
     yield "the state_dict", _as_factors(in_weights, f"{path}: state_dict")
-    yield "scale_dict", _as_factors(checkpoint.get("scale_dict") or {}, f"{path}: scale_dict")
+    if checkpoint.get("scale_dict") is not None:
+        yield "scale_dict", _as_factors(checkpoint["scale_dict"], f"{path}: scale_dict")
     if isinstance(in_config, Mapping):
         yield "scale_file of the config", _as_factors(in_config, f"{path}: scale_file of its config")
     if scale_file is not None:

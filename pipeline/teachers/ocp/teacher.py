@@ -11,7 +11,7 @@ from molkd.pipeline.models.potential import Potential
 from molkd.pipeline.models.registry import build_model
 from molkd.pipeline.teachers.common import default_name, file_sha256, group_name
 from molkd.pipeline.teachers.interface import TeacherInfo
-from molkd.pipeline.teachers.ocp.architecture import Architecture, read_architecture
+from molkd.pipeline.teachers.ocp.architecture import Architecture, read_architecture, read_config
 from molkd.pipeline.teachers.ocp.normalization import read_label_scale, reference_in_words
 from molkd.pipeline.teachers.ocp.reading import read_torch_file
 from molkd.pipeline.teachers.ocp.scale_factors import fill_scale_factors
@@ -44,7 +44,8 @@ def load_ocp(
             f"{path}: is no checkpoint of OCP or fairchem, it should hold a state_dict and a config; "
             "give a file that its trainer wrote"
         )
-    architecture = read_architecture(checkpoint.get("config"), path)
+    checkpoint = {**checkpoint, "config": read_config(checkpoint, path)}
+    architecture = read_architecture(checkpoint["config"], path)
     model: Any = _build(architecture, path)
     weights = read_weights(checkpoint, architecture.heads, path)
     averaged = average_weights(checkpoint, weights, model, path)

@@ -66,8 +66,12 @@ def average_weights(
     """
     ema = checkpoint.get("ema")
     shadow = ema.get("shadow_params") if isinstance(ema, Mapping) else None
-    if not shadow:
+    if shadow is None:
         return {}
+    if not isinstance(shadow, list):
+        raise TeacherError(
+            f"{path}: its averaged weights (ema) are no list; take the run's best_checkpoint.pt"
+        )
     parameters = dict(model.named_parameters(remove_duplicate=False))
     names: dict[int, list[str]] = {}  # of each trainable parameter
     for name in weights:
