@@ -10,6 +10,7 @@ import torch
 from distill_cases import (
     COLL,
     add_teacher,
+    before_step,
     column,
     ids_of,
     interrupt_after,
@@ -23,7 +24,7 @@ from distill_cases import (
 from molkd.cache_schema.reader import Cache
 from molkd.pipeline.data.splits import split_mask
 from molkd.pipeline.device import choose_device
-from molkd.pipeline.distill import statistics, train
+from molkd.pipeline.distill import held_out, statistics, train
 from molkd.pipeline.distill.run_folder import RunFolder
 from molkd.pipeline.distill.step import initial_state
 from molkd.pipeline.distill.student import prepare
@@ -347,3 +348,17 @@ def test_labels_of_held_out_files_can_be_named(store, tmp_path):
     plain = train_student(train_config(store, tmp_path / "a", val=write_part(tmp_path / "part.extxyz", 0, 6)))
     summary = train_student(train_config(store, tmp_path / "b", val=tmp_path / "val.extxyz", **named))
     assert summary.val == pytest.approx(plain.val, rel=1e-6)
+
+
+def test_held_out_files_are_read_once_before_the_first_step(store, tmp_path, monkeypatch):
+    opened, open_source = [], held_out.open_source
+
+    def record(path, **keys):
+        opened.append(path.name)
+        return open_source(path, **keys)
+
+    monkeypatch.setattr(held_out, "open_source", record)
+    before_step(monkeypatch, 0, lambda: opened.append("first step"))
+    val, test = write_part(tmp_path / "val.extxyz", 0, 6), write_part(tmp_path / "test.extxyz", 6, 10)
+    train_student(train_config(store, tmp_path / "run", val=val, test={"test": test}))
+    assert opened == ["val.extxyz", "test.extxyz", "first step", "test.extxyz"]
