@@ -17,7 +17,7 @@ class ScaledSiLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply elementwise."""
-        return silu(x) * (1 / 0.6)
+        return silu(x).mul_(1 / 0.6)
 
 
 class AtomEmbedding(nn.Module):

@@ -1,10 +1,13 @@
 """Fits a fresh model's scale factors to data: its activations then start with the variance they should have.
 
-As in OCP: ``factor = sqrt(var(reference) / var(x))``, with 1 where there is no reference. The variance is
-over the rows of a batch, averaged over channels, then over batches by their rows. Rows of zeros, where there
-is no neighbor, triplet or quadruplet, do not count. OCP runs every batch once for each factor. Here one pass
-fits all of them: while a batch passes, each factor takes that batch's own ratio, so that what lies behind it
-sees scaled values at once.
+As in OCP: ``factor = sqrt(var(reference) / var(x))``, with 1 where there is no reference, var being averaged
+over batches by their rows. Different from OCP:
+
+- The variance is that of all rows and channels of a batch together. OCP takes it within each channel; where
+  all atoms are alike, as in a metal, that is next to nothing, and factors of 10 start a model far off.
+- Rows of zeros, where there is no neighbor, triplet or quadruplet, do not count.
+- One pass fits all factors instead of one pass each: while a batch passes, each factor takes that batch's
+  own ratio, so that what lies behind it sees scaled values at once.
 """
 
 import logging
@@ -62,8 +65,8 @@ class _Watcher:
 def fit_scale_factors(model: nn.Module, batches: Iterable[Batch]) -> dict[str, float]:
     """Fit all scale factors of a model that has none fitted yet; any other model is left alone.
 
-    A factor whose input has no rows or never varies (quadruplets of diatomic molecules) stays 0, which scales
-    nothing; a warning names it.
+    A factor that never gets anything but zeros or one constant (quadruplets of diatomic molecules) stays 0,
+    which scales nothing; a warning names it.
 
     Parameters
     ----------
@@ -146,8 +149,8 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def _variance(rows: Tensor) -> float:
-    """Return the variance over rows (M, C), averaged over channels; 0 if there is none but rounding."""
-    if len(rows) < 2:
+    """Return the variance of all entries of (M, C); 0 if there is none but rounding."""
+    if rows.numel() < 2:
         return 0.0
-    variance, scale = float(rows.var(dim=0).mean()), float(rows.square().mean())
+    variance, scale = float(rows.var()), float(rows.square().mean())
     return variance if _ROUNDING * scale < variance < math.inf else 0.0

@@ -15,9 +15,8 @@ _INV_SQRT_2 = 1 / math.sqrt(2)
 
 def scaled_silu(x: Tensor) -> Tensor:
     """SiLU with about unit variance; overwrites `x` where no gradient is recorded."""
-    if torch.is_grad_enabled() and x.requires_grad:
-        return silu(x) * _ACTIVATION_SCALE
-    return silu(x, inplace=True).mul_(_ACTIVATION_SCALE)
+    in_place = not (torch.is_grad_enabled() and x.requires_grad)
+    return silu(x, inplace=in_place).mul_(_ACTIVATION_SCALE)
 
 
 def he_orthogonal_(weight: Tensor) -> None:
@@ -74,7 +73,7 @@ def residual_layers(n_layers: int, n_channels: int) -> list[ResidualLayer]:
 def skip(x: Float[Tensor, "M C"], change: Float[Tensor, "M C"]) -> Float[Tensor, "M C"]:
     """Return (x + change) / sqrt 2; overwrites `change` where no gradient is recorded."""
     if torch.is_grad_enabled() and (x.requires_grad or change.requires_grad):
-        return (x + change) * _INV_SQRT_2
+        return (x + change).mul_(_INV_SQRT_2)
     return change.add_(x).mul_(_INV_SQRT_2)
 
 
