@@ -26,9 +26,8 @@ FITTED = {
     "painn-6-layers": PAINN | {"num_layers": 6},
     "painn-gradient": PAINN | {"num_layers": 3, "direct_forces": False},
 }
-# One pass scales by each batch's own ratio, later by the ratio of all: 0.1 % for PaiNN and 4 % for GemNet-OC,
-# whose triplets differ more between batches of 8 small molecules.
-NEAR_ONE = 0.06
+# One pass scales by each batch's own ratio, later by the ratio of all: 0.2 % for PaiNN, 1.2 % for GemNet-OC.
+NEAR_ONE = 0.03
 
 
 def read_systems():
@@ -44,6 +43,22 @@ def make_batches(rule, size=8):
     return [batch_from_systems(systems[i : i + size], rule) for i in range(0, len(systems), size)]
 
 
+def make_system(positions):
+    """Atoms of molybdenum in open space."""
+    n_atoms = len(positions)
+    return System(
+        atomic_numbers=np.full(n_atoms, 42, np.uint8),
+        positions=positions,
+        cell=np.zeros((3, 3)),
+        pbc=np.zeros(3, bool),
+        energy=0.0,
+        forces=np.zeros((n_atoms, 3)),
+        tags=np.zeros(n_atoms, np.uint8),
+        fixed=np.zeros(n_atoms, bool),
+        source="molybdenum",
+    )
+
+
 def make_model(settings):
     torch.manual_seed(3)
     return build_model(settings)
@@ -54,9 +69,9 @@ def factors_of(model):
 
 
 def variance(rows):
-    """Over rows that are not zero, averaged over channels."""
+    """Over rows that are not zero and channels."""
     rows = rows.detach().double().numpy()
-    return float(np.var(rows[np.abs(rows).max(axis=1) > 0], axis=0, ddof=1).mean())
+    return float(np.var(rows[np.abs(rows).max(axis=1) > 0], ddof=1))
 
 
 def measure(model, batches):
@@ -153,26 +168,29 @@ def test_without_quadruplets_only_their_factors_stay(caplog):
     assert all(name in caplog.text for name in unfitted)
 
 
-@pytest.mark.parametrize("settings", [PAINN | {"num_layers": 2}, FITTED["gemnet-oc-tiny"]])
-def test_what_has_nothing_to_scale_stays_and_is_named_once(caplog, settings):
-    lone = System(
-        atomic_numbers=np.array([6], np.uint8),
-        positions=np.zeros((1, 3)),
-        cell=np.zeros((3, 3)),
-        pbc=np.zeros(3, bool),
-        energy=0.0,
-        forces=np.zeros((1, 3)),
-        tags=np.zeros(1, np.uint8),
-        fixed=np.zeros(1, bool),
-        source="lone carbon",
-    )
-    model = make_model(settings)
+def test_what_has_nothing_to_scale_stays_and_is_named_once(caplog):
+    """Atoms without neighbors: no edge of GemNet-OC has anything to say."""
+    model = make_model(FITTED["gemnet-oc-tiny"])
+    alone = make_system(np.zeros((1, 3)))
     with caplog.at_level(logging.WARNING):
-        assert fit_scale_factors(model, [batch_from_systems([lone] * 4, model.neighbor_rule)]) == {}
+        assert fit_scale_factors(model, [batch_from_systems([alone] * 4, model.neighbor_rule)]) == {}
     assert all(float(factor.scale_factor) == 0 for factor in factors_of(model).values())
     (record,) = caplog.records
     assert ", ".join(factors_of(model)) in record.message
     assert "constant" in record.message
+
+
+def test_equal_atoms_do_not_blow_a_model_up():
+    """In a metal the atoms differ little within a channel; the channels differ all the same."""
+    model = make_model(FITTED["painn-6-layers"])
+    rng = np.random.default_rng(0)
+    grid = 2.7 * np.stack(np.meshgrid(*[np.arange(3)] * 3), axis=-1).reshape(-1, 3)
+    crystals = [make_system(grid + rng.normal(0, 0.02, grid.shape)) for _ in range(4)]
+    batch = batch_from_systems(crystals, model.neighbor_rule)
+    fit_scale_factors(model, [batch])
+    factors = [float(factor.scale_factor) for factor in factors_of(model).values()]
+    assert 0.5 < min(factors) < max(factors) < 2
+    assert model(batch)["node"].square().mean() < 2
 
 
 def test_a_factor_that_is_never_reached_does_not_stop_the_others(caplog):
