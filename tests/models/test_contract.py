@@ -277,7 +277,7 @@ def test_cuda_gives_the_same_without_waiting_for_the_device(model, periodic):
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
     if isinstance(model, GemNetOC):
-        pytest.skip("the sizes of its graphs depend on the data: it waits a few times, before the first block")
+        pytest.skip("sizes of its graphs depend on the data: it waits a few times before its first block")
     systems = [make_system(20, periodic=periodic), make_system(21, 3, periodic)]
     expected = run(model, systems)
     batch = to_device(batch_from_systems(systems, model.neighbor_rule, torch.float64), torch.device("cuda"))

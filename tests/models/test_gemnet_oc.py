@@ -10,7 +10,7 @@ from ocp_reference import CASES, FLOAT64, batch_of, edge_order, load_case, load_
 
 from molkd.pipeline.data.system import System
 from molkd.pipeline.graphs.batch import batch_from_systems
-from molkd.pipeline.models.gemnet_oc.graphs import build_graphs, table_of
+from molkd.pipeline.models.gemnet_oc.graphs import _warn_of_tags, build_graphs, table_of
 from molkd.pipeline.models.gemnet_oc.quadruplets import quad_geometry
 from molkd.pipeline.models.gemnet_oc.triplets import meeting_edges
 from molkd.pipeline.models.registry import build_model, load_preset
@@ -187,14 +187,17 @@ def test_a_crystal_in_single_precision_has_no_dihedral_noise():
 
 
 @pytest.mark.parametrize("periodic", [True, False])
-def test_without_quadruplets_the_rest_works(periodic):
+def test_without_quadruplets_the_rest_works_with_a_warning(periodic, caplog):
     """No atom has a tag of `qint_tags`, as in OC20's models on molecules."""
     torch.manual_seed(1)
+    _warn_of_tags.cache_clear()
     config = load_preset("gemnet-oc-tiny", periodic=periodic)["model"] | {"qint_tags": [2]}
     model, system = build_model(config).double(), slab()
     outputs = model(batch_from_systems([system], model.neighbor_rule, torch.float64), list(model.signals))
     assert all(torch.isfinite(value).all() for value in outputs.values())
     tagged = replace(system, tags=np.full_like(system.tags, 2))
+    assert caplog.text.count("qint_tags [2]") == 1
+    assert "model.qint_tags=[0,1,2]" in caplog.text
     changed = model(batch_from_systems([tagged], model.neighbor_rule, torch.float64))
     assert (changed["energy"] - outputs["energy"]).abs() > 1e-6
 

@@ -8,6 +8,8 @@ Which edges are nearest is decided as in molkd.pipeline.graphs.neighbors: by who
 ones by (sender, shift), so neither rounding nor the other systems of a batch have a say.
 """
 
+import logging
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -17,6 +19,8 @@ from torch import Tensor
 from molkd.pipeline.graphs.batch import Batch, edge_vectors
 from molkd.pipeline.graphs.neighbors import TIE_STEP
 from molkd.pipeline.models.gemnet_oc.config import GemNetOCConfig
+
+log = logging.getLogger(__name__)
 
 _RESOLUTION = 1e-6  # A, of cutoffs
 _SPAN = 2**13  # shifts of +-2047 lattice vectors and sums of two of them fit between two codes
@@ -78,7 +82,20 @@ def build_graphs(batch: Batch, config: GemNetOCConfig) -> Graphs:
         tags = torch.tensor(config.qint_tags, device=batch.tags.device)
         chosen = torch.isin(batch.tags, tags)
         quad = take(near, (chosen[near.sender] | chosen[near.receiver]).nonzero().squeeze(1))
+        if len(near.sender) and not len(quad.sender):
+            _warn_of_tags(config.qint_tags)
     return Graphs(main, mirror, atom_edge, quad, widest if config.atom_interaction else None)
+
+
+@cache
+def _warn_of_tags(qint_tags: tuple[int, ...]) -> None:
+    """Say it once: the numbers are finite all the same."""
+    log.warning(
+        "no atom of a batch has a tag in qint_tags %s: GemNet-OC works without quadruplets there; give the "
+        "structures tags as OC20 has them (0 below the surface, 1 surface, 2 adsorbate), or train with "
+        "--set model.qint_tags=[0,1,2] where tags mean nothing",
+        list(qint_tags),
+    )
 
 
 def table_of(graph: Graph, n_atoms: int) -> Table:
