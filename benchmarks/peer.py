@@ -42,17 +42,19 @@ class Peer:
         self.model = peer_common.build(peer_common.PAPER[name], 0)
 
     def prepare(self, arrays, use_pbc, qint_tags):
+        """Return what `forward` takes."""
         tags = qint_tags if hasattr(self.model, "qint_tags") else None
         self.tools.apply_overrides(self.model, use_pbc=use_pbc, qint_tags=tags)
         return self.tools.make_batch(arrays)
 
     def forward(self, batch):
+        """Return energy and forces."""
         out = self.model(batch)
         return out["energy"].view(-1), out["forces"].view(-1, 3)
 
 
 class Ours:
-    """This project's model with the peer's weights."""
+    """Our model with the peer's weights."""
 
     def __init__(self, name):
         import peer_common
@@ -61,6 +63,7 @@ class Ours:
         self.model = build_model(self.config)
 
     def prepare(self, arrays, use_pbc, qint_tags):
+        """Return what `forward` takes."""
         config = self.config | {"use_pbc": use_pbc}
         if "qint_tags" in config:
             config["qint_tags"] = qint_tags
@@ -70,6 +73,7 @@ class Ours:
         return arrays
 
     def forward(self, arrays):
+        """Return energy and forces."""
         batch = make_batch(
             atomic_numbers=arrays["Z"],
             positions=arrays["pos"],
