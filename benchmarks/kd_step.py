@@ -1,12 +1,14 @@
 """Seconds of a training step: without KD, with KD from the cache, with the teacher in the loop (the old way).
 
-    OMP_NUM_THREADS=1 python benchmarks/kd_step.py [--batch-size 8] [--rounds 8]
+    OMP_NUM_THREADS=1 python benchmarks/kd_step.py [--batch-size 8] [--rounds 8] [--steps 40]
+        [--pair gemnet-oc-oc20:painn-big-oc20:n2n,e2n,v2v ...] [--data FILE]
 
-Students PaiNN-small and SchNet, teacher PaiNN-big (COLL presets, random weights: speed does not depend on
-them) on the molecules bundled for the demo. The three variants see the same batches and take turns, a round
-of 40 steps each; a round is everything from asking for its first batch to its last updated weights, so what a
-variant reads ahead is paid by itself but for the few batches in its queue. Ratios are medians over rounds,
-each divided by the round without KD that stands beside it.
+A pair is TEACHER:STUDENT:LOSSES with presets of random weights (speed does not depend on them); without any,
+PaiNN-big teaches PaiNN-small and SchNet (COLL). Without data the molecules bundled for the demo are taken.
+The three variants see the same batches and take turns, a round of some steps each; a round is everything from
+asking for its first batch to its last updated weights, so what a variant reads ahead is paid by itself but
+for the few batches in its queue. Ratios are medians over rounds, each divided by the round without KD that
+stands beside it.
 """
 
 import argparse
@@ -35,10 +37,8 @@ from molkd.pipeline.models.registry import build_model, load_preset
 from molkd.pipeline.teachers.interface import Teacher
 from molkd.pipeline.teachers.load import load_teacher
 
-STUDENTS = {"painn-small-coll": ("n2n", "v2v"), "schnet-coll": ("n2n",)}
-TEACHER = "painn-big-coll"
+PAIRS = ("painn-big-coll:painn-small-coll:n2n,v2v", "painn-big-coll:schnet-coll:n2n")
 CPU = torch.device("cpu")
-STEPS = 40  # a round
 
 
 def main() -> None:
@@ -46,54 +46,59 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--rounds", type=int, default=8, help="rounds of 40 steps a variant")
+    parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=40, help="of a round")
+    parser.add_argument("--pair", action="append", help="TEACHER:STUDENT:LOSSES; several can be given")
+    parser.add_argument(
+        "--data", type=Path, default=Path(str(files("molkd.pipeline.demo") / "train.extxyz.xz"))
+    )
     args = parser.parse_args()
     keep_freed_memory()
-    results = {}
-    with tempfile.TemporaryDirectory() as folder:
-        store, teacher_file = prepare_store(Path(folder))
-        for student, losses in STUDENTS.items():
-            results[student] = measure(student, losses, store, teacher_file, args.batch_size, args.rounds)
-    print(json.dumps(results, indent=2))
+    for pair in args.pair or PAIRS:
+        with tempfile.TemporaryDirectory() as folder:
+            teacher, student, losses = pair.split(":")
+            terms = tuple(KDTerm(name=name) for name in losses.split(","))
+            store, teacher_file = prepare_store(Path(folder), args.data, teacher, terms)
+            result = measure(student, terms, store, teacher_file, args)
+            print(json.dumps({pair: result}, indent=2), flush=True)
 
 
-def prepare_store(folder: Path, data: Path | None = None) -> tuple[Path, Path]:
-    """Cache a PaiNN-big with random weights over the demo's molecules, or over other data."""
+def prepare_store(folder: Path, data: Path, teacher: str, terms: tuple[KDTerm, ...]) -> tuple[Path, Path]:
+    """Cache a preset with random weights over the data."""
     torch.manual_seed(0)
-    preset = load_preset(TEACHER, periodic=False)
-    teacher = Potential(build_model(preset["model"]), LabelScale(), {"model": preset["model"]})
-    teacher.save(folder / "teacher.safetensors")
-    store = folder / "store.kdcache"
-    data = data or Path(str(files("molkd.pipeline.demo") / "train.extxyz.xz"))
+    store, file = folder / "store.kdcache", folder / "teacher.safetensors"
     ingest(IngestConfig(data=(data,), store=store))
-    signals = ("energy", "forces", "node", "v2v")
-    cache_teacher(CacheConfig(store=store, teacher=str(folder / "teacher.safetensors"), signals=signals))
-    return store, folder / "teacher.safetensors"
+    with Cache.open(store) as cache:
+        model = load_preset(teacher, periodic=bool(cache.pbc.any()))["model"]
+    Potential(build_model(model), LabelScale(), {"model": model}).save(file)
+    signals = tuple({signal for term in terms for signal in term.signals})
+    cache_teacher(CacheConfig(store=store, teacher=str(file), signals=signals))
+    return store, file
 
 
 def measure(
-    student: str, losses: tuple[str, ...], store: Path, teacher_file: Path, batch_size: int, rounds: int
+    student: str, terms: tuple[KDTerm, ...], store: Path, teacher_file: Path, args: argparse.Namespace
 ) -> dict[str, float]:
     """Time the three variants in turns and return medians."""
-    teacher = load_teacher(str(teacher_file), device=CPU)
-    terms = tuple(KDTerm(name=name) for name in losses)
+    teacher, batch_size = load_teacher(str(teacher_file), device=CPU), args.batch_size
     steps = {
         "without KD": variant(student, store, (), batch_size),
         "KD from the cache": variant(student, store, terms, batch_size),
         "KD online": variant(student, store, terms, batch_size, teacher),
     }
     seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for round_ in range(rounds + 1):
+    for round_ in range(args.rounds + 1):
         for name, step in steps.items():
             began = time.perf_counter()
-            for _ in range(STEPS):
+            for _ in range(args.steps):
                 step()
             if round_ > 0:  # the first round warms up
-                seconds[name].append((time.perf_counter() - began) / STEPS)
+                seconds[name].append((time.perf_counter() - began) / args.steps)
     result = {f"{name}, ms": 1e3 * statistics.median(times) for name, times in seconds.items()}
     base, cached, online = seconds.values()
     result["cached / without"] = statistics.median(c / b for c, b in zip(cached, base, strict=True))
     result["online / cached"] = statistics.median(o / c for o, c in zip(online, cached, strict=True))
+    result["share of the online step saved, %"] = 100 * (1 - 1 / result["online / cached"])
     return result
 
 
@@ -115,13 +120,13 @@ def variant(
     student: str, store: Path, terms: tuple[KDTerm, ...], batch_size: int, teacher: Teacher | None = None
 ) -> Callable[[], None]:
     """Return a function that takes one training step on the next batch."""
+    cache = Cache.open(store)
     config = make_config(
         TrainConfig,
-        load_preset(student, periodic=False),
+        load_preset(student, periodic=bool(cache.pbc.any())),
         {"training": {"batch_size": batch_size}, "student": student, "kd": terms},
         {"store": store, "out": store.parent / "unused", "val_fraction": 0.0, "device": "cpu"},
     )
-    cache = Cache.open(store)
     state = initial_state(cache, prepare(cache, config, CPU), config, CPU)
     if teacher is not None:
         state.loader.signals = ()
