@@ -7,7 +7,8 @@ distances are compared in whole steps of `TIE_STEP`. In this order:
    itself included; systems without periodic axes, or any system with ``use_pbc=False``, follow the same rule
    in open space;
 2. every center keeps its nearest `max_neighbors`; equal distances are decided by (sender, shift) order,
-   smallest first; with `tie_tolerance` everything that close behind the K-th neighbor stays as well;
+   smallest first; with `tie_tolerance` the next one stays as well, and everything that close behind it in
+   squared distance (OCP's rule);
 3. `symmetrize` keeps of each pair only the edge whose sender has the lower index (an atom and its own image:
    the one whose first non-zero shift component is negative) and adds the mirrored edge.
 
@@ -44,9 +45,14 @@ class NeighborRule:
 
     cutoff: float  # A
     max_neighbors: int | None = None  # per center the nearest K; None keeps all
-    tie_tolerance: float = 0.0  # A; > 0 also keeps everything this close behind the K-th neighbor
+    tie_tolerance: float = 0.0  # A^2; > 0 keeps one neighbor more and what is this close behind it
     symmetrize: bool = False  # OCP's PaiNN and GemNet-OC: the higher atom's list decides, edges are mirrored
     use_pbc: bool = True  # False ignores cell and pbc
+
+    @property
+    def n_counted(self) -> int:
+        """Which nearest neighbor sets the limit; OCP, where ties are kept, looks at the first after K."""
+        return (self.max_neighbors or 0) + (self.tie_tolerance > 0)
 
     @property
     def max_edges_per_atom(self) -> int | None:
@@ -56,7 +62,8 @@ class NeighborRule:
         """
         if self.max_neighbors is None:
             return None
-        return self.max_neighbors * (2 if self.symmetrize else 1) * (2 if self.tie_tolerance > 0 else 1)
+        n_nearest = 2 * self.n_counted if self.tie_tolerance > 0 else self.max_neighbors
+        return n_nearest * (2 if self.symmetrize else 1)
 
     def to_dict(self) -> dict[str, object]:
         """Plain values for JSON."""
@@ -215,17 +222,20 @@ def _is_inside(lengths: NDArray[np.float64], rule: NeighborRule) -> NDArray[np.b
 def _limits(
     receiver: NDArray[np.int64], distance: NDArray[np.int64], n_atoms: int, rule: NeighborRule
 ) -> NDArray[np.int64]:
-    """Return how far each atom looks (N,), in steps: to its K-th neighbor and ties, or to the cutoff."""
+    """Return how far each atom looks (N,), in steps: to its last neighbor and ties, or to the cutoff."""
     n_steps = math.ceil(rule.cutoff / TIE_STEP) + 1
     limits = np.full(n_atoms, n_steps)
     if rule.max_neighbors is None:
         return limits
     n_edges = np.bincount(receiver, minlength=n_atoms)
-    enough = n_edges >= rule.max_neighbors
+    enough = n_edges >= rule.n_counted
     span = n_steps + 1
     ranked = np.sort(receiver * span + distance)  # plain integers sort several times faster than two columns
-    kth = np.cumsum(n_edges) - n_edges + rule.max_neighbors - 1
-    limits[enough] = ranked[kth[enough]] % span + round(rule.tie_tolerance / TIE_STEP)
+    last = np.cumsum(n_edges) - n_edges + rule.n_counted - 1
+    limits[enough] = ranked[last[enough]] % span
+    if rule.tie_tolerance > 0:
+        squared = (limits[enough] * TIE_STEP) ** 2 + rule.tie_tolerance
+        limits[enough] = _steps(np.sqrt(squared))
     return limits
 
 

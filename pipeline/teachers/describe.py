@@ -104,7 +104,7 @@ def describe_teacher(spec: str, *, scale_file: Path | None = None) -> TeacherDes
 def _graph(rule: NeighborRule) -> str:
     """Return the neighbour rule in words."""
     nearest = "all neighbors" if rule.max_neighbors is None else f"nearest {rule.max_neighbors}"
-    ties = f" and ties within {rule.tie_tolerance:g} A" if rule.tie_tolerance else ""
+    ties = ", the next one and its ties" if rule.tie_tolerance else ""
     both = ", made symmetric" if rule.symmetrize else ""
     cells = "periodic" if rule.use_pbc else "cells ignored"
     return f"cutoff {rule.cutoff:g} A, {nearest}{ties}{both}, {cells}"

@@ -36,7 +36,7 @@ def brute_force(positions, cell, pbc, rule):
         k = rule.max_neighbors
         if k is not None and len(mine) > k:
             if rule.tie_tolerance > 0:
-                limit = mine[k - 1][0] + round(rule.tie_tolerance / RESOLUTION)
+                limit = np.rint(np.sqrt((mine[k][0] * RESOLUTION) ** 2 + rule.tie_tolerance) / RESOLUTION)
                 mine = [m for m in mine if m[0] <= limit]
             else:
                 mine = mine[:k]
@@ -124,6 +124,15 @@ def test_tied_neighbors_are_cut_in_shift_order_or_kept_together():
     assert shifts.tolist() == [[-1, 0, 0], [0, -1, 0], [0, 0, -1], [0, 0, 1]]
     _, shifts = neighbor_list(origin, cell, pbc, NeighborRule(2.6, max_neighbors=4, tie_tolerance=0.01))
     assert len(shifts) == 6
+
+
+def test_where_ties_stay_one_neighbor_more_is_kept():
+    """OCP's rule: the limit is the first neighbor after the K nearest, and 0.01 A^2 behind its square."""
+    rule = NeighborRule(9.0, max_neighbors=2, tie_tolerance=0.01)
+    positions = np.zeros((6, 3))
+    positions[1:, 0] = [1.0, 2.0, 3.0, 3.0015, 3.002]  # 9.009 and 9.012 A^2
+    edge_index, _ = neighbor_list(positions, np.zeros((3, 3)), np.zeros(3, bool), rule)
+    assert edge_index[0, edge_index[1] == 0].tolist() == [1, 2, 3, 4]
 
 
 def test_higher_atom_decides_when_symmetrized():

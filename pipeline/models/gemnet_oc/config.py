@@ -1,13 +1,22 @@
 """Hyper-parameters of GemNet-OC under OCP's names; the defaults are those of OCP's OC20 model."""
 
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from pydantic import Field, model_validator
 
 from molkd.pipeline.config import Settings
 from molkd.pipeline.graphs.neighbors import NeighborRule
 
-_TIE_TOLERANCE = 0.01  # A, what OCP keeps behind the K-th neighbor if the limit is not strict
+# Within which OCP takes neighbors to be equally far if the limit is not strict: A^2 in the widest graph, A in
+# those picked from it.
+_TIE_TOLERANCE = 0.01
+
+
+class Limits(NamedTuple):
+    """How far and to how many neighbors a graph reaches."""
+
+    cutoff: float  # A
+    max_neighbors: int
 
 
 class RadialBasisConfig(Settings):
@@ -63,11 +72,11 @@ class GemNetOCConfig(Settings):
     cutoff: float = Field(12.0, gt=0)  # A, of the main graph
     cutoff_qint: float | None = Field(None, gt=0)  # None: as `cutoff`
     cutoff_aeaint: float | None = Field(None, gt=0)
-    cutoff_aint: float | None = Field(None, gt=0)
+    cutoff_aint: float | None = Field(None, gt=0)  # None: the largest of the others
     max_neighbors: int = Field(30, ge=1)
     max_neighbors_qint: int | None = Field(None, ge=1)  # None: as `max_neighbors`
     max_neighbors_aeaint: int | None = Field(None, ge=1)
-    max_neighbors_aint: int | None = Field(None, ge=1)
+    max_neighbors_aint: int | None = Field(None, ge=1)  # None: the largest of the others
     enforce_max_neighbors_strictly: bool = True
     rbf: RadialBasisConfig = RadialBasisConfig()
     envelope: EnvelopeConfig = EnvelopeConfig()
@@ -88,29 +97,62 @@ class GemNetOCConfig(Settings):
 
     @model_validator(mode="after")
     def _check(self) -> "GemNetOCConfig":
-        widest = self.neighbor_rule
-        for name in ("cutoff", "cutoff_qint", "cutoff_aeaint"):
-            if (getattr(self, name) or 0) > widest.cutoff:
-                raise ValueError(
-                    f"{name} is larger than cutoff_aint = {widest.cutoff}, the widest graph's cutoff"
-                )
-        for name in ("max_neighbors", "max_neighbors_qint", "max_neighbors_aeaint"):
-            if (getattr(self, name) or 0) > (widest.max_neighbors or 0):
-                raise ValueError(f"{name} is larger than max_neighbors_aint = {widest.max_neighbors}")
+        for suffix, limits in (
+            ("", self.main_limits),
+            ("_aeaint", self.atom_edge_limits),
+            ("_qint", self.quad_limits),
+        ):
+            for setting, value, widest in zip(Limits._fields, limits, self.widest_limits, strict=True):
+                if value > widest:
+                    raise ValueError(
+                        f"{setting}{suffix} = {value:g} is larger than {self._widest_name(setting)} = "
+                        f"{widest:g}, the widest graph's"
+                    )
         return self
 
+    def _widest_name(self, setting: str) -> str:
+        return f"{setting}_aint" if self.atom_interaction else setting
+
     @property
-    def has_atom_graph(self) -> bool:
-        """Whether any interaction needs more than the main graph."""
-        return self.atom_edge_interaction or self.edge_atom_interaction or self.atom_interaction
+    def main_limits(self) -> Limits:
+        """Of the graph whose edges have features, before it is made symmetric."""
+        return Limits(self.cutoff, self.max_neighbors)
+
+    @property
+    def atom_edge_limits(self) -> Limits:
+        """Of the graph between atoms and edges; the main graph's where no interaction uses it, as in OCP."""
+        return self._limits(
+            self.cutoff_aeaint,
+            self.max_neighbors_aeaint,
+            used=self.atom_edge_interaction or self.edge_atom_interaction,
+        )
+
+    @property
+    def quad_limits(self) -> Limits:
+        """Of the graph of the quadruplets' central edges."""
+        return self._limits(self.cutoff_qint, self.max_neighbors_qint, used=self.quad_interaction)
+
+    @property
+    def widest_limits(self) -> Limits:
+        """Of the graph that all others are parts of."""
+        if not (self.atom_edge_interaction or self.edge_atom_interaction or self.atom_interaction):
+            return self.main_limits
+        parts = (self.main_limits, self.atom_edge_limits, self.quad_limits)
+        cutoff = max(limits.cutoff for limits in parts)
+        max_neighbors = max(limits.max_neighbors for limits in parts)
+        if not self.atom_interaction:
+            return Limits(cutoff, max_neighbors)
+        return Limits(self.cutoff_aint or cutoff, self.max_neighbors_aint or max_neighbors)
+
+    def _limits(self, cutoff: float | None, max_neighbors: int | None, *, used: bool) -> Limits:
+        if not used:
+            return self.main_limits
+        return Limits(cutoff or self.cutoff, max_neighbors or self.max_neighbors)
 
     @property
     def neighbor_rule(self) -> NeighborRule:
         """The widest graph; the others are parts of it."""
-        cutoff, n_nearest = self.cutoff, self.max_neighbors
-        if self.has_atom_graph:
-            cutoff, n_nearest = self.cutoff_aint or cutoff, self.max_neighbors_aint or n_nearest
-        return NeighborRule(cutoff, n_nearest, self.tie_tolerance, use_pbc=self.use_pbc)
+        return NeighborRule(*self.widest_limits, self.tie_tolerance, use_pbc=self.use_pbc)
 
     @property
     def edge_rule(self) -> NeighborRule:
@@ -121,5 +163,5 @@ class GemNetOCConfig(Settings):
 
     @property
     def tie_tolerance(self) -> float:
-        """How far behind the K-th neighbor others are kept, in Angstrom."""
+        """How far behind the first neighbor that is too many others stay."""
         return 0.0 if self.enforce_max_neighbors_strictly else _TIE_TOLERANCE

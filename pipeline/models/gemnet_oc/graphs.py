@@ -18,7 +18,7 @@ from torch import Tensor
 
 from molkd.pipeline.graphs.batch import Batch, edge_vectors
 from molkd.pipeline.graphs.neighbors import TIE_STEP
-from molkd.pipeline.models.gemnet_oc.config import GemNetOCConfig
+from molkd.pipeline.models.gemnet_oc.config import GemNetOCConfig, Limits
 
 log = logging.getLogger(__name__)
 
@@ -67,18 +67,12 @@ def build_graphs(batch: Batch, config: GemNetOCConfig) -> Graphs:
     """Select the graphs from the batch's edges, differentiable in the positions."""
     widest = _widest(batch)
     ranks = _Ranks(batch, config.tie_tolerance)
-    main, mirror = _symmetrized(ranks.nearest(widest, config.cutoff, config.max_neighbors))
+    main, mirror = _symmetrized(ranks.nearest(widest, config.main_limits))
     atom_edge = quad = None
     if config.atom_edge_interaction or config.edge_atom_interaction:
-        atom_edge = ranks.nearest(
-            widest,
-            config.cutoff_aeaint or config.cutoff,
-            config.max_neighbors_aeaint or config.max_neighbors,
-        )
+        atom_edge = ranks.nearest(widest, config.atom_edge_limits)
     if config.quad_interaction:
-        near = ranks.nearest(
-            widest, config.cutoff_qint or config.cutoff, config.max_neighbors_qint or config.max_neighbors
-        )
+        near = ranks.nearest(widest, config.quad_limits)
         tags = torch.tensor(config.qint_tags, device=batch.tags.device)
         chosen = torch.isin(batch.tags, tags)
         quad = take(near, (chosen[near.sender] | chosen[near.receiver]).nonzero().squeeze(1))
@@ -150,15 +144,15 @@ class _Ranks:
         self.rank = torch.empty_like(order)
         self.rank[order] = torch.arange(len(order), device=order.device) - first[receiver[order]]
 
-    def nearest(self, graph: Graph, cutoff: float, n_nearest: int) -> Graph:
+    def nearest(self, graph: Graph, limits: Limits) -> Graph:
         """Return the edges to the nearest senders within the cutoff."""
-        near = self.rank < n_nearest
-        if self.tolerance:
+        near = self.rank < limits.max_neighbors
+        if self.tolerance:  # behind the first that is too many, see NeighborRule
             limit = self.steps.new_full((self.n_atoms,), 2**40)
-            is_last = (self.rank == n_nearest - 1).nonzero().squeeze(1)
+            is_last = (self.rank == limits.max_neighbors).nonzero().squeeze(1)
             limit[self.receiver[is_last]] = self.steps[is_last] + self.tolerance
             near = self.steps <= limit[self.receiver]
-        near &= self.length <= cutoff + _RESOLUTION / 2
+        near &= self.length <= limits.cutoff + _RESOLUTION / 2
         return take(graph, near.nonzero().squeeze(1))
 
 

@@ -20,7 +20,7 @@ from molkd.cache_schema.fields import (
 from molkd.pipeline.graphs.batch import Batch
 from molkd.pipeline.models.blocks import full_precision, sum_at, with_gradient_forces
 from molkd.pipeline.models.gemnet_oc.bases import AngularBasis, BasisEmbedding, RadialEmbedding
-from molkd.pipeline.models.gemnet_oc.config import GemNetOCConfig
+from molkd.pipeline.models.gemnet_oc.config import GemNetOCConfig, Limits
 from molkd.pipeline.models.gemnet_oc.graphs import Graph, Graphs, Table, build_graphs, table_of, take
 from molkd.pipeline.models.gemnet_oc.interaction import Bases, InteractionBlock, OutputBlock
 from molkd.pipeline.models.gemnet_oc.layers import Dense, EdgeEmbedding, Linear, residual_layers
@@ -70,38 +70,37 @@ class GemNetOC(nn.Module):
     def _add_bases(self, config: GemNetOCConfig) -> None:
         """Radial bases, and the maps that embed them once for all blocks, under OCP's names."""
 
-        def radial(cutoff: float | None) -> GaussianBasis:
+        def radial(limits: Limits) -> GaussianBasis:
             exponent = config.envelope.exponent
-            return GaussianBasis(
-                config.num_radial, cutoff or config.cutoff, exponent=exponent, exact_width=True
-            )
+            return GaussianBasis(config.num_radial, limits.cutoff, exponent=exponent, exact_width=True)
 
         n_radial, n_angular = config.num_radial, config.num_spherical
         rbf, cbf = config.emb_size_rbf, config.emb_size_cbf
-        self.radial_basis = radial(config.cutoff)
+        self.radial_basis = radial(config.main_limits)
         self.mlp_rbf_tint = Linear(n_radial, rbf)
         self.mlp_rbf_h = Linear(n_radial, rbf)
         self.mlp_rbf_out = Linear(n_radial, rbf)
-        within_main = radial(config.cutoff)  # OCP's models share this one
+        within_main = radial(config.main_limits)  # OCP's models share this one
         self.cbf_basis_tint = AngularBasis(within_main)
         self.mlp_cbf_tint = BasisEmbedding(n_radial, cbf, n_angular)
         if config.quad_interaction:
-            self.cbf_basis_qint = AngularBasis(radial(config.cutoff_qint))
+            self.cbf_basis_qint = AngularBasis(radial(config.quad_limits))
             self.sbf_basis_qint = AngularBasis(within_main)
             self.mlp_rbf_qint = Linear(n_radial, rbf)
             self.mlp_cbf_qint = BasisEmbedding(n_radial, cbf, n_angular)
             self.mlp_sbf_qint = BasisEmbedding(n_radial, config.emb_size_sbf, n_angular**2)
+        if config.atom_edge_interaction or config.edge_atom_interaction:
+            self.radial_basis_aeaint = radial(config.atom_edge_limits)
         if config.atom_edge_interaction:
-            self.radial_basis_aeaint = radial(config.cutoff_aeaint)
             self.cbf_basis_aeint = AngularBasis(within_main)
             self.mlp_rbf_aeint = Linear(n_radial, rbf)
             self.mlp_cbf_aeint = BasisEmbedding(n_radial, cbf, n_angular)
         if config.edge_atom_interaction:
-            self.cbf_basis_eaint = AngularBasis(radial(config.cutoff_aeaint))
+            self.cbf_basis_eaint = AngularBasis(radial(config.atom_edge_limits))
             self.mlp_rbf_eaint = Linear(n_radial, rbf)
             self.mlp_cbf_eaint = BasisEmbedding(n_radial, cbf, n_angular)
         if config.atom_interaction:
-            self.radial_basis_aint = radial(config.cutoff_aint)
+            self.radial_basis_aint = radial(config.widest_limits)
             self.mlp_rbf_aint = RadialEmbedding(n_radial, rbf)
 
     @property
