@@ -119,9 +119,12 @@ def _watch(
     """Run the batches and return what each factor was given."""
     watchers = {name: _Watcher(factor, fits) for name, factor in factors.items()}
     device = next(iter(factors.values())).scale_factor.device
+    has_force_head = (
+        model.forces_from == "direct"
+    )  # a gradient passes no factor that the energy has not passed
     with _in_front(watchers.values()), _evaluating(model), torch.no_grad():
         for batch in batches:
-            model(to_device(batch, device))
+            model(to_device(batch, device), forces=has_force_head)
     return watchers
 
 

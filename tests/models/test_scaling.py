@@ -104,6 +104,8 @@ def measure(model, batches):
 class Toy(nn.Module):
     """Positions through a factor, then through one that has those positions as reference."""
 
+    forces_from = "direct"
+
     def __init__(self):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(()))
@@ -111,7 +113,7 @@ class Toy(nn.Module):
         self.second = ScaleFactor()
         self.never = ScaleFactor()
 
-    def forward(self, batch, taps=()):
+    def forward(self, batch, taps=(), *, forces=True):
         x = self.first(batch.positions)
         return {"node": self.second(3 * x * self.weight, reference=batch.positions)}
 
