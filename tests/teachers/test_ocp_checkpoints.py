@@ -189,6 +189,19 @@ def test_a_config_that_is_silent_means_the_defaults_of_ocp(tmp_path):
         load(changed("gemnet_oc", "best_checkpoint", without_size, tmp_path / "y.pt"))
 
 
+def test_without_atom_to_edge_messages_nothing_is_left_over(tmp_path):
+    """Edge to atom alone has the radial basis of both in its state_dict, which only the other one reads."""
+
+    def shorten(content):
+        settings_of(content)["atom_edge_interaction"] = False
+        parts = ("atom_edge_interaction.", "cbf_basis_aeint.", "mlp_rbf_aeint.", "mlp_cbf_aeint.")
+        for key in [key for key in content["state_dict"] if any(part in key for part in parts)]:
+            del content["state_dict"][key]
+        assert any("radial_basis_aeaint." in key for key in content["state_dict"])
+
+    load(changed("gemnet_oc", "best_checkpoint", shorten, tmp_path / "x.pt"))
+
+
 def test_ties_are_kept_where_the_config_says_so(tmp_path):
     path = changed(
         "gemnet_oc",
