@@ -32,9 +32,10 @@ def kd(debug: bool, quiet: bool) -> None:
     Units are eV, Angstrom and eV/A. Start with: kd demo
     """
     keep_freed_memory()
-    level = logging.DEBUG if debug else logging.WARNING if quiet else logging.INFO
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
-    logging.getLogger("molkd").setLevel(level)
+    shown = logging.StreamHandler(sys.stderr)
+    shown.setLevel(logging.WARNING if quiet else logging.NOTSET)  # a run's log.txt holds everything
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[shown])
+    logging.getLogger("molkd").setLevel(logging.DEBUG if debug else logging.INFO)
 
 
 @kd.command()
@@ -46,9 +47,7 @@ def kd(debug: bool, quiet: bool) -> None:
 @click.option("--energy-key", help="Name of the energy in the files (eV).")
 @click.option("--forces-key", help="Name of the forces in the files (eV/A).")
 @click.option("--require-labels", is_flag=True, help="Refuse systems without an energy.")
-@click.option(
-    "--on-conflict", type=click.Choice(["error", "first"]), help="Same structure, different labels."
-)
+@click.option("--on-conflict", type=click.Choice(["error", "first"]), help="Same system, other labels.")
 @click.option("--seed", type=int, help="Of the order on disk.")
 @click.option("--shard-atoms", type=int, help="Atom rows a shard (multiple of 1024).")
 @click.option("--licence", help="Of the data; kept in the store.")
@@ -202,7 +201,7 @@ def teacher_info(as_json: bool, teacher: str, scale_file: Path | None) -> None:
 
 @kd.command("train-student")
 @click.argument("store", type=PATH)
-@click.option("--student", required=True, help="Preset: painn-small, painn-big, schnet, painn-tiny, ...")
+@click.option("--student", required=True, help="Preset: painn-small, schnet, gemnet-oc-small, ...")
 @click.option(
     "--kd",
     "kd_terms",
@@ -342,12 +341,11 @@ def _given(flags: Mapping[str, Any]) -> dict[str, Any]:
 
 def _show(result: Any, as_json: bool, describe: Callable[[Any], str] | None = None) -> None:
     """Print a summary: JSON, or a description, or its own text, or one line a field."""
+    plain = result
     if hasattr(result, "to_dict"):
         plain = result.to_dict()
     elif dataclasses.is_dataclass(result) and not isinstance(result, type):
         plain = dataclasses.asdict(result)
-    else:
-        plain = result
     if as_json:
         click.echo(json.dumps(plain, indent=2, default=str))
     elif describe is not None:
@@ -389,10 +387,8 @@ def main() -> None:
         if "--debug" in sys.argv:
             traceback.print_exc()
         elif not isinstance(error, MolkdError | OSError):
-            click.echo(
-                f"unexpected {type(error).__name__}: {error}; run again with kd --debug and report it",
-                err=True,
-            )
+            found = f"{type(error).__name__}: {error}"
+            click.echo(f"unexpected {found}; run again with kd --debug and report it", err=True)
             sys.exit(1)
         remedy = "; check the path, its rights and the free space" if isinstance(error, OSError) else ""
         click.echo(f"error: {error}{remedy}", err=True)

@@ -122,7 +122,8 @@ def test_training_without_labels(refused, everything, tmp_path):
         ("none.safetensors", None, "none.safetensors: no such model file; give a"),
         ("junk.npz", b"junk", "junk.npz: not a readable .npz file"),
         ("junk.safetensors", b"junk" * 100, "junk.safetensors: not a readable safetensors file"),
-        ("weights.pt", b"junk", "is not a kind of file that a teacher comes in; give a molkd model"),
+        ("junk.pt", b"junk", "junk.pt: truncated, damaged or no file of torch.save"),
+        ("weights.h5", b"junk", "is not a kind of file that a teacher comes in; give a molkd model"),
     ],
 )
 def test_no_teacher(refused, everything, store, tmp_path, monkeypatch, name, content, says):

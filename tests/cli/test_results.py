@@ -170,6 +170,14 @@ def test_streams_of_a_real_process(everything, tmp_path):
     assert quiet.text == ""
 
 
+def test_a_quiet_run_still_keeps_its_log(kd, everything, tmp_path):
+    """The run's log.txt says why things are as they are, whatever the terminal showed."""
+    arguments = ["train-student", everything / "train.kdcache", "--student", "painn-tiny", "--kd", "none"]
+    done = kd("--quiet", *arguments, "--steps", "1", "--batch-size", "2", "--out", tmp_path / "run")
+    assert done.code == 0, done.err
+    assert "scale factors fitted" in (tmp_path / "run" / "log.txt").read_text()
+
+
 def test_text_output_shows_the_same_numbers(kd, everything):
     shown = kd("evaluate", everything / "run", everything / "train.extxyz").out
     exact = result_of(kd, "evaluate", everything / "run", everything / "train.extxyz")
