@@ -202,6 +202,22 @@ def test_without_quadruplets_the_rest_works_with_a_warning(periodic, caplog):
     assert (changed["energy"] - outputs["energy"]).abs() > 1e-6
 
 
+def test_one_system_without_tags_among_others_is_enough_for_the_warning(caplog):
+    """A system without edges has no quadruplets to lose."""
+    model = build_model(load_preset("gemnet-oc-tiny", periodic=True)["model"] | {"qint_tags": [2]})
+    bare = replace(slab(), tags=np.zeros_like(slab().tags))
+    tagged = replace(bare, tags=np.arange(bare.n_atoms, dtype=np.uint8) // (bare.n_atoms - 1) * 2)
+    first = {
+        name: getattr(bare, name)[:1] for name in ("atomic_numbers", "positions", "tags", "forces", "fixed")
+    }
+    lone = replace(bare, pbc=np.array([False] * 3), **first)
+    for systems, n_warnings in (([tagged, lone, tagged], 0), ([tagged, bare, lone], 1), ([bare], 1)):
+        if not n_warnings:
+            _warn_of_tags.cache_clear()
+        build_graphs(batch_from_systems(systems, model.neighbor_rule), model.config)
+        assert caplog.text.count("a system has no atom with a tag in qint_tags [2]") == n_warnings
+
+
 def test_edge_signals_add_up_to_those_of_atoms():
     """Eqs. 5 and 6: e2n and v2v are sums over incoming edges."""
     torch.manual_seed(2)

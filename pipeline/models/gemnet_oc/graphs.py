@@ -13,7 +13,7 @@ from functools import cache
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Int, Shaped
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from molkd.pipeline.graphs.batch import Batch, edge_vectors
@@ -76,17 +76,25 @@ def build_graphs(batch: Batch, config: GemNetOCConfig) -> Graphs:
         tags = torch.tensor(config.qint_tags, device=batch.tags.device)
         chosen = torch.isin(batch.tags, tags)
         quad = take(near, (chosen[near.sender] | chosen[near.receiver]).nonzero().squeeze(1))
-        if len(near.sender) and not len(quad.sender):
+        if _lack_tags(batch, near, chosen):
             _warn_of_tags(config.qint_tags)
     return Graphs(main, mirror, atom_edge, quad, widest if config.atom_interaction else None)
+
+
+def _lack_tags(batch: Batch, near: Graph, chosen: Bool[Tensor, " N"]) -> bool:
+    """Return whether any system has edges, but no chosen atom that makes quadruplets of them."""
+    n_edges, n_chosen = batch.system_idx.new_zeros((2, batch.n_systems))  # (S,) each
+    n_edges.index_add_(0, batch.system_idx[near.receiver], torch.ones_like(near.receiver))
+    n_chosen.index_add_(0, batch.system_idx, chosen.long())
+    return bool(((n_edges > 0) & (n_chosen == 0)).any())
 
 
 @cache
 def _warn_of_tags(qint_tags: tuple[int, ...]) -> None:
     """Say it once: the numbers are finite all the same."""
     log.warning(
-        "no atom of a batch has a tag in qint_tags %s: GemNet-OC works without quadruplets there; give the "
-        "structures tags as OC20 has them (0 below the surface, 1 surface, 2 adsorbate), or train with "
+        "a system has no atom with a tag in qint_tags %s: GemNet-OC works without quadruplets there; give "
+        "the structures OC20's tags (0 below the surface, 1 surface, 2 adsorbate), or train with "
         "--set model.qint_tags=[0,1,2] where tags mean nothing",
         list(qint_tags),
     )
