@@ -22,7 +22,7 @@ from molkd.cache_schema.groups import (
     list_teachers,
 )
 from molkd.cache_schema.identity import system_id
-from molkd.cache_schema.layout import DATA, MANIFEST, PLAN, ArrayLayout, record_path
+from molkd.cache_schema.layout import DATA, LOG, MANIFEST, PLAN, ArrayLayout, record_path
 from molkd.cache_schema.plan import (
     SYSTEM_ARRAYS,
     Plan,
@@ -166,6 +166,7 @@ class _Verifier:
             self._count((self.root / path).stat().st_size)
         listed = self._manifest_files(plan, group)
         committed = committed_shards(self.root, group)
+        self._unfinished(plan, group, n_begun=len(committed | set(listed)))
         for shard in range(plan.n_shards):
             record = record_path(name, shard)
             files = listed.get(shard)
@@ -183,7 +184,7 @@ class _Verifier:
                 remedy = "delete manifest.json and run the command that wrote the shard again"
                 self._add("record", record, "the commit record is missing", remedy, array=name, shard=shard)
             if files is None:
-                self._uncommitted(group, shard, shard in committed)
+                self._uncommitted(group, shard)
                 continue
             sound = [self._file(group, array, shard, files[array]) for array in group.layouts]
             if name == ATOMS and all(sound) and not self.quick:
@@ -225,13 +226,14 @@ class _Verifier:
                 self._add("manifest", MANIFEST, str(error), "delete it and finish the store again")
             return {}
 
-    def _uncommitted(self, group: Group, shard: int, has_record: bool) -> None:
-        if not has_record:
-            message = f"shard {shard} of {group.name} is not written yet"
-            remedy = "run the command that writes it again"
-            self._add(
-                "unfinished", record_path(group.name, shard), message, remedy, array=group.name, shard=shard
-            )
+    def _unfinished(self, plan: Plan, group: Group, n_begun: int) -> None:
+        """Say in one line how much of a group is still to come; an interrupted store lacks many shards."""
+        if n_missing := plan.n_shards - n_begun:
+            message = f"{n_missing} of {plan.n_shards} shards of {group.name} are not written yet"
+            remedy = "run the command that writes them again"
+            self._add("unfinished", f"{LOG}/{group.name}", message, remedy, array=group.name)
+
+    def _uncommitted(self, group: Group, shard: int) -> None:
         for layout in group.layouts.values():
             relative = layout.file(shard)
             if (self.root / relative).exists():

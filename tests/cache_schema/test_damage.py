@@ -6,7 +6,7 @@ import shutil
 
 import numpy as np
 import pytest
-from cache_example import TEACHER, create, write_shard
+from cache_example import TEACHER, add_signals, create, write_shard
 
 from molkd.cache_schema import jsonfile
 from molkd.cache_schema.errors import CacheError, IntegrityError
@@ -170,6 +170,21 @@ def test_left_overs_and_strangers_are_noted_not_damage(store_path):
     kinds = [n.kind for n in report.notes]
     assert sorted(set(kinds)) == ["orphan", "temporary", "uncommitted", "unfinished"]
     assert kinds.count("uncommitted") == 5
+
+
+def test_what_is_unfinished_is_one_note_per_group(tmp_path, example):
+    """However many shards an interrupted command left to be written."""
+    store = create(tmp_path / "x.kdcache", example)
+    atoms, *signals = [*store.groups, *add_signals(store)]
+    write_shard(store, example, atoms, 1)
+    notes = verify(store.path).notes
+    assert {n.kind for n in notes} == {"unfinished"}
+    assert sorted(n.array for n in notes) == sorted([atoms, *signals])
+    n_shards = store.plan.n_shards
+    assert n_shards > 2
+    said = next(str(n) for n in notes if n.array == atoms)
+    expected = f"{n_shards - 1} of {n_shards} shards of atoms are not written yet"
+    assert said == f"log/atoms: {expected}; run the command that writes them again"
 
 
 def test_progress_reaches_the_end(store_path):
