@@ -15,6 +15,7 @@ from molkd.pipeline.teachers.load import load_teacher
 from molkd.pipeline.teachers.potential_teacher import PotentialTeacher
 
 _ROWS = {"system": "S", "atom": "N", "edge": "E"}  # size letters of docs/conventions.md
+_NOTHING = 1e-12  # eV; a mean this small is the rounding of zero
 
 
 @dataclass(frozen=True)
@@ -133,7 +134,8 @@ def _labels(scale: dict[str, Any] | None) -> str:
     if scale is None:
         return ""
     references = f", references of {len(scale['references'])} elements added" if scale["references"] else ""
+    mean = scale["energy_mean"] if abs(scale["energy_mean"]) >= _NOTHING else 0.0
     return (
-        f"energy mean {scale['energy_mean']:.6g} eV, std {scale['energy_std']:.6g} eV{references}; "
+        f"energy mean {mean:.6g} eV, std {scale['energy_std']:.6g} eV{references}; "
         f"forces std {scale['forces_std']:.6g} eV/A"
     )

@@ -1,6 +1,7 @@
 """`kd teacher info`, and checkpoints of OCP in the other commands."""
 
 import json
+from dataclasses import replace
 
 import ase.io
 import pytest
@@ -8,6 +9,7 @@ from ocp_files import changed, checkpoint_path, frames, read
 from test_results import result_of
 
 from molkd.cache_schema.reader import Cache
+from molkd.pipeline.models.potential import Potential
 
 
 def strip_factors(content):
@@ -31,6 +33,14 @@ def test_checkpoint_in_words(kd):
         "  v2v              (N, 3, 16)  1     vector     vector features after the last block",
     ):
         assert line in result.out
+
+
+def test_a_mean_that_is_only_rounding_is_zero(kd, everything, tmp_path):
+    potential = Potential.load(everything / "teacher.safetensors")
+    for mean, said in ((-1.97e-16, "energy mean 0 eV"), (-0.0, "energy mean 0 eV"), (2e-3, "mean 0.002 eV")):
+        potential.scale = replace(potential.scale, energy_mean=mean)
+        potential.save(tmp_path / "m.safetensors")
+        assert said in kd("teacher", "info", tmp_path / "m.safetensors").out
 
 
 @pytest.mark.parametrize("name", ["painn", "schnet", "gemnet_oc"])
