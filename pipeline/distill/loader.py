@@ -12,7 +12,7 @@ from molkd.cache_schema.epoch import iterate_epoch, read_epoch
 from molkd.cache_schema.reader import Cache
 from molkd.pipeline.data.references import LabelScale, reference_table
 from molkd.pipeline.distill.losses import Targets
-from molkd.pipeline.distill.teacher_graph import require_rule, sorted_edges
+from molkd.pipeline.distill.teacher_graph import require_rule, sorted_edges, teacher_config
 from molkd.pipeline.graphs.batch import Batch, Edges, make_batch
 from molkd.pipeline.graphs.neighbors import NeighborRule
 from molkd.pipeline.prefetch import prefetch
@@ -69,6 +69,7 @@ class CacheLoader:
         self.epoch = 0
         self.batch_in_epoch = 0  # the next batch to deliver
         self._references = reference_table(scale.references)  # (119,) eV
+        self._teacher_config = teacher_config(cache, teacher)
 
     @property
     def batches_per_epoch(self) -> int:
@@ -126,7 +127,7 @@ class CacheLoader:
             if self.edge_rule is None:
                 rule = arrays["teacher/edge/index"], arrays["teacher/edge/shift"]
             else:
-                require_rule(arrays, self.edge_rule)
+                require_rule(arrays, self.edge_rule, self._teacher_config)
         batch = make_batch(
             atomic_numbers=arrays["atomic_numbers"],
             positions=arrays["positions"],

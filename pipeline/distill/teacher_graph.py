@@ -1,6 +1,8 @@
 """The edges of the teacher in stage two: e2e compares features edge by edge, so both need the same edges."""
 
+import json
 import logging
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -31,13 +33,22 @@ def sorted_edges(arrays: Arrays) -> Arrays:
     }
 
 
-def require_rule(arrays: Arrays, rule: NeighborRule) -> None:
+def teacher_config(cache: Cache, teacher: str | None) -> Mapping[str, Any]:
+    """Return the teacher's settings under their own names; nothing if its provenance has none."""
+    return cache.teachers[teacher].provenance.get("config") or {} if teacher else {}
+
+
+def require_rule(arrays: Arrays, rule: NeighborRule, settings: Mapping[str, Any]) -> None:
     """Refuse sorted edges of a teacher that are not those which `rule` finds in the same systems.
+
+    Parameters
+    ----------
+    settings : the teacher's, from `teacher_config`, for the message
 
     Raises
     ------
     ConfigError
-        With the rule that the teacher's edges would have to follow.
+        With the settings that would make the student's edges the teacher's.
     """
     index, shift = _own_edges(arrays, rule)
     if np.array_equal(index, arrays["teacher/edge/index"]) and np.array_equal(
@@ -45,10 +56,24 @@ def require_rule(arrays: Arrays, rule: NeighborRule) -> None:
     ):
         return
     raise ConfigError(
-        "--kd e2e: this student's edges are not the teacher's (cutoff "
-        f"{rule.cutoff:g} A, {rule.max_neighbors} neighbors); set model.cutoff and model.max_neighbors as "
-        "the teacher has them, or take n2n, e2n or v2v"
+        f"--kd e2e: this student's edges (cutoff {rule.cutoff:g} A, {rule.max_neighbors} neighbors) are not "
+        f"the teacher's; {_how_to_match(rule, settings)}, or take n2n, e2n or v2v"
     )
+
+
+def _how_to_match(rule: NeighborRule, settings: Mapping[str, Any]) -> str:
+    if settings.get("enforce_max_neighbors_strictly") is False:
+        return (
+            "the teacher keeps ties beyond max_neighbors (enforce_max_neighbors_strictly: false); take a "
+            "PaiNN, which is trained on the teacher's edges"
+        )
+    own = {"cutoff": rule.cutoff, "max_neighbors": rule.max_neighbors, "use_pbc": rule.use_pbc}
+    others = {k: v for k in own if (v := settings.get(k)) is not None and v != own[k]}
+    if not others:
+        return "set model.cutoff and model.max_neighbors as the teacher has them"
+    options = [f"--set model.{name}={json.dumps(value)}" for name, value in others.items()]
+    follow = " and ".join(f"model.{name}_aint" for name in others if name != "use_pbc")
+    return f"give it {' '.join(options)}" + (f" with {follow} no smaller" if follow else "")
 
 
 def check_reach(
@@ -71,9 +96,11 @@ def check_reach(
     arrays = cache.read(systems[:n_sample], ("positions", "cell", "pbc"), teacher, ("edge",))
     longest = _lengths(arrays).max(initial=0)
     if longest > rule.cutoff + _ROUNDING:
+        cutoff = teacher_config(cache, teacher).get("cutoff")
+        reach = f"have a cutoff of {cutoff:g} A" if cutoff else f"are up to {longest:.2f} A long"
         raise ConfigError(
-            f"--kd e2e: edges of teacher {teacher} are up to {longest:.2f} A long, {student} ends at "
-            f"{rule.cutoff:g} A; give it --set model.cutoff={np.ceil(longest):g}, or take n2n, e2n or v2v"
+            f"--kd e2e: edges of teacher {teacher} {reach}, {student} ends at {rule.cutoff:g} A; give it "
+            f"--set model.cutoff={cutoff or np.ceil(longest):g}, or take n2n, e2n or v2v"
         )
     of_teacher = _edge_set(arrays["teacher/edge/index"], arrays["teacher/edge/shift"])
     own = _edge_set(*_own_edges(arrays, rule))

@@ -18,9 +18,10 @@ from distill_cases import (
 )
 
 from molkd.cache_schema.reader import Cache
+from molkd.pipeline.distill import teacher_graph
 from molkd.pipeline.distill.loader import CacheLoader
 from molkd.pipeline.distill.student import prepare
-from molkd.pipeline.distill.teacher_graph import sorted_edges
+from molkd.pipeline.distill.teacher_graph import require_rule, sorted_edges
 from molkd.pipeline.distill.train import train_student
 from molkd.pipeline.errors import ConfigError
 from molkd.pipeline.graphs.batch import make_batch
@@ -130,18 +131,54 @@ def test_a_student_that_does_not_reach_as_far_is_refused(edge_store, tmp_path):
     with pytest.raises(ConfigError) as error:
         train_student(config)
     message = str(error.value)
-    assert "edges of teacher teacher are up to 5.00 A long" in message
-    assert "test ends at 3 A; give it --set model.cutoff=5" in message
+    assert "edges of teacher teacher have a cutoff of 5 A, test ends at 3 A" in message
+    assert "give it --set model.cutoff=5, or" in message
     assert not (tmp_path / "metrics.csv").exists()
 
 
-@pytest.mark.parametrize("change", [{"max_neighbors": 5}, {"cutoff": 4.0}])
-def test_a_student_that_picks_other_edges_is_refused(edge_store, tmp_path, change):
+def test_the_reach_of_a_teacher_without_a_known_cutoff_is_that_of_its_edges(
+    edge_store, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(teacher_graph, "teacher_config", lambda cache, teacher: {})
+    config = train_config(edge_store, tmp_path, kd=E2E, model=PAINN | {"cutoff": 3.0})
+    with pytest.raises(ConfigError, match=r"are up to 5.00 A long, test ends at 3 A; .*model.cutoff=5, or"):
+        prepare(Cache.open(edge_store), config, CPU)
+
+
+@pytest.mark.parametrize(
+    ("change", "has", "remedy"),
+    [
+        ({"max_neighbors": 5}, "5 A, 5 n", "max_neighbors=6 with model.max_neighbors_aint no smaller, or"),
+        ({"cutoff": 4.0}, "4 A, 6 n", "cutoff=5.0 with model.cutoff_aint no smaller, or"),
+        (
+            {"cutoff": 4.0, "max_neighbors": 5},
+            "4 A, 5 n",
+            "cutoff=5.0 --set model.max_neighbors=6 with model.cutoff_aint and model.max_neighbors_aint no",
+        ),
+    ],
+)
+def test_a_student_that_picks_other_edges_is_refused(edge_store, tmp_path, change, has, remedy):
     config = train_config(edge_store, tmp_path, kd=E2E, model=GEMNET | change)
-    with pytest.raises(
-        ConfigError, match=r"this student's edges are not the teacher's .*model.max_neighbors"
-    ):
+    with pytest.raises(ConfigError) as error:
         train_student(config)
+    assert f"this student's edges (cutoff {has}eighbors) are not the teacher's" in str(error.value)
+    assert f"give it --set model.{remedy}" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "remedy"),
+    [
+        ({}, "set model.cutoff and model.max_neighbors as the teacher has them, or"),
+        ({"cutoff": 5, "max_neighbors": 6, "use_pbc": False}, "give it --set model.use_pbc=false, or"),
+        ({"cutoff": 5.0, "enforce_max_neighbors_strictly": False}, "keeps ties .* take a PaiNN"),
+    ],
+)
+def test_the_remedy_names_what_is_known_of_the_teacher(edge_store, settings, remedy):
+    cache = Cache.open(edge_store)
+    arrays = cache.read(np.arange(4), ("positions", "cell", "pbc"), "teacher", ("edge",))
+    arrays["teacher/edge/index"] = arrays["teacher/edge/index"][:, ::-1]
+    with pytest.raises(ConfigError, match=remedy):
+        require_rule(arrays, build_model(GEMNET).edge_rule, settings)
 
 
 def test_what_differs_between_training_and_use_is_said(edge_store, tmp_path, caplog):
