@@ -85,6 +85,16 @@ def make_head(
     return LinearHead(n_in, n_out, bias=teacher[term.teacher_tap].symmetry == "invariant")
 
 
+def make_heads(
+    terms: tuple[KDTerm, ...],
+    student: Mapping[str, FieldSpec],
+    teacher: Mapping[str, FieldSpec],
+    offered: Collection[str] = (),
+) -> nn.ModuleDict:
+    """Build the heads of all terms; parameters and errors as of `make_head`."""
+    return nn.ModuleDict({_key(term.label): make_head(term, student, teacher, offered) for term in terms})
+
+
 def _check_teacher(term: KDTerm, cached: Mapping[str, FieldSpec], offered: Collection[str]) -> None:
     for name in term.signals:
         if name in cached:
@@ -126,7 +136,7 @@ def _nearest(name: str, valid: Collection[str]) -> str:
 
 
 class Objective(nn.Module):
-    """L = L_0 + sum of weight x L_KD (Eq. 2), with one head per term.
+    """L = L_0 + sum of weight x L_KD (Eq. 2), with one head per term, as `make_heads` gives them.
 
     Attributes
     ----------
@@ -137,11 +147,9 @@ class Objective(nn.Module):
         self,
         terms: tuple[KDTerm, ...],
         weights: Mapping[str, float],
-        student: Mapping[str, FieldSpec],
-        teacher: Mapping[str, FieldSpec],
+        heads: nn.ModuleDict,
         energy_weight: float,
         forces_weight: float,
-        offered: Collection[str] = (),
     ) -> None:
         super().__init__()
         self.terms = terms
@@ -149,9 +157,7 @@ class Objective(nn.Module):
         self.energy_weight = energy_weight
         self.forces_weight = forces_weight
         self.taps = tuple(sorted({tap for term in terms for tap in term.student_taps}))
-        self.heads = nn.ModuleDict(
-            {_key(term.label): make_head(term, student, teacher, offered) for term in terms}
-        )
+        self.heads = heads
 
     def forward(self, outputs: Outputs, targets: Targets) -> LossTerms:
         """Return the total and every unweighted part, KD terms under their labels."""

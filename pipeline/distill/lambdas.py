@@ -40,9 +40,7 @@ def term_weight(
     if term.name == "vanilla1" or teacher is None:
         return 1.0  # the same loss in the same units
     signal = term.signals[0]
-    entry = cache.teachers[teacher].signals.get(signal)
-    if entry is None:
-        return 1.0  # make_head reports the missing signal
+    entry = cache.teachers[teacher].signals[signal]
     if term.name == "vanilla2":
         start = mean_atomic_energy(cache, teacher, scale)
     else:

@@ -14,7 +14,7 @@ from molkd.cache_schema.fields import FieldSpec
 from molkd.cache_schema.reader import Cache
 from molkd.pipeline.config import TrainConfig
 from molkd.pipeline.data.references import LabelScale, fit_label_scale
-from molkd.pipeline.distill.heads import Objective, needed_signals
+from molkd.pipeline.distill.heads import Objective, make_heads, needed_signals
 from molkd.pipeline.distill.lambdas import term_weight
 from molkd.pipeline.distill.statistics import LabelStatistics, label_statistics
 from molkd.pipeline.distill.systems import choose_systems, choose_teacher
@@ -56,6 +56,15 @@ def prepare(
     teacher = choose_teacher(cache, config)
     signals = needed_signals(config.kd, pseudo_labels=config.pseudo_labels)
     train, val = choose_systems(cache, config, teacher, signals, held_out)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        model: Any = build_model(config.model)
+        if "forces" not in model.signals:
+            raise ConfigError("a student needs forces: leave model.regress_forces true")
+        heads = make_heads(config.kd, model.signals, _teacher_specs(cache, teacher), _offered(cache, teacher))
+    edge_rule: NeighborRule | None = None if model.edge_rule == model.neighbor_rule else model.edge_rule
+    if teacher is not None and "edge" in signals and edge_rule is None:
+        check_reach(cache, np.flatnonzero(train), teacher, model.neighbor_rule, config.student)
     uses_energies = teacher is not None and bool({"energy", "atomic_energies"} & set(signals))
     scalar_signals = tuple(sorted({"energy", "atomic_energies", "forces"} & set(signals)))
     statistics = label_statistics(cache, train, teacher, scalar_signals if uses_energies else ())
@@ -64,29 +73,12 @@ def prepare(
     known_elements = _elements_with_reference(cache, statistics, scale)
     if teacher is not None and uses_energies:
         _check_energy_reference(cache, train, teacher, scale)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
-        model: Any = build_model(config.model)
-        if "forces" not in model.signals:
-            raise ConfigError("a student needs forces: leave model.regress_forces true")
-        specs = _teacher_specs(cache, teacher)
-        weights: dict[str, float] = {
-            t.label: term_weight(t, cache, teacher, statistics, scale, config) for t in config.kd
-        }
-        objective = Objective(
-            config.kd,
-            weights,
-            model.signals,
-            specs,
-            config.training.energy_weight,
-            config.training.forces_weight,
-            _offered(cache, teacher),
-        )
+    weights = {t.label: term_weight(t, cache, teacher, statistics, scale, config) for t in config.kd}
+    objective = Objective(
+        config.kd, weights, heads, config.training.energy_weight, config.training.forces_weight
+    )
     embedded = range(1, int(model.max_atomic_number) + 1)
     Scope(config.student, frozenset(embedded), model.neighbor_rule).check_store(cache, np.flatnonzero(train))
-    edge_rule: NeighborRule | None = None if model.edge_rule == model.neighbor_rule else model.edge_rule
-    if teacher is not None and "edge" in signals and edge_rule is None:
-        check_reach(cache, np.flatnonzero(train), teacher, model.neighbor_rule, config.student)
     provenance = _provenance(cache, config, teacher, weights, train) | {"elements": known_elements}
     potential = Potential(model.to(device), scale, {"model": config.model, "provenance": provenance})
     return Setup(train, val, teacher, signals, potential, objective.to(device), edge_rule)

@@ -14,7 +14,7 @@ from molkd.cache_schema.fields import (
     v2v_spec,
 )
 from molkd.pipeline.config import KDTerm, make_config, parse_kd
-from molkd.pipeline.distill.heads import LinearHead, MLPHead, Objective, make_head, needed_signals
+from molkd.pipeline.distill.heads import LinearHead, MLPHead, Objective, make_head, make_heads, needed_signals
 from molkd.pipeline.errors import ConfigError
 from molkd.pipeline.models.registry import build_model
 
@@ -151,7 +151,8 @@ def test_the_student_is_asked_for_the_taps_of_all_terms_and_nothing_else():
     def taps(*texts):
         terms = tuple(KDTerm(**term) for term in parse_kd(texts))
         teacher = TEACHER | {"e2n": e2n_spec(7)}
-        return Objective(terms, {t.label: 1.0 for t in terms}, PAINN, teacher, 1.0, 1.0).taps
+        heads = make_heads(terms, PAINN, teacher)
+        return Objective(terms, {t.label: 1.0 for t in terms}, heads, 1.0, 1.0).taps
 
     assert taps() == taps("vanilla1", "vanilla2") == ()
     assert taps("n2n", "v2v") == ("node", "v2v")

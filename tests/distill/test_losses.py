@@ -7,7 +7,7 @@ import torch
 
 from molkd.cache_schema.fields import edge_spec, node_spec, v2v_spec
 from molkd.pipeline.config import KDTerm
-from molkd.pipeline.distill.heads import Objective
+from molkd.pipeline.distill.heads import Objective, make_heads
 from molkd.pipeline.distill.losses import (
     Targets,
     base_loss,
@@ -185,7 +185,7 @@ def test_terms_combine_with_their_own_weight_and_are_logged_without():
     student = outputs(
         node=torch.full((5, 2), 3.0), v2v=torch.full((5, 3, 1), -2.0), atomic_energies=torch.full((5,), 0.25)
     )
-    objective = Objective(terms, weights, specs, teacher_specs, 1.0, 100.0)
+    objective = Objective(terms, weights, make_heads(terms, specs, teacher_specs), 1.0, 100.0)
     total, parts = objective(student, targets(teacher=teacher))
     expected = {"energy": 1.75, "forces": 4.0, "n2n": 9.0, "v2v": 2.0, "vanilla1": 1.0, "vanilla2": 0.25}
     assert {k: v.item() for k, v in parts.items()} == pytest.approx(expected)
@@ -201,7 +201,7 @@ def test_layers_stand_behind_each_other_in_the_order_they_are_given():
     layers = {f"layer/U{k}": torch.full((5, 1), float(k)) for k in (1, 2)}
     specs = {name: node_spec(1, name) for name in layers}
     weights = {term.label: 1.0 for term in terms}
-    objective = Objective(terms, weights, specs, {"layer/H3": node_spec(2)}, 1.0, 1.0)
+    objective = Objective(terms, weights, make_heads(terms, specs, {"layer/H3": node_spec(2)}), 1.0, 1.0)
     teacher = {"layer/H3": torch.tensor([[1.0, 5.0]]).expand(5, 2)}
     _, parts = objective(outputs(**layers), targets(teacher=teacher))
     assert parts["n2n:H3->U1+U2"].item() == pytest.approx((0 + 9) / 2)
@@ -209,14 +209,9 @@ def test_layers_stand_behind_each_other_in_the_order_they_are_given():
 
 
 def test_edges_are_compared_one_by_one():
-    objective = Objective(
-        (KDTerm(name="e2e", head="identity"),),
-        {"e2e": 1.0},
-        {"edge": edge_spec(2)},
-        {"edge": edge_spec(2)},
-        1.0,
-        1.0,
-    )
+    terms = (KDTerm(name="e2e", head="identity"),)
+    heads = make_heads(terms, {"edge": edge_spec(2)}, {"edge": edge_spec(2)})
+    objective = Objective(terms, {"e2e": 1.0}, heads, 1.0, 1.0)
     student = outputs(edge=torch.tensor([[1.0, 2.0], [3.0, 4.0], [0.0, 0.0]]))
     teacher = {"edge": torch.tensor([[1.0, 0.0], [0.0, 4.0], [0.0, 1.0]])}
     assert objective(student, targets(teacher=teacher)).parts["e2e"].item() == pytest.approx((4 + 9 + 1) / 6)

@@ -181,6 +181,27 @@ def test_the_remedy_names_what_is_known_of_the_teacher(edge_store, settings, rem
         require_rule(arrays, build_model(GEMNET).edge_rule, settings)
 
 
+@pytest.mark.parametrize(
+    ("term", "model", "message"),
+    [
+        ({"name": "n2n", "student_taps": ["U9"]}, PAINN, "no scalar features U9"),
+        ({"name": "n2n", "head": "identity"}, PAINN, "head identity needs equal widths"),
+        ({"name": "e2n"}, PAINN, "kd cache-teacher again with --signals e2n|the teacher gives no e2n"),
+        ({"name": "e2e"}, PAINN | {"cutoff": 3.0}, "ends at 3 A"),
+    ],
+    ids=["tap", "width", "signal", "reach"],
+)
+def test_a_student_that_does_not_fit_is_refused_before_labels_are_read(
+    edge_store, tmp_path, monkeypatch, term, model, message
+):
+    def read(*arguments):
+        raise AssertionError("labels were read")
+
+    monkeypatch.setattr("molkd.pipeline.distill.student.label_statistics", read)
+    with pytest.raises(ConfigError, match=message):
+        prepare(Cache.open(edge_store), train_config(edge_store, tmp_path, kd=[term], model=model), CPU)
+
+
 def test_what_differs_between_training_and_use_is_said(edge_store, tmp_path, caplog):
     cache = Cache.open(edge_store)
     with caplog.at_level(logging.INFO, "molkd"):
