@@ -18,7 +18,7 @@ from molkd.pipeline.distill.heads import Objective, make_heads, needed_signals
 from molkd.pipeline.distill.lambdas import term_weight
 from molkd.pipeline.distill.statistics import LabelStatistics, label_statistics
 from molkd.pipeline.distill.systems import choose_systems, choose_teacher
-from molkd.pipeline.distill.teacher_graph import check_reach
+from molkd.pipeline.distill.teacher_graph import check_reach, refuse_ties
 from molkd.pipeline.errors import ConfigError, DataError
 from molkd.pipeline.graphs.neighbors import NeighborRule
 from molkd.pipeline.models.potential import Potential
@@ -63,8 +63,11 @@ def prepare(
             raise ConfigError("a student needs forces: leave model.regress_forces true")
         heads = make_heads(config.kd, model.signals, _teacher_specs(cache, teacher), _offered(cache, teacher))
     edge_rule: NeighborRule | None = None if model.edge_rule == model.neighbor_rule else model.edge_rule
-    if teacher is not None and "edge" in signals and edge_rule is None:
-        check_reach(cache, np.flatnonzero(train), teacher, model.neighbor_rule, config.student)
+    if teacher is not None and "edge" in signals:
+        if edge_rule is None:
+            check_reach(cache, np.flatnonzero(train), teacher, model.neighbor_rule, config.student)
+        else:
+            refuse_ties(edge_rule, config.student)
     uses_energies = teacher is not None and bool({"energy", "atomic_energies"} & set(signals))
     scalar_signals = tuple(sorted({"energy", "atomic_energies", "forces"} & set(signals)))
     statistics = label_statistics(cache, train, teacher, scalar_signals if uses_energies else ())

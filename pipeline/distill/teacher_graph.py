@@ -76,6 +76,24 @@ def _how_to_match(rule: NeighborRule, settings: Mapping[str, Any]) -> str:
     return f"give it {' '.join(options)}" + (f" with {follow} no smaller" if follow else "")
 
 
+def refuse_ties(rule: NeighborRule, student: str) -> None:
+    """Refuse a student that picks its edges itself and keeps ties beyond its limit of neighbors.
+
+    Its tolerance is a length, that of a `NeighborRule` a squared one, so no rule finds the same edges.
+
+    Raises
+    ------
+    ConfigError
+        With the setting that makes the limit strict.
+    """
+    if rule.tie_tolerance:
+        raise ConfigError(
+            f"--kd e2e: {student} keeps ties beyond max_neighbors, so its edges cannot be compared with "
+            "the teacher's beforehand; give it --set model.enforce_max_neighbors_strictly=true, or take n2n, "
+            "e2n or v2v"
+        )
+
+
 def check_reach(
     cache: Cache, systems: NDArray[np.integer], teacher: str, rule: NeighborRule, student: str
 ) -> None:

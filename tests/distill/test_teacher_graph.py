@@ -181,6 +181,15 @@ def test_the_remedy_names_what_is_known_of_the_teacher(edge_store, settings, rem
         require_rule(arrays, build_model(GEMNET).edge_rule, settings)
 
 
+def test_a_student_whose_ties_no_rule_knows_is_refused(edge_store, tmp_path):
+    """Its main graph keeps ties within 0.01 A, a neighbour rule within 0.01 A^2."""
+    loose = GEMNET | {"enforce_max_neighbors_strictly": False}
+    with pytest.raises(ConfigError, match=r"keeps ties .*--set model.enforce_max_neighbors_strictly=true"):
+        prepare(Cache.open(edge_store), train_config(edge_store, tmp_path, kd=E2E, model=loose), CPU)
+    others = train_config(edge_store, tmp_path, kd=[{"name": "n2n"}], model=loose)
+    assert prepare(Cache.open(edge_store), others, CPU).edge_rule is not None  # nothing asks for its edges
+
+
 @pytest.mark.parametrize(
     ("term", "model", "message"),
     [

@@ -156,7 +156,10 @@ class GemNetOCConfig(Settings):
 
     @property
     def edge_rule(self) -> NeighborRule:
-        """The main graph, whose edges have features."""
+        """The main graph, whose edges have features.
+
+        Where ties are kept it is not exact: the model measures them by length, a rule by its square.
+        """
         return NeighborRule(
             self.cutoff, self.max_neighbors, self.tie_tolerance, symmetrize=True, use_pbc=self.use_pbc
         )
