@@ -23,15 +23,16 @@ from molkd.pipeline.config import CacheConfig
 from molkd.pipeline.teachers.load import load_teacher
 
 N_CRASHES = 10
+N_EDGE_CRASHES = 6
 SIGNALS = ("energy", "forces", "node", "v2v")
 PAGE = os.sysconf("SC_PAGE_SIZE")
 _SCRIPT = Path(sys.executable).with_name("kd")
 KD = [str(_SCRIPT)] if _SCRIPT.exists() else [sys.executable, "-c", "from molkd.cli import main; main()"]
 
 
-def command(store, teacher_file, data=None):
+def command(store, teacher_file, data=None, signals=SIGNALS):
     data_and_store = [store] if data is None else [data, store]
-    options = ["--teacher", teacher_file, "--signals", ",".join(SIGNALS), "--batch-atoms", 256]
+    options = ["--teacher", teacher_file, "--signals", ",".join(signals), "--batch-atoms", 256]
     return ["cache-teacher", *data_and_store, *options]
 
 
@@ -74,6 +75,33 @@ def test_killed_before_any_change_on_disk(uninterrupted, made, teacher_file, tmp
         assert resumed.wait() == 0, f"change {point}: {resumed.text}"
         assert_finished(store, expected)
         assert before.items() <= {p: (store / p).read_bytes() for p in commits(store)}.items()  # not redone
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["painn-direct", "gemnet"])
+def test_edges_of_a_killed_run_are_those_of_a_run_that_was_not(made, tmp_path, kind):
+    """How many rows of edges a shard has is known only when it is written."""
+    teacher = write_teacher(tmp_path / "teacher", kind)
+    bare = made / "train.kdcache"
+
+    def arguments(store):
+        return command(store, teacher, signals=("energy", "edge"))
+
+    expected = shutil.copytree(bare, tmp_path / "expected.kdcache")
+    done = run(arguments(expected), tmp_path / "log", watched=expected)
+    assert done.wait() == 0, done.text
+    n_changes = int((tmp_path / "log.count").read_text())
+    with Cache.open(expected, complete=True) as cache:
+        assert len(np.unique(cache.systems.shard)) == 2
+        assert cache.teachers["teacher"].signals["edge"].n_rows > 5 * cache.n_atoms
+    for point in np.linspace(1, n_changes, N_EDGE_CRASHES).astype(int).tolist():
+        store = shutil.copytree(bare, tmp_path / f"{point}.kdcache")
+        killed = run(arguments(store), tmp_path / "log", watched=store, kill_at=point)
+        assert killed.wait() == -signal.SIGKILL, f"change {point}: {killed.text}"
+        assert verify(store).ok, f"change {point}"
+        resumed = run(arguments(store), tmp_path / "log")
+        assert resumed.wait() == 0, f"change {point}: {resumed.text}"
+        assert_finished(store, expected)
 
 
 @pytest.mark.slow
