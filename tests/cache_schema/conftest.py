@@ -19,7 +19,7 @@ def _load(name: str) -> None:
 for _name in ("cache_example", "golden_v1"):  # tests say: from cache_example import ...
     _load(_name)
 
-from cache_example import make_example, write_all  # noqa: E402
+from cache_example import create, make_example, write_all  # noqa: E402
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -41,6 +41,12 @@ def store_path(tmp_path, example):
     path = tmp_path / "x.kdcache"
     write_all(path, example)
     return path
+
+
+@pytest.fixture
+def store(tmp_path, example):
+    """A store of its own without any rows yet."""
+    return create(tmp_path / "x.kdcache", example)
 
 
 @pytest.fixture
