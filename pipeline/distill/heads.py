@@ -19,6 +19,7 @@ from molkd.pipeline.distill.losses import (
 )
 from molkd.pipeline.errors import ConfigError
 from molkd.pipeline.models.interface import Outputs
+from molkd.pipeline.models.matmul import Linear
 
 
 class LinearHead(nn.Module):
@@ -26,7 +27,7 @@ class LinearHead(nn.Module):
 
     def __init__(self, n_in: int, n_out: int, *, bias: bool) -> None:
         super().__init__()
-        self.linear = nn.Linear(n_in, n_out, bias=bias)
+        self.linear = Linear(n_in, n_out, bias=bias)
 
     def forward(self, features: Float[Tensor, "*rows n_in"]) -> Float[Tensor, "*rows n_out"]:
         """Map the last axis."""
@@ -39,7 +40,7 @@ class MLPHead(nn.Module):
 
     def __init__(self, n_in: int, n_out: int) -> None:
         super().__init__()
-        self.layers = nn.Sequential(nn.Linear(n_in, n_out), nn.SiLU(), nn.Linear(n_out, n_out))
+        self.layers = nn.Sequential(Linear(n_in, n_out), nn.SiLU(), Linear(n_out, n_out))
 
     def forward(self, features: Float[Tensor, "*rows n_in"]) -> Float[Tensor, "*rows n_out"]:
         """Map the last axis."""
