@@ -57,10 +57,9 @@ class CFConv(nn.Module):
 
     def __init__(self, n_channels: int, n_filters: int, filter_mlp: nn.Sequential) -> None:
         super().__init__()
-        self.lin1 = nn.Linear(n_channels, n_filters, bias=False)
+        self.lin1 = linear(n_channels, n_filters, bias=False)
         self.lin2 = linear(n_filters, n_channels)
         self.nn = filter_mlp  # also registered by InteractionBlock: checkpoints hold both names
-        nn.init.xavier_uniform_(self.lin1.weight)
 
     def forward(
         self,
