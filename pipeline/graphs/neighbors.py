@@ -32,7 +32,7 @@ from vesin import NeighborList
 
 MIN_DISTANCE = 0.01  # A; closer pairs are the atom itself, or two atoms on one spot
 TIE_STEP = 1e-4  # A; far above what float32 does to coordinates, far below any difference that matters
-_RESOLUTION = 1e-6  # A, of the cutoff
+RESOLUTION = 1e-6  # A, of the cutoff
 _ALL_PAIRS_MAX_ATOMS = 128  # open systems up to here: measuring all pairs beats one search each
 _SPARSE_DENSITY = 0.015  # atoms/A^3, a fifth of a metal's: an adsorbate has most of its neighbors below it
 _WIDENING = 1.2  # of the search radius, where that guess held too few
@@ -191,7 +191,7 @@ def _search_alone(
         radius = min(radius, (3 * rule.max_neighbors / (4 * np.pi * _SPARSE_DENSITY)) ** (1 / 3))
     while True:
         # half of the edges, not sorted: doubling and grouping them here is faster
-        search = NeighborList(cutoff=radius + 2 * _RESOLUTION, full_list=False, sorted=False, n_threads=1)
+        search = NeighborList(cutoff=radius + 2 * RESOLUTION, full_list=False, sorted=False, n_threads=1)
         half, shift, lengths = search.compute(points, box, periodic, "PSd", copy=False)
         kept = np.flatnonzero(_is_inside(lengths, rule))  # (E/2,)
         i, j = half.take(kept, axis=0).astype(np.int64).T
@@ -215,8 +215,8 @@ def _steps(lengths: NDArray[np.float64]) -> NDArray[np.int64]:
 
 def _is_inside(lengths: NDArray[np.float64], rule: NeighborRule) -> NDArray[np.bool_]:
     """Mark the candidates (rule 1 above)."""
-    distance = np.rint(lengths / _RESOLUTION)
-    return (distance > round(MIN_DISTANCE / _RESOLUTION)) & (distance <= round(rule.cutoff / _RESOLUTION))
+    distance = np.rint(lengths / RESOLUTION)
+    return (distance > round(MIN_DISTANCE / RESOLUTION)) & (distance <= round(rule.cutoff / RESOLUTION))
 
 
 def _limits(

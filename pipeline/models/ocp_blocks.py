@@ -12,12 +12,17 @@ from molkd.pipeline.models.blocks import GaussianSmearing
 MAX_ATOMIC_NUMBER = 83  # rows of the embedding: H to Bi
 
 
+def scaled_silu(x: Tensor, *, inplace: bool = False) -> Tensor:
+    """SiLU with about unit variance for standard normal input."""
+    return silu(x, inplace=inplace).mul_(1 / 0.6)
+
+
 class ScaledSiLU(nn.Module):
     """SiLU with about unit variance for standard normal input."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply elementwise."""
-        return silu(x).mul_(1 / 0.6)
+        return scaled_silu(x)
 
 
 class AtomEmbedding(nn.Module):

@@ -17,12 +17,11 @@ from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from molkd.pipeline.graphs.batch import Batch, edge_vectors
-from molkd.pipeline.graphs.neighbors import TIE_STEP
+from molkd.pipeline.graphs.neighbors import RESOLUTION, TIE_STEP
 from molkd.pipeline.models.gemnet_oc.config import GemNetOCConfig, Limits
 
 log = logging.getLogger(__name__)
 
-_RESOLUTION = 1e-6  # A, of cutoffs
 _SPAN = 2**13  # shifts of +-2047 lattice vectors and sums of two of them fit between two codes
 
 
@@ -102,11 +101,16 @@ def _warn_of_tags(qint_tags: tuple[int, ...]) -> None:
 
 def table_of(graph: Graph, n_atoms: int) -> Table:
     """Return where the edges of each receiver stand side by side."""
-    n_edges = torch.bincount(graph.receiver, minlength=n_atoms)  # (N,)
-    first = n_edges.cumsum(0) - n_edges
+    slot, n_edges = _numbers(graph.receiver, n_atoms)
     width = max(int(n_edges.max()), 1) if n_atoms else 1
-    slot = torch.arange(len(graph.receiver), device=first.device) - first[graph.receiver]
     return Table(graph.receiver * width + slot, n_atoms, width)
+
+
+def _numbers(receiver: Int[Tensor, " E"], n_atoms: int) -> tuple[Int[Tensor, " E"], Int[Tensor, " N"]]:
+    """Return each edge's number among those of its receiver, from 0, and how many each atom has."""
+    n_edges = torch.bincount(receiver, minlength=n_atoms)
+    first = n_edges.cumsum(0) - n_edges
+    return torch.arange(len(receiver), device=receiver.device) - first[receiver], n_edges
 
 
 def image_codes(graph: Graph) -> Int[Tensor, " E"]:
@@ -147,10 +151,8 @@ class _Ranks:
         self.tolerance = round(tie_tolerance / TIE_STEP)
         # stable: equally far edges stay in their (sender, shift) order
         order = torch.argsort(receiver * 2**40 + self.steps, stable=True)
-        n_edges = torch.bincount(receiver, minlength=batch.n_atoms)
-        first = n_edges.cumsum(0) - n_edges
         self.rank = torch.empty_like(order)
-        self.rank[order] = torch.arange(len(order), device=order.device) - first[receiver[order]]
+        self.rank[order] = _numbers(receiver, batch.n_atoms)[0]  # receivers come sorted: order keeps them
 
     def nearest(self, graph: Graph, limits: Limits) -> Graph:
         """Return the edges to the nearest senders within the cutoff."""
@@ -160,7 +162,7 @@ class _Ranks:
             is_last = (self.rank == limits.max_neighbors).nonzero().squeeze(1)
             limit[self.receiver[is_last]] = self.steps[is_last] + self.tolerance
             near = self.steps <= limit[self.receiver]
-        near &= self.length <= limits.cutoff + _RESOLUTION / 2
+        near &= self.length <= limits.cutoff + RESOLUTION / 2
         return take(graph, near.nonzero().squeeze(1))
 
 

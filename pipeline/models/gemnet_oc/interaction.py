@@ -3,7 +3,6 @@
 import math
 from typing import NamedTuple
 
-import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
@@ -14,6 +13,7 @@ from molkd.pipeline.models.gemnet_oc.layers import (
     Dense,
     EdgeEmbedding,
     Linear,
+    plus,
     residual_layers,
     skip,
 )
@@ -156,8 +156,3 @@ class InteractionBlock(nn.Module):
         h = skip(h, self.atom_update(m, bases.atom_update, main.receiver, len(h)))
         m2 = self.residual_m(self.concat_layer(h, m, main.sender, main.receiver))
         return h, skip(m, m2)
-
-
-def plus(total: Float[Tensor, "E C"], term: Float[Tensor, "E C"]) -> Float[Tensor, "E C"]:
-    """Add a term; in place where no gradient is recorded."""
-    return total + term if torch.is_grad_enabled() else total.add_(term)

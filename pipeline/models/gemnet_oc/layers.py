@@ -5,18 +5,16 @@ import math
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.nn.functional import silu
 
 from molkd.pipeline.models import matmul
+from molkd.pipeline.models.ocp_blocks import scaled_silu
 
-_ACTIVATION_SCALE = 1 / 0.6  # unit variance for standard normal input
 _INV_SQRT_2 = 1 / math.sqrt(2)
 
 
-def scaled_silu(x: Tensor) -> Tensor:
-    """SiLU with about unit variance; overwrites `x` where no gradient is recorded."""
-    in_place = not (torch.is_grad_enabled() and x.requires_grad)
-    return silu(x, inplace=in_place).mul_(_ACTIVATION_SCALE)
+def activated(x: Tensor) -> Tensor:
+    """Apply the scaled SiLU; overwrites `x` where no gradient is recorded."""
+    return scaled_silu(x, inplace=not (torch.is_grad_enabled() and x.requires_grad))
 
 
 def he_orthogonal_(weight: Tensor) -> None:
@@ -50,7 +48,7 @@ class Dense(Linear):
 
     def forward(self, x: Float[Tensor, "*rows A"]) -> Float[Tensor, "*rows B"]:
         """Map the rows."""
-        return scaled_silu(super().forward(x))
+        return activated(super().forward(x))
 
 
 class ResidualLayer(nn.Module):
@@ -77,6 +75,11 @@ def skip(x: Float[Tensor, "M C"], change: Float[Tensor, "M C"]) -> Float[Tensor,
     return change.add_(x).mul_(_INV_SQRT_2)
 
 
+def plus(total: Float[Tensor, "E C"], term: Float[Tensor, "E C"]) -> Float[Tensor, "E C"]:
+    """Add a term; in place where no gradient is recorded."""
+    return total + term if torch.is_grad_enabled() else total.add_(term)
+
+
 class EdgeEmbedding(nn.Module):
     """Dense layer over [h of the sender, h of the receiver, features of the edge]."""
 
@@ -97,5 +100,5 @@ class EdgeEmbedding(nn.Module):
         total = matmul.linear(features, w_edge)  # (E, C)
         for weight, index in ((w_sender, sender), (w_receiver, receiver)):
             spread = matmul.linear(h, weight).index_select(0, index)  # (E, C)
-            total = total + spread if torch.is_grad_enabled() else total.add_(spread)
-        return scaled_silu(total)
+            total = plus(total, spread)
+        return activated(total)

@@ -200,10 +200,11 @@ class GemNetOC(nn.Module):
         if graphs.atom_edge is not None:
             near = graphs.atom_edge
             near_table = table_of(near, n_atoms)
+            near_rbf = self.radial_basis_aeaint(near.distance)  # (E_n, K)
             angles = meeting_edges(tables, (near, near_table), n_angular)  # (N, W, A, Wn)
             if config.atom_edge_interaction:
                 atom_to_edge = TripletBasis(
-                    self.mlp_rbf_aeint(self.radial_basis_aeaint(near.distance)),
+                    self.mlp_rbf_aeint(near_rbf),
                     angles.flatten(1, 2),
                     near_table,
                     table,
@@ -211,9 +212,7 @@ class GemNetOC(nn.Module):
                 )
             if config.edge_atom_interaction:
                 turned = angles.permute(0, 3, 2, 1).flatten(1, 2)  # (N, Wn A, W)
-                embedding = self.mlp_cbf_eaint(
-                    self.cbf_basis_eaint.radial_basis(near.distance)
-                )  # (E_n, I, A)
+                embedding = self.mlp_cbf_eaint(near_rbf)  # (E_n, I, A)
                 at_atoms = near_table.spread(embedding).transpose(1, 2).flatten(2)  # (N, I, Wn A)
                 edge_to_atom = TripletBasis(self.mlp_rbf_eaint(rbf), turned, table, None, at_atoms)
         if graphs.quad is not None and len(graphs.quad.sender):
