@@ -23,6 +23,7 @@ from molkd.pipeline.deep_report import Compared, DeepReport, Deviation
 from molkd.pipeline.device import choose_device
 from molkd.pipeline.errors import CacheError
 from molkd.pipeline.graphs.batch import to_device
+from molkd.pipeline.graphs.neighbors import canonical_order
 from molkd.pipeline.scope import source_of
 from molkd.pipeline.sum_rules import Arrays, sum_rules
 from molkd.pipeline.teacher_pass import build_work
@@ -242,7 +243,7 @@ class _Values:
             (values["edge_index"], values["edge_shift"]),
         )
         keys = [np.column_stack([ends.T, np.rint(shift).astype(np.int64)]) for ends, shift in lists]
-        orders = [np.lexsort(key.T) for key in keys]
+        orders = [canonical_order(key[:, 1], key[:, 0], key[:, 2:]) for key in keys]
         ours, theirs = (key[order] for key, order in zip(keys, orders, strict=True))
         if not np.array_equal(ours, theirs):
             n_other = len({*map(tuple, ours.tolist())} ^ {*map(tuple, theirs.tolist())})

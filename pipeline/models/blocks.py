@@ -1,6 +1,6 @@
 """What several architectures share: Gaussian basis, sums over edges and atoms, forces by gradient."""
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 
 import torch
 from jaxtyping import Float, Int
@@ -55,8 +55,7 @@ def with_gradient_forces(
     predict: Callable[[Batch, Collection[str]], dict[str, Tensor]],
     batch: Batch,
     taps: Collection[str],
-    *,
-    trainable: bool,
+    parameters: Iterable[Tensor],
 ) -> dict[str, Tensor]:
     """Run `predict` and add ``forces = -dE/dpositions``, in eV/A of the labels' scale, shape (N, 3).
 
@@ -68,9 +67,10 @@ def with_gradient_forces(
     predict : function from batch and taps to the model's outputs without forces
     batch : Batch
     taps : names of features asked for
-    trainable : whether any parameter requires a gradient
+    parameters : the model's, trainable or not
     """
-    keep_graph = torch.is_grad_enabled() and (trainable or batch.positions.requires_grad)
+    takes_gradient = batch.positions.requires_grad or any(p.requires_grad for p in parameters)
+    keep_graph = torch.is_grad_enabled() and takes_gradient
     with torch.enable_grad():
         positions = batch.positions
         if not positions.requires_grad:

@@ -90,3 +90,8 @@ class ScaleFactor(nn.Module):
         """Scale, without asking the device for the value."""
         factor = self.scale_factor
         return x * torch.where(factor == 0, torch.ones_like(factor), factor)
+
+
+def scale_factors(model: nn.Module) -> dict[str, ScaleFactor]:
+    """Return all scale factors of a model by the name of their layer, as OCP's scale files have it."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, ScaleFactor)}

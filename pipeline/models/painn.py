@@ -196,8 +196,7 @@ class PaiNN(nn.Module):
         """
         forces = forces and self.config.regress_forces
         if forces and not self.config.direct_forces:
-            trainable = any(p.requires_grad for p in self.parameters())
-            return with_gradient_forces(self._predict, batch, taps, trainable=trainable)
+            return with_gradient_forces(self._predict, batch, taps, self.parameters())
         return self._predict(batch, taps, direct_forces=forces)
 
     def _predict(self, batch: Batch, taps: Collection[str], *, direct_forces: bool = False) -> Outputs:

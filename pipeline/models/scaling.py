@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from molkd.pipeline.graphs.batch import Batch, to_device
-from molkd.pipeline.models.ocp_blocks import ScaleFactor
+from molkd.pipeline.models.ocp_blocks import ScaleFactor, scale_factors
 
 log = logging.getLogger(__name__)
 
@@ -79,7 +79,7 @@ def fit_scale_factors(model: nn.Module, batches: Iterable[Batch]) -> dict[str, f
         By name of the factor, the variance behind it over what it should be, measured in a second pass: 1 is
         perfect. Empty if nothing was fitted.
     """
-    factors = {name: m for name, m in model.named_modules() if isinstance(m, ScaleFactor)}
+    factors = scale_factors(model)
     if not factors or any(float(factor.scale_factor) != 0 for factor in factors.values()):
         return {}
     kept = list(batches)
@@ -119,9 +119,8 @@ def _watch(
     """Run the batches and return what each factor was given."""
     watchers = {name: _Watcher(factor, fits) for name, factor in factors.items()}
     device = next(iter(factors.values())).scale_factor.device
-    has_force_head = (
-        model.forces_from == "direct"
-    )  # a gradient passes no factor that the energy has not passed
+    # A gradient passes no factor that the energy has not passed.
+    has_force_head = model.forces_from == "direct"
     with _in_front(watchers.values()), _evaluating(model), torch.no_grad():
         for batch in batches:
             model(to_device(batch, device), forces=has_force_head)

@@ -142,8 +142,7 @@ class SchNet(nn.Module):
         """Return the outputs of `molkd.pipeline.models.interface`."""
         if not (forces and self.config.regress_forces):
             return self._predict(batch, taps)
-        trainable = any(p.requires_grad for p in self.parameters())
-        return with_gradient_forces(self._predict, batch, taps, trainable=trainable)
+        return with_gradient_forces(self._predict, batch, taps, self.parameters())
 
     def _predict(self, batch: Batch, taps: Collection[str]) -> Outputs:
         distance = torch.linalg.vector_norm(edge_vectors(batch, batch.positions), dim=1)  # (E,)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from molkd.pipeline.errors import TeacherError
-from molkd.pipeline.models.ocp_blocks import ScaleFactor
+from molkd.pipeline.models.ocp_blocks import scale_factors
 from molkd.pipeline.teachers.ocp.reading import as_number, read_torch_file
 from molkd.pipeline.teachers.ocp.weights import SCALE_SUFFIX
 
@@ -53,7 +53,7 @@ def fill_scale_factors(
     TeacherError
         If one is known nowhere, or two places disagree.
     """
-    modules = {name: module for name, module in model.named_modules() if isinstance(module, ScaleFactor)}
+    modules = scale_factors(model)
     if not modules:
         if scale_file is not None:
             raise TeacherError(
