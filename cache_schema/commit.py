@@ -127,7 +127,7 @@ def read_commit(
         arrays = {}
     files = {name: file_record(check, arrays, name, layouts[name], rows) for name in arrays}
     check_edge_rows(check, files, layouts)
-    sums = {n: moments(check, arrays[n], n, layouts[n]) for n in arrays if layouts[n].dtype.kind == "f"}
+    sums = {n: moments(check, arrays[n], n, layouts[n]) for n in arrays if layouts[n].values is not None}
     writer = check.table(document, "writer")
     commit = Commit(
         group=group,
@@ -183,7 +183,8 @@ def moments(check: Checks, entry: dict[str, Any], name: str, layout: ArrayLayout
     """Take the sums of an array apart; problems go to `check`."""
     at = f"arrays.{name}.sums."
     table = check.table(entry, "sums", f"arrays.{name}.") if isinstance(entry, dict) else {}
-    n = n_channels(layout.spec)
+    assert layout.values is not None, layout.path
+    n = n_channels(layout.values)
     return Moments(
         sum=check.numbers(table, "sum", n, at),
         sum_squares=check.numbers(table, "sum_squares", n, at),
@@ -191,7 +192,17 @@ def moments(check: Checks, entry: dict[str, Any], name: str, layout: ArrayLayout
         max_abs=check.number(table, "max_abs", at),
         error_max_abs=check.number(table, "error_max_abs", at),
         error_sum_squares=check.number(table, "error_sum_squares", at),
+        **_held_out(check, table, at),
     )
+
+
+def _held_out(check: Checks, table: dict[str, Any], at: str) -> dict[str, Any]:
+    if "held_out_count" not in table:
+        return {}
+    names = ("held_out_error_max_abs", "held_out_error_sum_squares")
+    return {"held_out_count": check.integer(table, "held_out_count", 0, 1 << 62, at)} | {
+        name: check.number(table, name, at) for name in names
+    }
 
 
 def bad_systems(check: Checks, document: dict[str, Any], plan: Plan) -> tuple[int, ...]:

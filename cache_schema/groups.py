@@ -11,7 +11,6 @@ from numpy.typing import NDArray
 
 from molkd.cache_schema.commit import Commit, read_commit
 from molkd.cache_schema.errors import CacheError, IntegrityError
-from molkd.cache_schema.fields import FieldSpec
 from molkd.cache_schema.files import inside
 from molkd.cache_schema.layout import (
     DATA,
@@ -25,7 +24,8 @@ from molkd.cache_schema.layout import (
     split_signal_group,
 )
 from molkd.cache_schema.plan import Plan, Systems
-from molkd.cache_schema.zarr_json import check_array, kind, parse, read_signal, read_teacher
+from molkd.cache_schema.signal import Signal, read_signal
+from molkd.cache_schema.zarr_json import check_array, kind, parse, read_teacher
 
 ATOMS = "atoms"
 _MAX_ZARR_JSON_BYTES = 1 << 24
@@ -43,11 +43,13 @@ class Group:
         str, NDArray[np.int64]
     ]  # axis -> (n_shards,) rows of each shard; only records know of edges
     weights_sha256: str = ""
+    declared: Signal | None = None  # None for ``atoms``
 
     @property
-    def spec(self) -> FieldSpec:
-        """The signal's spec."""
-        return self.layouts["values"].spec
+    def signal(self) -> Signal:
+        """The signal that the group holds."""
+        assert self.declared is not None, self.name
+        return self.declared
 
     @property
     def n_shards(self) -> int:
@@ -109,10 +111,12 @@ def load_signal(root: Path, plan: Plan, systems: Systems, group: str) -> Group:
 
     weights = read_teacher(*read(f"teachers/{teacher}/zarr.json")).get("weights_sha256", "")
     document, where = read(f"{group}/zarr.json")
-    spec, encoding = read_signal(document, where)
-    if spec.name != signal:
-        raise IntegrityError(f"{where}: describes {spec.name}; restore the file from a copy of the store")
-    layouts = declared_layout(group, spec, encoding, plan, systems)
+    declared = read_signal(root, group, document, where, read)
+    if declared.spec.name != signal:
+        raise IntegrityError(
+            f"{where}: describes {declared.spec.name}; restore the file from a copy of the store"
+        )
+    layouts = declared_layout(group, declared, plan, systems)
     for layout in layouts.values():
         document, where = read(f"{layout.path}/zarr.json")
         check_array(document, layout, where)
@@ -124,11 +128,12 @@ def load_signal(root: Path, plan: Plan, systems: Systems, group: str) -> Group:
         metadata=metadata,
         rows=shard_rows(plan, systems),
         weights_sha256=weights if isinstance(weights, str) else "",
+        declared=declared,
     )
 
 
 def declared_layout(
-    group: str, spec: FieldSpec, encoding: str, plan: Plan, systems: Systems
+    group: str, signal: Signal, plan: Plan, systems: Systems
 ) -> dict[str, ArrayLayout]:
     """Return the arrays of a signal of this store.
 
@@ -137,8 +142,9 @@ def declared_layout(
     CacheError
         If a shard could have more edges than the format holds.
     """
+    spec = signal.spec
     edge_rows = systems.edge_rows(spec.max_per_atom) if spec.axis == "edge" else 0
-    return signal_layout(group, spec, encoding, plan.packing, edge_rows)
+    return signal_layout(group, spec, signal.encoding, plan.packing, edge_rows, signal.codebook)
 
 
 def shard_rows(plan: Plan, systems: Systems) -> dict[str, NDArray[np.int64]]:

@@ -232,7 +232,7 @@ class Cache:
         out: dict[str, NDArray[Any]] = {"n_atoms": self.systems.n_atoms[index]}
         for name in fields:
             if name in ATOM_FIELDS:
-                out[name] = self._read(ATOMS, name, index)
+                out[name] = decode(self._read(ATOMS, name, index), ATOM_FIELDS[name])
             elif name in SYSTEM_FIELDS:
                 out[name] = getattr(self.systems, name)[index]
             else:
@@ -246,13 +246,15 @@ class Cache:
                 out[f"teacher/{signal}"] = edges.pop("values")
                 out |= {f"teacher/{signal}/{name}": values for name, values in edges.items()}
             else:
-                out[f"teacher/{signal}"] = self._read(group, "values", index)
+                declared = self._states[group].group
+                stored = {name: self._read(group, name, index) for name in declared.layouts}
+                out[f"teacher/{signal}"] = declared.signal.decode(stored)
         return out
 
     def axis(self, name: str, teacher: str | None = None) -> str:
         """Return the axis, "system", "atom" or "edge", of the values that `read` returns under this name."""
         if name.startswith("teacher/") and teacher is not None:
-            return self._states[self._signal_group(teacher, name.removeprefix("teacher/"))].group.spec.axis
+            return self._states[self._signal_group(teacher, name.removeprefix("teacher/"))].group.signal.spec.axis
         return "atom" if name in ATOM_FIELDS else "system"
 
     def _read(self, group: str, name: str, index: NDArray[np.int64]) -> NDArray[Any]:
@@ -261,7 +263,7 @@ class Cache:
             begin, count = self.systems.row[index], self.systems.n_atoms[index].astype(np.int64)
         else:
             begin, count = self.systems.slot[index], np.ones(len(index), dtype=np.int64)
-        return decode(array.read(begin, count), array.layout.spec)
+        return array.read(begin, count)
 
     def _signal_group(self, teacher: str, signal: str) -> str:
         known = self._require_teacher(teacher).signals
@@ -282,9 +284,10 @@ class Cache:
 
 def _entry(state: GroupState, name: str, arrays: Iterable[str]) -> SignalEntry:
     layout, sums = state.group.layouts[name], state.moments.get(name)
+    declared = state.group.declared
     return SignalEntry(
-        spec=layout.spec,
-        encoding=layout.encoding,
+        spec=declared.spec if declared is not None else layout.spec,
+        encoding=declared.encoding if declared is not None else layout.encoding,
         missing_shards=state.missing_shards,
         statistics=sums.statistics() if sums else None,
         max_abs=sums.max_abs if sums else 0.0,

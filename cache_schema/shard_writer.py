@@ -13,8 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from molkd.cache_schema.commit import Commit, FileRecord, rewrite_remedy
-from molkd.cache_schema.encoding import ENCODINGS, all_finite, encode
+from molkd.cache_schema.encoding import ENCODINGS, all_finite, encode, too_large
 from molkd.cache_schema.errors import CacheError
+from molkd.cache_schema.fields import FieldSpec
 from molkd.cache_schema.files import (
     crc32c,
     crc_hex,
@@ -30,12 +31,15 @@ from molkd.cache_schema.files import (
 )
 from molkd.cache_schema.groups import ATOMS, Group, load_commit, require_unchanged
 from molkd.cache_schema.jsonfile import seal
-from molkd.cache_schema.layout import ArrayLayout, record_path
+from molkd.cache_schema.layout import SCALE, ArrayLayout, record_path
+from molkd.cache_schema.narrowing import narrow
 from molkd.cache_schema.plan import Plan, Systems
+from molkd.cache_schema.signal import Signal
 from molkd.cache_schema.statistics import Moments
 
 MISSING = 0xFFFF_FFFF_FFFF_FFFF  # offset and length of a chunk that is not stored
 _BUFFER_BYTES = 1 << 20
+_PIECE_VALUES = 1 << 15
 _LABELS = ("energy", "forces")  # a label that nobody knows is NaN
 
 
@@ -112,7 +116,7 @@ class ShardWriter:
         self._n_atoms = systems.n_atoms[self.systems.start : self.systems.stop]
         self._ptr = self._known_rows()  # where each system's rows begin, and where the last ones end
         self._bad: set[int] = set()
-        self._moments = {n: Moments.empty(x.spec) for n, x in group.layouts.items() if x.dtype.kind == "f"}
+        self._moments = {n: Moments.empty(x.values) for n, x in group.layouts.items() if x.values is not None}
         self._files: dict[str, _ArrayFile] = {}
 
     def __enter__(self) -> "ShardWriter":
@@ -161,7 +165,7 @@ class ShardWriter:
 
         Parameters
         ----------
-        arrays : name -> (n, *shape), the next n rows in stored order; a signal's one array is called "values"
+        arrays : name -> (n, *shape), the next n rows in stored order; what a signal is for is called "values"
         bad_systems : stored indices of systems to give up; their rows become NaN and they are listed
 
         Raises
@@ -169,31 +173,83 @@ class ShardWriter:
         CacheError
             If arrays or rows do not fit the group, a value is not finite or too large, or the disk is full.
         """
-        n = self._check(arrays)
+        n = self._check(arrays, {name: x.values or x.spec for name, x in self._given.items()})
         self._bad.update(self._check_bad(bad_systems))
         bad_rows = self._bad_rows(self.rows_written, n)
-        encoded = {}
-        for name, layout in self._group.layouts.items():
+        for name, layout in self._given.items():
             values = np.asarray(arrays[name])
-            if layout.dtype.kind == "f" and bad_rows.any():
-                values = values.copy()
-                values[bad_rows] = np.nan
-            where = f"{self._group.name}/{name}, shard {self.shard}"
-            stored = encode(values, ENCODINGS[layout.encoding], where)
-            if layout.dtype.kind == "f":
-                self._check_known(stored, bad_rows, layout, where)
-                self._moments[name].add(values, stored, layout.spec)
-            encoded[name] = stored.astype(stored.dtype.newbyteorder("<"), copy=False)
+            if name == "values" and self._group.declared is not None:
+                self._write_signal(self._group.declared, values, ~bad_rows)
+                continue
+            stored = encode(values, ENCODINGS[layout.encoding], f"{self._group.name}/{name}, shard {self.shard}")
+            if layout.values is not None:
+                self._moments[name].add(values, stored)
+            self._append(name, stored, bad_rows)
+
+    def write_narrowed(
+        self, arrays: dict[str, NDArray[Any]], sums: Moments, bad_systems: Collection[int] = ()
+    ) -> None:
+        """Append rows that `narrowing.narrow` made of a signal's values, wherever that was.
+
+        Parameters
+        ----------
+        arrays : name -> (n, *stored shape), of every array of the group
+        sums : over the same rows, without those of bad systems
+
+        Raises
+        ------
+        CacheError
+            As `write`.
+        """
+        n = self._check(arrays, {name: x.spec for name, x in self._group.layouts.items()})
+        self._bad.update(self._check_bad(bad_systems))
+        self._moments["values"].merge(sums)
+        bad_rows = self._bad_rows(self.rows_written, n)
+        for name in self._group.layouts:
+            self._append(name, arrays[name], bad_rows)
+
+    def held_out(self, n: int) -> NDArray[np.bool_] | None:
+        """Say which of the next n rows a fitted encoding was not fitted to, (n,); None if it is not fitted."""
+        declared = self._group.declared
+        if declared is None or declared.codebook is None:
+            return None
+        book = declared.codebook
+        n_fitted = min(max(book.n_systems - self.systems.start, 0), len(self._ptr) - 1)
+        return np.arange(self.rows_written, self.rows_written + n) >= self._ptr[n_fitted]
+
+    @property
+    def _given(self) -> dict[str, ArrayLayout]:
+        """The arrays that a caller of `write` gives."""
+        return {name: x for name, x in self._group.layouts.items() if name != SCALE}
+
+    def _write_signal(self, signal: Signal, values: NDArray[Any], keep: NDArray[np.bool_]) -> None:
+        """Narrow and append rows piece by piece, each small enough for the processor's cache."""
+        held_out = self.held_out(len(values))
+        step = max(1, _PIECE_VALUES // max(1, values[:1].size))
+        for begin in range(0, len(values), step):
+            rows = slice(begin, begin + step)
+            out = None if held_out is None else held_out[rows]
+            with np.errstate(over="ignore", invalid="ignore"):
+                stored, sums = narrow(signal, values[rows], keep[rows], out)
+            self._moments["values"].merge(sums)
+            for name, piece in stored.items():
+                self._append(name, piece, ~keep[rows], values[rows])
+
+    def _append(
+        self, name: str, stored: NDArray[Any], bad_rows: NDArray[np.bool_], given: NDArray[Any] | None = None
+    ) -> None:
+        if stored.dtype.kind == "f" and not (self._group.name == ATOMS and name in _LABELS):
+            self._check_known(name, stored, bad_rows, given)
+        rows = np.ascontiguousarray(stored)
         try:
-            for name, rows in encoded.items():
-                self._files[name].append(rows)
+            self._files[name].append(rows.astype(rows.dtype.newbyteorder("<"), copy=False))
         except OSError as error:
             raise self._failure(error) from error
 
-    def _check(self, arrays: dict[str, NDArray[Any]]) -> int:
+    def _check(self, arrays: dict[str, NDArray[Any]], specs: dict[str, FieldSpec]) -> int:
         """Return how many rows of "values" are given."""
         where = self._where
-        self._check_shapes(arrays, where)
+        self._check_shapes(arrays, specs, where)
         counts = {name: len(values) for name, values in arrays.items()}
         if len(set(counts.values())) != 1:
             raise CacheError(f"{where}: arrays of unequal length: {counts}")
@@ -203,14 +259,16 @@ class ShardWriter:
             raise CacheError(f"{where}: {self.rows_written + n} rows given, the shard has {n_rows}")
         return n
 
-    def _check_shapes(self, arrays: dict[str, NDArray[Any]], where: str) -> None:
-        if set(arrays) != set(self._group.layouts):
-            expected = ", ".join(self._group.layouts)
+    def _check_shapes(
+        self, arrays: dict[str, NDArray[Any]], specs: dict[str, FieldSpec], where: str
+    ) -> None:
+        if set(arrays) != set(specs):
+            expected = ", ".join(specs)
             raise CacheError(f"{where}: got arrays {', '.join(sorted(arrays))}; expected exactly {expected}")
-        for name, layout in self._group.layouts.items():
-            if np.shape(arrays[name])[1:] != layout.spec.shape:
+        for name, spec in specs.items():
+            if np.shape(arrays[name])[1:] != spec.shape:
                 raise CacheError(
-                    f"{where}: {name} has rows of {np.shape(arrays[name])[1:]}, expected {layout.spec.shape}"
+                    f"{where}: {name} has rows of {np.shape(arrays[name])[1:]}, expected {spec.shape}"
                 )
 
     def _check_bad(self, bad_systems: Collection[int]) -> set[int]:
@@ -233,20 +291,25 @@ class ShardWriter:
         return mask
 
     def _check_known(
-        self, stored: NDArray[Any], bad_rows: NDArray[np.bool_], layout: ArrayLayout, where: str
+        self, name: str, stored: NDArray[Any], bad_rows: NDArray[np.bool_], given: NDArray[Any] | None
     ) -> None:
-        if self._group.name == ATOMS and layout.spec.name in _LABELS:
-            return
+        """Refuse rows about to be appended that hold a NaN or an infinity."""
         if all_finite(stored):
             return
-        unknown = np.isnan(stored)
+        unknown = ~np.isfinite(stored)
         unknown[bad_rows] = False
-        if unknown.any():
-            row = self.rows_written + int(np.argwhere(unknown)[0][0])
-            system = self.systems.start + int(np.searchsorted(self._ptr, row, side="right")) - 1
+        if not unknown.any():
+            return
+        place = tuple(np.argwhere(unknown)[0])
+        row = self._files[name].rows + int(place[0])
+        system = self.systems.start + int(np.searchsorted(self._ptr, row, side="right")) - 1
+        where = f"{self._group.name}/{name}, shard {self.shard}"
+        if np.isnan(stored[place]):
             raise CacheError(
                 f"{where}: NaN in row {row}, which is stored system {system}; nothing is committed"
             )
+        same = given is not None and given.shape == stored.shape
+        raise too_large(where, place, row, given[place] if same else np.inf)
 
     def _check_complete(self) -> None:
         if self.rows_written != self._ptr[-1]:

@@ -44,8 +44,8 @@ class GroupState:
 
     def __post_init__(self) -> None:
         for name, layout in self.group.layouts.items():
-            if layout.dtype.kind == "f" and name not in self.moments:
-                self.moments[name] = Moments.empty(layout.spec)
+            if layout.values is not None and name not in self.moments:
+                self.moments[name] = Moments.empty(layout.values)
 
     def add(self, commit: Commit) -> None:
         """Take in a commit."""
@@ -109,7 +109,7 @@ class Manifest:
         state.files = {shard: {} for shard in range(plan.n_shards)}
         for name, layout in group.layouts.items():
             table = check.table(arrays, name, "arrays.")
-            if layout.dtype.kind == "f":
+            if layout.values is not None:
                 state.moments[name] = moments(check, table, name, layout)
             shards = check.items(table, "shards", f"arrays.{name}.")
             if len(shards) != plan.n_shards:

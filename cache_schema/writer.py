@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from molkd.cache_schema import zarr_json
+from molkd.cache_schema.codebook import Codebook
 from molkd.cache_schema.creation import (
     LABELS_SHA256,
     SystemTable,
@@ -19,6 +20,7 @@ from molkd.cache_schema.creation import (
 )
 from molkd.cache_schema.declaration import declare_signal, put_group
 from molkd.cache_schema.edges import EdgeShardWriter
+from molkd.cache_schema.encoding import is_fitted
 from molkd.cache_schema.errors import CacheError, IntegrityError
 from molkd.cache_schema.fields import N_EDGES, FieldSpec
 from molkd.cache_schema.files import (
@@ -52,6 +54,7 @@ from molkd.cache_schema.layout import (
     split_signal_group,
 )
 from molkd.cache_schema.plan import Plan, Systems, read_plan, read_systems
+from molkd.cache_schema.signal import Signal
 from molkd.cache_schema.shard_writer import ShardWriter
 
 # What makes two teachers of one name the same; the rest of the provenance may differ (dates, hosts, taps).
@@ -145,10 +148,21 @@ class Store:
                 "give this one another name, or take the teacher the store was made with"
             )
 
-    def add_signal(self, teacher: str, spec: FieldSpec, encoding: str) -> str:
+    def find_signal(self, teacher: str, signal: str) -> Signal | None:
+        """Return a signal as it is declared; None if it is not."""
+        group = signal_group(teacher, signal)
+        return self._load(group).signal if group in list_signal_groups(self.path, teacher) else None
+
+    def add_signal(
+        self, teacher: str, spec: FieldSpec, encoding: str, codebook: Codebook | None = None
+    ) -> str:
         """Make room for a signal; asking for the same one again does nothing.
 
         A signal of which nothing is stored yet may be asked for with another encoding: it is declared anew.
+
+        Parameters
+        ----------
+        codebook : of a fitted encoding; where the signal is there already with this encoding, its own one stays
 
         Returns
         -------
@@ -173,7 +187,13 @@ class Store:
                     f"{self.path}: signal {spec.name} cannot lie inside or around {other}; rename one"
                 )
         in_manifest = group in self._names_in_manifest(group)
-        declare_signal(self.path, self.plan, self.systems, group, spec, encoding, in_manifest=in_manifest)
+        known = self.find_signal(teacher, spec.name)
+        if codebook is None and known is not None and known.same_as(spec, encoding):
+            codebook = known.codebook
+        if is_fitted(encoding) != (codebook is not None):
+            raise CacheError(f"{self.path}: {group} in {encoding}: give the codebook fitted to it, and no other")
+        signal = Signal(spec, encoding, codebook)
+        declare_signal(self.path, self.plan, self.systems, group, signal, in_manifest=in_manifest)
         self._groups.pop(group, None)  # it may have been declared anew
         return group
 

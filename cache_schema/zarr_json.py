@@ -3,7 +3,7 @@
 import json
 from typing import Any
 
-from molkd.cache_schema.encoding import ENCODINGS, find_encoding
+from molkd.cache_schema.encoding import ENCODINGS, check_signal_encoding
 from molkd.cache_schema.errors import CacheError, IntegrityError
 from molkd.cache_schema.fields import EDGE_INDEX, EDGE_SHIFT, FieldSpec
 from molkd.cache_schema.layout import CHUNK_ROWS, FORMAT, ArrayLayout, check_name, check_signal_spec
@@ -84,7 +84,7 @@ def _array(
 
 
 def _bytes_codec(dtype: str) -> dict[str, Any]:
-    if dtype in ("uint8", "bool"):
+    if dtype in ("int8", "uint8", "bool"):
         return {"name": "bytes"}
     return {"name": "bytes", "configuration": {"endian": "little"}}
 
@@ -130,6 +130,11 @@ def parse(raw: bytes, where: str) -> dict[str, Any]:
     return document
 
 
+def geometry(document: dict[str, Any]) -> dict[str, Any]:
+    """Return the entries of an array's zarr.json that say where its values lie."""
+    return {key: document.get(key) for key in _GEOMETRY}
+
+
 def check_array(document: dict[str, Any], layout: ArrayLayout, where: str) -> None:
     """Refuse an array whose stored geometry is not the one that plan and signal give.
 
@@ -138,8 +143,8 @@ def check_array(document: dict[str, Any], layout: ArrayLayout, where: str) -> No
     IntegrityError
         Naming every entry that differs.
     """
-    expected = array_document(layout)
-    wrong = [key for key in _GEOMETRY if document.get(key) != expected[key]]
+    expected = geometry(array_document(layout))
+    wrong = [key for key, value in geometry(document).items() if value != expected[key]]
     if wrong:
         raise IntegrityError(
             f"{where}: {', '.join(wrong)} differ from plan and signal; restore it from a copy of the store"
@@ -151,8 +156,8 @@ def teacher_attributes(name: str, provenance: dict[str, Any]) -> dict[str, Any]:
     return {_KEY: {"kind": "teacher", "name": name, "provenance": provenance}}
 
 
-def signal_attributes(spec: FieldSpec, encoding: str) -> dict[str, Any]:
-    """Return the attributes of a signal's group."""
+def signal_entry(spec: FieldSpec, encoding: str, formula: str) -> dict[str, Any]:
+    """Return what a signal's group says about it."""
     entry = {
         "kind": "signal",
         "name": spec.name,
@@ -162,9 +167,14 @@ def signal_attributes(spec: FieldSpec, encoding: str) -> dict[str, Any]:
         "unit": spec.unit,
         "symmetry": spec.symmetry,
         "encoding": encoding,
-        "formula": ENCODINGS[encoding].formula,
+        "formula": formula,
     }
-    return {_KEY: entry | ({"max_per_atom": spec.max_per_atom} if spec.axis == "edge" else {})}
+    return entry | ({"max_per_atom": spec.max_per_atom} if spec.axis == "edge" else {})
+
+
+def signal_attributes(entry: dict[str, Any]) -> dict[str, Any]:
+    """Return the attributes of a signal's group."""
+    return {_KEY: entry}
 
 
 def kind(document: dict[str, Any]) -> str:
@@ -191,8 +201,8 @@ def read_teacher(document: dict[str, Any], where: str) -> dict[str, Any]:
     return provenance
 
 
-def read_signal(document: dict[str, Any], where: str) -> tuple[FieldSpec, str]:
-    """Return spec and encoding of a signal's group.
+def read_signal(document: dict[str, Any], where: str) -> tuple[FieldSpec, str, dict[str, Any]]:
+    """Return spec and encoding of a signal's group, and all that it says.
 
     Raises
     ------
@@ -204,7 +214,7 @@ def read_signal(document: dict[str, Any], where: str) -> tuple[FieldSpec, str]:
     entry = document["attributes"].get(_KEY)
     if kind(document) != "signal" or not isinstance(entry, dict):
         raise IntegrityError(f"{where}: damaged, describes no signal; restore it from a copy of the store")
-    encoding = find_encoding(entry.get("encoding"), where).name
+    encoding = check_signal_encoding(entry.get("encoding"), where)
     texts = {key: entry.get(key) for key in ("name", "axis", "dtype", "unit", "symmetry")}
     shape, most = entry.get("shape"), entry.get("max_per_atom", 0)
     if not all(isinstance(t, str) for t in texts.values()) or not _is_shape(shape) or type(most) is not int:
@@ -212,7 +222,7 @@ def read_signal(document: dict[str, Any], where: str) -> tuple[FieldSpec, str]:
     spec = FieldSpec(shape=tuple(shape or ()), max_per_atom=most, **texts)  # type: ignore[arg-type]  # checked above and below
     check_name(spec.name, "signal", parts=True)
     check_signal_spec(spec, encoding)
-    return spec, encoding
+    return spec, encoding, entry
 
 
 def _is_shape(shape: object) -> bool:

@@ -1,0 +1,83 @@
+"""Fit a codebook to the first systems of a store, which are a random sample of it."""
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from molkd.cache_schema.codebook import LIMITS, MAX_PCA_CHANNELS, Codebook, is_vector, pca_bytes
+from molkd.cache_schema.errors import CacheError
+from molkd.cache_schema.fields import FieldSpec
+
+_FLOOR = 0.003  # of the largest: a channel that hardly varies here may vary in systems still to come
+# The largest component of a row is about so many standard deviations: what a code of b bits leaves of a variance.
+_LEFT = {0: 1.0} | {bits: 3.0**2 / limit**2 / 12 for bits, limit in LIMITS.items()}
+_STEPS = ((0, 4), (4, 8), (8, 16))
+
+
+def fit_codebook(values: NDArray[Any], spec: FieldSpec, encoding: str, n_systems: int) -> Codebook:
+    """Return the codebook of a signal.
+
+    Parameters
+    ----------
+    values : (n, *spec.shape), finite rows of the first systems
+    encoding : "int8" or "pca:BYTES", bytes a row (of a vector signal: a direction)
+    n_systems : whose rows these are
+
+    Raises
+    ------
+    CacheError
+        If the signal has no channels, too many for a rotation, or there are no rows.
+    """
+    if not spec.shape or spec.unit != "1" or spec.dtype != "float32":
+        raise CacheError(f"signal {spec.name}: {encoding} is for features with channels; choose fp32")
+    if not len(values):
+        raise CacheError(f"signal {spec.name}: no finite row to fit {encoding} to; choose fp16")
+    x = np.asarray(values, dtype=np.float64).reshape(-1, spec.shape[-1])
+    mean = None if is_vector(spec) else x.mean(axis=0).astype(np.float32)
+    if mean is not None:
+        x = x - mean
+    if encoding == "int8":
+        deviation = np.sqrt((x**2).mean(axis=0))
+        bits = np.full(len(deviation), 8, dtype=np.uint8)
+        basis = None
+    else:
+        if spec.shape[-1] > MAX_PCA_CHANNELS:
+            raise CacheError(
+                f"signal {spec.name}: {spec.shape[-1]} channels, {encoding} rotates at most "
+                f"{MAX_PCA_CHANNELS}; choose int8"
+            )
+        variance, vectors = np.linalg.eigh(x.T @ x / len(x))
+        variance = np.maximum(variance[::-1], 0.0)
+        bits = allocate_bits(variance, pca_bytes(encoding))
+        deviation = np.sqrt(variance[: len(bits)])
+        basis = np.ascontiguousarray(vectors[:, ::-1].T[: len(bits)], dtype=np.float32)
+    floor = max(_FLOOR * float(deviation.max()), float(np.finfo(np.float32).tiny) * 2**20)
+    limit = np.array([LIMITS[int(b)] for b in bits], dtype=np.float64)
+    step = (np.maximum(deviation, floor) / limit).astype(np.float32)
+    return Codebook(encoding, step, bits, mean, basis, n_systems)
+
+
+def allocate_bits(variance: NDArray[np.float64], n_bytes: int) -> NDArray[np.uint8]:
+    """Return the bits (K,) of the components worth storing: what lowers the squared error most goes first.
+
+    Parameters
+    ----------
+    variance : (C,) of the components, not increasing
+    n_bytes : in all, at most
+    """
+    offers = [
+        ((_LEFT[old] - _LEFT[new]) * float(one) / (new - old), -k, old, new)
+        for k, one in enumerate(variance)
+        for old, new in _STEPS
+    ]
+    bits = np.zeros(len(variance), dtype=np.int64)
+    left = 8 * n_bytes
+    for _, minus_k, old, new in sorted(offers, reverse=True):
+        if new - old <= left and bits[-minus_k] == old:
+            bits[-minus_k] = new
+            left -= new - old
+    if bits.sum() % 8:  # codes of 4 bits come in pairs; there is room, the bytes are whole
+        k = int((bits > 0).sum())
+        bits[k if k < len(bits) else int(np.flatnonzero(bits == 4)[0])] += 4
+    return bits[bits > 0].astype(np.uint8)
