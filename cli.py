@@ -81,7 +81,13 @@ def ingest(as_json: bool, **flags: Any) -> None:
 @click.option("--name", help="Of the teacher's group in the store.")
 @click.option("--energy-key", help="Name of the energy in DATA (eV), kept as label.")
 @click.option("--forces-key", help="Name of the forces in DATA (eV/A), kept as label.")
-@click.option("--encoding", type=click.Choice(["fp32", "fp16"]), help="Of features; default fp16.")
+@click.option(
+    "--encoding",
+    multiple=True,
+    metavar="[SIGNAL=]ENCODING",
+    help="Of features: fp32, fp16 (default), int8 or pca:BYTES a row; may be repeated.",
+)
+@click.option("--max-error", type=float, help="Take the smallest encoding within this relative rms error.")
 @click.option("--batch-atoms", type=int, help="Atoms a batch; default by device.")
 @click.option("--batch-edges", type=int, help="Edges a batch; default by device.")
 @click.option("--device", help="auto, cpu, cuda, cuda:1.")

@@ -1,7 +1,7 @@
-"""Fitted encodings: small integers and one scale a row, with steps, mean and rotation fitted to a signal once.
+"""Fitted encodings: small integers and a scale a row; steps, mean and rotation are fitted to a signal once.
 
-    int8        value = mean + scale * step * code                           a code a channel, in 8 bits
-    pca:BYTES   value = mean + scale * (step * code) @ basis                 a code a component, in 16, 8 or 4 bits
+    int8        value = mean + scale * step * code               a code a channel, in 8 bits
+    pca:BYTES   value = mean + scale * (step * code) @ basis     a code a component, in 16, 8 or 4 bits
 
 The arithmetic is that of the array it is given, NumPy or torch, on whichever device that lies.
 """
@@ -70,7 +70,7 @@ class Codebook:
 
     def arrays(self) -> dict[str, NDArray[Any]]:
         """Return what is stored beside the codes, by name."""
-        named = {"step": self.step, "mean": self.mean}
+        named: dict[str, NDArray[Any] | None] = {"step": self.step, "mean": self.mean}
         if self.basis is not None:
             named |= {"bits": self.bits, "basis": self.basis}
         return {name: array for name, array in named.items() if array is not None}
@@ -175,7 +175,7 @@ def decode_rows(codes: Any, scale: Any, book: Codebook, *, rotate: bool = True) 
 
 
 def _pack(xp: Any, codes: Any, book: Codebook) -> Any:
-    """Return codes (..., K) as stored: all of 16 bits first (little-endian), then those of 8, then those of 4."""
+    """Return codes (..., K) as stored: those of 16 bits (little-endian), then of 8, then of 4."""
     if book.basis is None:
         return xp.astype(codes, xp.int8)
     n16, n8 = book.n_of(16), book.n_of(8)

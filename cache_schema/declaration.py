@@ -113,7 +113,7 @@ def _remove(root: Path, group: Group) -> None:
 
 
 def _put(root: Path, name: str, raw: bytes) -> None:
-    """Write a file of data.zarr unless there is one; of two writers at once one wins, both compare afterwards."""
+    """Write a file of data.zarr unless there is one; of two writers one wins, both compare afterwards."""
     path = inside(root, f"{DATA}/{name}")
     try:
         make_folder(path.parent)

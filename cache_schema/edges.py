@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from molkd.cache_schema.commit import rewrite_remedy
 from molkd.cache_schema.errors import CacheError, IntegrityError
-from molkd.cache_schema.fields import EDGE_INDEX, EDGE_SHIFT, N_EDGES, FieldSpec
+from molkd.cache_schema.fields import EDGE_INDEX, N_EDGES, FieldSpec
 from molkd.cache_schema.plan import Systems
 from molkd.cache_schema.shard_reader import ArrayReader, FileCache
 from molkd.cache_schema.shard_writer import ShardWriter
@@ -68,7 +68,7 @@ class EdgeReader:
         self._ptr: dict[int, NDArray[np.int64]] = {}  # shard -> where the edges of each of its systems begin
 
     def read(self, systems: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
-        """Return values (E, *shape), index (2, E), shift (E, 3) and n_edges (n,) of systems (n,).
+        """Return values as stored (E, ...), index (2, E), shift (E, 3) and n_edges (n,) of systems (n,).
 
         Atoms are numbered over all these systems one after the other.
 
@@ -101,10 +101,8 @@ class EdgeReader:
                 "have; kd cache verify names the shards"
             )
         first_atom = np.repeat(np.cumsum(n_atoms, dtype=np.int64) - n_atoms, n_edges)  # (E,)
-        return {
-            "values": self._state.group.signal.decode(arrays),
+        return arrays | {
             EDGE_INDEX.name: np.ascontiguousarray((index + first_atom[:, None]).T),
-            EDGE_SHIFT.name: arrays[EDGE_SHIFT.name],
             N_EDGES.name: n_edges,
         }
 

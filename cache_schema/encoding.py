@@ -1,7 +1,7 @@
 """How values are narrowed on disk: name, stored dtype and formula of every encoding of format 1.
 
-A plain encoding stores an array by itself, rounded. A fitted one (``int8``, ``pca:BYTES``; `codebook`) stores small
-integers and a scale a row; the steps, mean and rotation that give them a meaning are fitted once and lie beside.
+A plain encoding stores an array by itself, rounded. A fitted one (``int8``, ``pca:BYTES``; `codebook`) stores
+small integers and a scale a row; steps, mean and rotation that give them a meaning lie beside.
 """
 
 import re
@@ -123,8 +123,8 @@ def too_large(where: str, place: tuple[int, ...], row: int, value: float) -> Cac
     if np.isinf(value):
         return CacheError(f"{where}: infinite value in row {row}{channel}, or one too large to be stored")
     return CacheError(
-        f"{where}: {value:.6g} in row {row}{channel} is too large for its encoding; run the command again with "
-        "--encoding fp32, and with another --name if shards of this signal are finished"
+        f"{where}: {value:.6g} in row {row}{channel} is too large for its encoding; run the command again "
+        "with --encoding fp32, and with another --name if shards of this signal are finished"
     )
 
 

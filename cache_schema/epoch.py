@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from molkd.cache_schema.errors import CacheError
+from molkd.cache_schema.layout import SCALE
 from molkd.cache_schema.reader import Cache
 
 BLOCK_ATOMS = 4096
@@ -141,11 +142,16 @@ def read_epoch(
     teacher: str | None = None,
     signals: Sequence[str] = (),
     start_batch: int = 0,
+    decode: bool = True,
 ) -> Iterator[tuple[NDArray[np.int64], dict[str, NDArray[Any]]]]:
     """Yield stored indices (B,) and arrays, as `Cache.read`, batch by batch from `start_batch` on.
 
     A window is read at once, in stored order; memory holds one window and one batch. Signals on edges, tens
     of rows an atom, are read batch by batch: there a single system is a run of rows long enough.
+
+    Parameters
+    ----------
+    decode : as `Cache.read`
 
     Raises
     ------
@@ -170,8 +176,25 @@ def read_epoch(
             place = stop
         arrays = parts[0] if len(parts) == 1 else {k: np.concatenate([p[k] for p in parts]) for k in parts[0]}
         if on_edges:
-            arrays |= cache.read(plan.order[begin:end], (), teacher, on_edges)
+            arrays |= cache.read(plan.order[begin:end], (), teacher, on_edges, decode=False)
+        if decode:
+            arrays = decoded(cache, teacher, (*signals, *on_edges), arrays)
         yield plan.order[begin:end], arrays
+
+
+def decoded(
+    cache: Cache, teacher: str | None, signals: Sequence[str], arrays: dict[str, NDArray[Any]]
+) -> dict[str, NDArray[Any]]:
+    """Return arrays read with ``decode=False`` with the values of the signals, and without their scales."""
+    if teacher is None:
+        return arrays
+    out = dict(arrays)
+    for name in signals:
+        stored = {"values": arrays[f"teacher/{name}"]}
+        if f"teacher/{name}/{SCALE}" in out:
+            stored[SCALE] = out.pop(f"teacher/{name}/{SCALE}")
+        out[f"teacher/{name}"] = cache.signal(teacher, name).decode(stored)
+    return out
 
 
 class _Window:
@@ -186,7 +209,7 @@ class _Window:
         signals: Sequence[str],
     ) -> None:
         self.systems = np.sort(systems)
-        self.arrays = cache.read(self.systems, fields, teacher, signals)
+        self.arrays = cache.read(self.systems, fields, teacher, signals, decode=False)
         self.atoms_ptr = np.concatenate([[0], np.cumsum(self.arrays["n_atoms"], dtype=np.int64)])
         self.on_atoms = {name for name in self.arrays if cache.axis(name, teacher) == "atom"}
 

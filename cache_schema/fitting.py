@@ -10,7 +10,7 @@ from molkd.cache_schema.errors import CacheError
 from molkd.cache_schema.fields import FieldSpec
 
 _FLOOR = 0.003  # of the largest: a channel that hardly varies here may vary in systems still to come
-# The largest component of a row is about so many standard deviations: what a code of b bits leaves of a variance.
+# What a code of so many bits leaves of a variance, if the largest component of a row is about 3 deviations.
 _LEFT = {0: 1.0} | {bits: 3.0**2 / limit**2 / 12 for bits, limit in LIMITS.items()}
 _STEPS = ((0, 4), (4, 8), (8, 16))
 

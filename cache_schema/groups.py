@@ -24,7 +24,7 @@ from molkd.cache_schema.layout import (
     split_signal_group,
 )
 from molkd.cache_schema.plan import Plan, Systems
-from molkd.cache_schema.signal import Signal, read_signal
+from molkd.cache_schema.signal import Signal, codebook_files, read_signal
 from molkd.cache_schema.zarr_json import check_array, kind, parse, read_teacher
 
 ATOMS = "atoms"
@@ -50,6 +50,13 @@ class Group:
         """The signal that the group holds."""
         assert self.declared is not None, self.name
         return self.declared
+
+    @property
+    def codebook_files(self) -> tuple[str, ...]:
+        """Files of data.zarr that hold the codebook; reading the group has checked them."""
+        if self.declared is None or self.declared.codebook is None:
+            return ()
+        return tuple(codebook_files(self.name, self.declared.codebook))
 
     @property
     def n_shards(self) -> int:
@@ -132,9 +139,7 @@ def load_signal(root: Path, plan: Plan, systems: Systems, group: str) -> Group:
     )
 
 
-def declared_layout(
-    group: str, signal: Signal, plan: Plan, systems: Systems
-) -> dict[str, ArrayLayout]:
+def declared_layout(group: str, signal: Signal, plan: Plan, systems: Systems) -> dict[str, ArrayLayout]:
     """Return the arrays of a signal of this store.
 
     Raises

@@ -236,7 +236,7 @@ def signal_layout(
     edge_rows: int = 0,
     codebook: Codebook | None = None,
 ) -> dict[str, ArrayLayout]:
-    """Return the arrays of a signal's group: ``values``, their scale, and on the edge axis which edges they are of.
+    """Return the arrays of a signal: ``values``, their scale, and on the edge axis which edges they are of.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""From values as the teacher gives them to rows as they are stored, and the sums that records keep of them."""
+"""From values as the teacher gives them to rows as they are stored, and the sums that records keep."""
 
 from typing import Any
 
@@ -14,8 +14,8 @@ from molkd.cache_schema.statistics import Moments, measure, n_channels
 def narrow(signal: Signal, values: Any, keep: Any, held_out: Any | None) -> tuple[dict[str, Any], Moments]:
     """Return stored rows by array, and sums, of NumPy or torch arrays on the device where they lie.
 
-    Rows that are not kept read as NaN. A value too large for the encoding becomes infinite, here or in the scale;
-    whoever writes the rows refuses them.
+    Rows that are not kept read as NaN. A value too large for the encoding becomes infinite, or its scale
+    does; whoever writes the rows refuses them.
 
     Parameters
     ----------
@@ -24,7 +24,9 @@ def narrow(signal: Signal, values: Any, keep: Any, held_out: Any | None) -> tupl
     held_out : (n,) bool, rows that a fitted encoding was not fitted to; None if it is not fitted
     """
     xp = array_namespace(values)
-    values = xp.where(xp.reshape(keep, (-1, *[1] * (len(values.shape) - 1))), values, xp.full_like(values, xp.nan))
+    values = xp.where(
+        xp.reshape(keep, (-1, *[1] * (len(values.shape) - 1))), values, xp.full_like(values, xp.nan)
+    )
     if signal.codebook is not None:
         codes, scale = encode_rows(values, signal.codebook)
         stored, decoded = {"values": codes, SCALE: scale}, decode_rows(codes, scale, signal.codebook)

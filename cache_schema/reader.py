@@ -10,7 +10,6 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from molkd.cache_schema.edges import EdgeReader
-from molkd.cache_schema.encoding import decode
 from molkd.cache_schema.errors import CacheError
 from molkd.cache_schema.fields import ATOM_FIELDS, N_EDGES, SYSTEM_FIELDS, FieldSpec
 from molkd.cache_schema.groups import (
@@ -20,9 +19,10 @@ from molkd.cache_schema.groups import (
     list_teachers,
     teacher_provenance,
 )
-from molkd.cache_schema.layout import split_signal_group
+from molkd.cache_schema.layout import SCALE, split_signal_group
 from molkd.cache_schema.plan import Plan, Systems, read_plan, read_systems
 from molkd.cache_schema.shard_reader import ArrayReader, FileCache
+from molkd.cache_schema.signal import Signal
 from molkd.cache_schema.state import GroupState, load_states, require_complete
 from molkd.cache_schema.statistics import Statistics
 
@@ -199,6 +199,8 @@ class Cache:
         fields: Sequence[str] = FIELDS,
         teacher: str | None = None,
         signals: Sequence[str] = (),
+        *,
+        decode: bool = True,
     ) -> dict[str, NDArray[Any]]:
         """Read systems in any order.
 
@@ -207,6 +209,8 @@ class Cache:
         indices : (n,) stored indices
         fields : names of ATOM_FIELDS and SYSTEM_FIELDS
         teacher, signals : whose signals, and which
+        decode : False leaves signals as stored, those of a fitted encoding with ``teacher/<signal>/scale``;
+            what `signal` returns tells their meaning
 
         Returns
         -------
@@ -232,7 +236,7 @@ class Cache:
         out: dict[str, NDArray[Any]] = {"n_atoms": self.systems.n_atoms[index]}
         for name in fields:
             if name in ATOM_FIELDS:
-                out[name] = decode(self._read(ATOMS, name, index), ATOM_FIELDS[name])
+                out[name] = self._read(ATOMS, name, index)
             elif name in SYSTEM_FIELDS:
                 out[name] = getattr(self.systems, name)[index]
             else:
@@ -241,20 +245,33 @@ class Cache:
             if teacher is None:
                 raise CacheError(f"{self.path}: signal {signal} asked for without naming a teacher")
             group = self._signal_group(teacher, signal)
+            declared = self._states[group].group
             if group in self._edges:
-                edges = self._edges[group].read(index)
-                out[f"teacher/{signal}"] = edges.pop("values")
-                out |= {f"teacher/{signal}/{name}": values for name, values in edges.items()}
+                stored = self._edges[group].read(index)
             else:
-                declared = self._states[group].group
                 stored = {name: self._read(group, name, index) for name in declared.layouts}
-                out[f"teacher/{signal}"] = declared.signal.decode(stored)
+            if decode:
+                stored["values"] = declared.signal.decode(stored)
+                stored.pop(SCALE, None)
+            out[f"teacher/{signal}"] = stored.pop("values")
+            out |= {f"teacher/{signal}/{name}": values for name, values in stored.items()}
         return out
+
+    def signal(self, teacher: str, name: str) -> Signal:
+        """Return what a teacher's signal means and how it is stored.
+
+        Raises
+        ------
+        CacheError
+            If there is no such teacher or signal.
+        """
+        return self._states[self._signal_group(teacher, name)].group.signal
 
     def axis(self, name: str, teacher: str | None = None) -> str:
         """Return the axis, "system", "atom" or "edge", of the values that `read` returns under this name."""
         if name.startswith("teacher/") and teacher is not None:
-            return self._states[self._signal_group(teacher, name.removeprefix("teacher/"))].group.signal.spec.axis
+            signal = name.removeprefix("teacher/").removesuffix(f"/{SCALE}")
+            return self.signal(teacher, signal).spec.axis
         return "atom" if name in ATOM_FIELDS else "system"
 
     def _read(self, group: str, name: str, index: NDArray[np.int64]) -> NDArray[Any]:

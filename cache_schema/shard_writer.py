@@ -181,7 +181,9 @@ class ShardWriter:
             if name == "values" and self._group.declared is not None:
                 self._write_signal(self._group.declared, values, ~bad_rows)
                 continue
-            stored = encode(values, ENCODINGS[layout.encoding], f"{self._group.name}/{name}, shard {self.shard}")
+            stored = encode(
+                values, ENCODINGS[layout.encoding], f"{self._group.name}/{name}, shard {self.shard}"
+            )
             if layout.values is not None:
                 self._moments[name].add(values, stored)
             self._append(name, stored, bad_rows)
@@ -209,13 +211,15 @@ class ShardWriter:
             self._append(name, arrays[name], bad_rows)
 
     def held_out(self, n: int) -> NDArray[np.bool_] | None:
-        """Say which of the next n rows a fitted encoding was not fitted to, (n,); None if it is not fitted."""
+        """Say which of the next n rows (n,) a fitted encoding was not fitted to; None if it is not fitted."""
         declared = self._group.declared
         if declared is None or declared.codebook is None:
             return None
         book = declared.codebook
         n_fitted = min(max(book.n_systems - self.systems.start, 0), len(self._ptr) - 1)
-        return np.arange(self.rows_written, self.rows_written + n) >= self._ptr[n_fitted]
+        rows = np.arange(self.rows_written, self.rows_written + n)
+        mask: NDArray[np.bool_] = rows >= self._ptr[n_fitted]
+        return mask
 
     @property
     def _given(self) -> dict[str, ArrayLayout]:
@@ -259,9 +263,7 @@ class ShardWriter:
             raise CacheError(f"{where}: {self.rows_written + n} rows given, the shard has {n_rows}")
         return n
 
-    def _check_shapes(
-        self, arrays: dict[str, NDArray[Any]], specs: dict[str, FieldSpec], where: str
-    ) -> None:
+    def _check_shapes(self, arrays: dict[str, NDArray[Any]], specs: dict[str, FieldSpec], where: str) -> None:
         if set(arrays) != set(specs):
             expected = ", ".join(specs)
             raise CacheError(f"{where}: got arrays {', '.join(sorted(arrays))}; expected exactly {expected}")
@@ -308,8 +310,8 @@ class ShardWriter:
             raise CacheError(
                 f"{where}: NaN in row {row}, which is stored system {system}; nothing is committed"
             )
-        same = given is not None and given.shape == stored.shape
-        raise too_large(where, place, row, given[place] if same else np.inf)
+        value = np.inf if given is None or given.shape != stored.shape else given[place]
+        raise too_large(where, place, row, value)
 
     def _check_complete(self) -> None:
         if self.rows_written != self._ptr[-1]:

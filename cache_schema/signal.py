@@ -1,7 +1,7 @@
-"""A teacher's signal as a store declares it, and the codebook that lies beside the codes of a fitted encoding."""
+"""A teacher's signal as a store declares it, with the codebook that lies beside the codes."""
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,7 @@ class Signal:
         """How values follow from what is stored."""
         return ENCODINGS[self.encoding].formula if self.codebook is None else self.codebook.formula
 
-    def decode(self, stored: dict[str, NDArray[Any]]) -> NDArray[Any]:
+    def decode(self, stored: Mapping[str, NDArray[Any]]) -> NDArray[Any]:
         """Return the values of stored rows; no copy where they are the same."""
         if self.codebook is None:
             return decode(stored["values"], self.spec)
@@ -101,8 +101,7 @@ def read_signal(
     if not isinstance(tables, dict) or not set(tables) <= set(_TYPES) or type(n_systems) is not int:
         raise IntegrityError(f"{where}: damaged description of the encoding {encoding}; {_COPY}")
     arrays = {
-        name: _read_array(root, f"{group}/{name}", name, table, where, read)
-        for name, table in tables.items()
+        name: _read_array(root, f"{group}/{name}", name, table, where, read) for name, table in tables.items()
     }
     return Signal(spec, encoding, make_codebook(encoding, arrays, n_systems, spec, where))
 

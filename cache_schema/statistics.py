@@ -26,7 +26,7 @@ class Statistics:
 class Moments:
     """Sums over the decoded values of one array; bad systems and missing labels are left out.
 
-    Errors are those of decoded minus given values. A held-out row is one that a fitted encoding was not fitted to.
+    Errors are those of decoded minus given values. A held-out row is one that the encoding was not fitted to.
     """
 
     sum: NDArray[np.float64]  # (C,)

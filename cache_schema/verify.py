@@ -161,7 +161,7 @@ class _Verifier:
         except CacheError as error:
             self._add("metadata", f"{DATA}/{name}", str(error), _COPY, array=name)
             return
-        for path in {f"{DATA}/{m}" for m in group.metadata} - self.expected:
+        for path in {f"{DATA}/{m}" for m in (*group.metadata, *group.codebook_files)} - self.expected:
             self.expected.add(path)
             self._count((self.root / path).stat().st_size)
         listed = self._manifest_files(plan, group)

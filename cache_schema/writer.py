@@ -54,8 +54,8 @@ from molkd.cache_schema.layout import (
     split_signal_group,
 )
 from molkd.cache_schema.plan import Plan, Systems, read_plan, read_systems
-from molkd.cache_schema.signal import Signal
 from molkd.cache_schema.shard_writer import ShardWriter
+from molkd.cache_schema.signal import Signal
 
 # What makes two teachers of one name the same; the rest of the provenance may differ (dates, hosts, taps).
 TEACHER_IDENTITY = (
@@ -162,7 +162,7 @@ class Store:
 
         Parameters
         ----------
-        codebook : of a fitted encoding; where the signal is there already with this encoding, its own one stays
+        codebook : of a fitted encoding; where the signal is there already with this encoding, its own stays
 
         Returns
         -------
@@ -191,7 +191,9 @@ class Store:
         if codebook is None and known is not None and known.same_as(spec, encoding):
             codebook = known.codebook
         if is_fitted(encoding) != (codebook is not None):
-            raise CacheError(f"{self.path}: {group} in {encoding}: give the codebook fitted to it, and no other")
+            raise CacheError(
+                f"{self.path}: {group} in {encoding}: give the codebook fitted to it, and no other"
+            )
         signal = Signal(spec, encoding, codebook)
         declare_signal(self.path, self.plan, self.systems, group, signal, in_manifest=in_manifest)
         self._groups.pop(group, None)  # it may have been declared anew

@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from molkd.cache_schema.encoding import encoding_for
 from molkd.cache_schema.layout import PLAN
 from molkd.cache_schema.manifest import finalize_if_complete
 from molkd.cache_schema.reader import Cache
@@ -25,6 +24,7 @@ from molkd.cache_schema.writer import Store
 from molkd.pipeline.config import CacheConfig, IngestConfig
 from molkd.pipeline.data.sources import open_source
 from molkd.pipeline.device import choose_device
+from molkd.pipeline.encodings import asked_encodings, settle_encodings
 from molkd.pipeline.errors import ConfigError, TeacherError
 from molkd.pipeline.forecast import Forecast, forecast
 from molkd.pipeline.ingest import ingest
@@ -39,8 +39,6 @@ from molkd.pipeline.transfer import HostCopy, pin, side_stream
 
 log = logging.getLogger(__name__)
 
-_BATCH_ATOMS = {"cpu": 1024, "cuda": 16_384}
-_BATCH_EDGES = {"cpu": 60_000, "cuda": 1_000_000}
 _PREFETCH = 3  # batches
 ALL = "all"  # among the signals asked for: every one but those on edges
 _PROBE_SYSTEMS = 256
@@ -92,14 +90,16 @@ def cache_teacher(
     scope_of(teacher).check_store(cache)
     store = Store.open(config.store, mode="a")
     name = config.name or teacher.info.name
-    encodings = choose_encodings(teacher, config)
+    specs = {s: teacher.signals[s] for s in asked_signals(teacher, config)}
+    asked = asked_encodings(specs, config)
     store.add_teacher(name, provenance(teacher))
-    groups = {s: store.add_signal(name, teacher.signals[s], e) for s, e in encodings.items()}
+    teacher_pass = TeacherPass(teacher, cache)
+    settled = settle_encodings(teacher_pass, store, name, asked, config)
+    groups = {s: store.add_signal(name, specs[s], f.encoding, f.codebook) for s, f in settled.items()}
     shards = sorted(set[int]().union(*(store.missing_shards(group) for group in groups.values())))
     if not shards:
         log.info("%s: all of %s is there, nothing to do", config.store, ", ".join(groups))
     n_total = sum(len(store.systems_of_shard(s)) for s in shards)
-    teacher_pass = TeacherPass(teacher, cache)
     n_computed, written = 0, Written()
     with Progress(n_total, "teacher", "system") as progress, Background("kd-write", _PREFETCH) as writing:
         for shard in shards:
@@ -116,7 +116,7 @@ def cache_teacher(
     return CacheSummary(
         store=str(config.store),
         teacher=name,
-        signals=encodings,
+        signals={s: f.encoding for s, f in settled.items()},
         n_systems=cache.n_systems,
         n_atoms=cache.n_atoms,
         n_computed=n_computed,
@@ -124,11 +124,6 @@ def cache_teacher(
         bytes_written=written.n_bytes,
         bad_systems=[source_of(cache, i) for i in sorted(written.bad_systems)],
     )
-
-
-def choose_encodings(teacher: Teacher, config: CacheConfig) -> dict[str, str]:
-    """Return signal -> encoding; energies and forces keep their precision, features are narrowed."""
-    return {s: encoding_for(teacher.signals[s], config.encoding) for s in asked_signals(teacher, config)}
 
 
 def asked_signals(teacher: Teacher, config: CacheConfig) -> list[str]:
@@ -204,13 +199,14 @@ def plan_teacher(
     for system in sample:
         scope_of(teacher).check(system)
     atoms = sum(s.n_atoms for s in sample) / len(sample)
-    budget = config.batch_atoms or _BATCH_ATOMS.get(teacher.device.type, _BATCH_ATOMS["cpu"])
+    budget, _ = config.budget(teacher.device.type)
+    specs = {s: teacher.signals[s] for s in asked_signals(teacher, config)}
     return forecast(
         config.store,
         teacher,
         sample,
         n_systems,
-        choose_encodings(teacher, config),
+        asked_encodings(specs, config),
         batch_size=max(1, int(budget / atoms)),
         new_store=not (config.store / PLAN).exists(),
     )
@@ -265,15 +261,13 @@ def _cache_shard(
     Bytes and systems that are given up are added to `written`.
     """
     teacher, cache = teacher_pass.teacher, teacher_pass.cache
-    kind = teacher.device.type
     stream = side_stream(teacher.device)
     works = make_work(
         cache,
         np.asarray(store.systems_of_shard(shard), dtype=np.int64),
         teacher.neighbor_rule,
         teacher.dtype,
-        config.batch_atoms or _BATCH_ATOMS.get(kind, _BATCH_ATOMS["cpu"]),
-        config.batch_edges or _BATCH_EDGES.get(kind, _BATCH_EDGES["cpu"]),
+        *config.budget(teacher.device.type),
     )
     if stream is not None:
         works = (replace(work, batch=pin(work.batch)) for work in works)  # in the prefetch thread

@@ -36,6 +36,9 @@ class IngestConfig(Settings):
     citation: str = ""
 
 
+_BATCH = {"cpu": (1024, 60_000), "cuda": (16_384, 1_000_000)}  # atoms, edges
+
+
 class CacheConfig(Settings):
     """`kd cache-teacher`: one pass of the teacher over a store."""
 
@@ -44,12 +47,27 @@ class CacheConfig(Settings):
     scale_file: Path | None = None  # scale factors, for an OCP checkpoint that holds none
     signals: tuple[str, ...] = Field(("energy", "forces", "atomic_energies", "node"), min_length=1)
     name: str | None = None  # of the teacher's group in the store; None takes the teacher's own
-    encoding: Literal["fp32", "fp16"] = "fp16"  # of features; energies and forces are never narrowed
+    # Of features: one for all, or SIGNAL=ENCODING; else fp16. Energies and forces are never narrowed.
+    encoding: tuple[str, ...] = ()
+    max_error: float | None = Field(None, gt=0)  # relative rms; picks the smallest encoding within it
     batch_atoms: int = Field(0, ge=0)  # 0: chosen by device
     batch_edges: int = Field(0, ge=0)
     device: str = "auto"
     precision: Literal["float32", "float64"] = "float32"
     skip_bad: bool = False  # quarantine systems with non-finite output instead of stopping
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_encoding(cls, given: Any) -> Any:
+        """Take a single encoding as a list of one."""
+        if isinstance(given, Mapping) and isinstance(given.get("encoding"), str):
+            return {**given, "encoding": (given["encoding"],)}
+        return given
+
+    def budget(self, kind: str) -> tuple[int, int]:
+        """Return the atoms and edges of a batch on a kind of device, "cpu" or "cuda"."""
+        atoms, edges = _BATCH.get(kind, _BATCH["cpu"])
+        return self.batch_atoms or atoms, self.batch_edges or edges
 
 
 # What a feature loss compares unless taps are given: the teacher's signal, the student's features.

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-from molkd.cache_schema.encoding import ENCODINGS, exact_encoding
+from molkd.cache_schema.codebook import pca_bytes
+from molkd.cache_schema.encoding import ENCODINGS, exact_encoding, is_fitted
 from molkd.cache_schema.fields import ATOM_FIELDS, EDGE_INDEX, EDGE_SHIFT, N_EDGES, FieldSpec
 from molkd.pipeline.data.system import System
 from molkd.pipeline.device import synchronize
@@ -93,7 +94,10 @@ def forecast(
 
 
 def row_bytes(spec: FieldSpec, encoding: str) -> int:
-    """Return the bytes on disk of one row."""
+    """Return the bytes on disk of one row; of one in a fitted encoding, with its scale."""
+    if is_fitted(encoding):
+        channels = spec.shape[-1] if encoding == "int8" else pca_bytes(encoding)
+        return int(np.prod(spec.shape[:-1], dtype=int)) * channels + np.dtype(np.float16).itemsize
     return int(np.dtype(ENCODINGS[encoding].dtype).itemsize * np.prod(spec.shape, dtype=int))
 
 
