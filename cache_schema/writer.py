@@ -148,6 +148,16 @@ class Store:
                 "give this one another name, or take the teacher the store was made with"
             )
 
+    def signal(self, group: str) -> Signal:
+        """Return the signal that a group holds.
+
+        Raises
+        ------
+        CacheError
+            If there is no such group.
+        """
+        return self._load(group).signal
+
     def find_signal(self, teacher: str, signal: str) -> Signal | None:
         """Return a signal as it is declared; None if it is not."""
         group = signal_group(teacher, signal)

@@ -24,6 +24,7 @@ from molkd.cache_schema.writer import Store
 from molkd.pipeline.config import CacheConfig, IngestConfig
 from molkd.pipeline.data.sources import open_source
 from molkd.pipeline.device import choose_device
+from molkd.pipeline.device_narrowing import narrow_on_device
 from molkd.pipeline.encodings import asked_encodings, settle_encodings
 from molkd.pipeline.errors import ConfigError, TeacherError
 from molkd.pipeline.forecast import Forecast, forecast
@@ -271,11 +272,15 @@ def _cache_shard(
     )
     if stream is not None:
         works = (replace(work, batch=pin(work.batch)) for work in works)  # in the prefetch thread
+    # On a CPU values are narrowed by the thread that writes them, beside the teacher.
+    declared = {s: store.signal(group) for s, group in groups.items()} if stream is not None else {}
     with ExitStack() as stack:
         writers = {s: stack.enter_context(store.shard_writer(group, shard)) for s, group in groups.items()}
         stack.callback(writing.settle)  # if anything fails: nobody writes any more when the files are dropped
         for work in prefetch(works, _PREFETCH):
             for part, signals in teacher_pass.run(work, tuple(groups)):
+                if stream is not None:
+                    signals = narrow_on_device(signals, declared, part)
                 copy = HostCopy(signals, stream)
                 job = partial(write, writers, teacher.signals, part, copy, cache, written)
                 writing.submit(partial(job, skip_bad=config.skip_bad))
