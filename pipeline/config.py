@@ -203,6 +203,7 @@ class TrainConfig(Settings):
     kd: tuple[KDTerm, ...] = ()  # empty: no distillation
     teacher: str | None = None  # which one, if the store has several
     pseudo_labels: bool = False  # where a label is missing the base loss takes the teacher's
+    rotated_targets: bool = False  # compare features in the basis of their encoding (pca), not decoded
     val: Path | None = None  # file or store; None: val_fraction of the store, by id
     val_fraction: float = Field(0.1, ge=0, lt=1)
     test: dict[str, Path] = Field(default_factory=dict)  # evaluated once at the end

@@ -23,13 +23,13 @@ def narrow_on_device(
 
     Parameters
     ----------
-    out : what the teacher gave for `work`: values by signal and, with edges, ``edge_index`` and ``edge_shift``
+    out : what the teacher gave for `work`: values by signal; with edges ``edge_index`` and ``edge_shift`` too
     signals : those to store, as the store declares them
 
     Returns
     -------
     dict
-        stored values under the signal's name, ``NAME/scale``, sums under keys that `sums_of` reads, `BROKEN`,
+        stored values under the signal's name, ``NAME/scale``, sums that `sums_of` reads, `BROKEN`,
         and the edges as they were
     """
     first = next(iter(signals))
