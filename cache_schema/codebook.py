@@ -141,9 +141,9 @@ def encode_rows(values: Any, book: Codebook) -> tuple[Any, Any]:
     own = _on(xp, values, book)
     x = xp.astype(values, xp.float32)
     known = xp.all(xp.reshape(xp.isfinite(x), (x.shape[0], -1)), axis=1)
-    x = xp.where(xp.reshape(known, (-1, *[1] * (len(x.shape) - 1))), x, xp.zeros_like(x))
     if own.mean is not None:
         x = x - own.mean
+    x = xp.where(xp.reshape(known, (-1, *[1] * (len(x.shape) - 1))), x, xp.zeros_like(x))
     if own.basis is not None:
         x = x @ own.basis.T
     flat = xp.reshape(x, (x.shape[0], -1, x.shape[-1]))

@@ -138,5 +138,12 @@ def _describe(entry: SignalEntry, cache: Cache) -> dict[str, Any]:
             "max_abs": entry.max_abs,
             "error_max_abs": entry.error_max_abs,
             "error_rms": entry.error_rms,
+            # What a student that meets the stored values exactly has as MSE against the teacher's.
+            "loss_floor": entry.error_rms**2,
+        }
+    if entry.held_out_error_rms == entry.held_out_error_rms:  # NaN differs from itself
+        described |= {
+            "held_out_error_max_abs": entry.held_out_error_max_abs,
+            "held_out_error_rms": entry.held_out_error_rms,
         }
     return described

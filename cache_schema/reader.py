@@ -40,6 +40,8 @@ class SignalEntry:
     max_abs: float
     error_max_abs: float  # of decoded against given values, as the encoding left them
     error_rms: float
+    held_out_error_max_abs: float  # on systems that a fitted encoding was not fitted to
+    held_out_error_rms: float  # NaN if there are none
     n_rows: int  # written so far: systems, atoms or edges
     n_bytes: int  # on disk
 
@@ -310,6 +312,8 @@ def _entry(state: GroupState, name: str, arrays: Iterable[str]) -> SignalEntry:
         max_abs=sums.max_abs if sums else 0.0,
         error_max_abs=sums.error_max_abs if sums else 0.0,
         error_rms=sums.error_rms if sums else 0.0,
+        held_out_error_max_abs=sums.held_out_error_max_abs if sums else 0.0,
+        held_out_error_rms=sums.held_out_error_rms if sums else float("nan"),
         n_rows=sum(files[name].rows for files in state.files.values()),
         n_bytes=sum(files[array].n_bytes for files in state.files.values() for array in arrays),
     )
