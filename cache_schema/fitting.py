@@ -13,6 +13,16 @@ _FLOOR = 0.003  # of the largest: a channel that hardly varies here may vary in 
 # What a code of so many bits leaves of a variance, if the largest component of a row is about 3 deviations.
 _LEFT = {0: 1.0} | {bits: 3.0**2 / limit**2 / 12 for bits, limit in LIMITS.items()}
 _STEPS = ((0, 4), (4, 8), (8, 16))
+_MOST_ATOMS = 16_384
+_FEWEST_ATOMS = 2048
+_SHARE = 16  # one in so many atoms is enough where that is more than the fewest
+
+
+def calibration_systems(n_atoms: NDArray[np.int32]) -> NDArray[np.int64]:
+    """Return the systems that codebooks are fitted to, the first in stored order; `n_atoms` is (S,)."""
+    ends = np.cumsum(n_atoms, dtype=np.int64)
+    wanted = min(max(int(ends[-1]) // _SHARE, _FEWEST_ATOMS), _MOST_ATOMS)
+    return np.arange(max(1, int(np.searchsorted(ends, wanted, side="right"))))
 
 
 def fit_codebook(values: NDArray[Any], spec: FieldSpec, encoding: str, n_systems: int) -> Codebook:

@@ -269,6 +269,18 @@ class Cache:
         """
         return self._states[self._signal_group(teacher, name)].group.signal
 
+    def state(self, group: str) -> GroupState:
+        """Return what of a group is written: its files, sums and bad systems.
+
+        Raises
+        ------
+        CacheError
+            If there is no such group.
+        """
+        if group not in self._states:
+            raise CacheError(f"{self.path}: no group {group}; it has {', '.join(self._states)}")
+        return self._states[group]
+
     def axis(self, name: str, teacher: str | None = None) -> str:
         """Return the axis, "system", "atom" or "edge", of the values that `read` returns under this name."""
         if name.startswith("teacher/") and teacher is not None:

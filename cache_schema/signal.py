@@ -25,11 +25,19 @@ _TYPES = {"step": "float32", "bits": "uint8", "mean": "float32", "basis": "float
 
 @dataclass(frozen=True, eq=False)
 class Signal:
-    """What a signal's values mean and how they are stored."""
+    """What a signal's values mean and how they are stored.
+
+    Attributes
+    ----------
+    codebook : of a fitted encoding
+    recoded_from : the encodings that the values went through before this one, the first one first, each with
+        `encoding` and, where it was measured, `error_rms`; errors of records are against the last of them
+    """
 
     spec: FieldSpec
     encoding: str
-    codebook: Codebook | None = None  # of a fitted encoding
+    codebook: Codebook | None = None
+    recoded_from: tuple[dict[str, Any], ...] = ()
 
     @property
     def formula(self) -> str:
@@ -59,6 +67,8 @@ def attributes(signal: Signal) -> dict[str, Any]:
                 for name, array in signal.codebook.arrays().items()
             },
         }
+    if signal.recoded_from:
+        entry["recoded_from"] = list(signal.recoded_from)
     return zarr_json.signal_attributes(entry)
 
 
@@ -93,8 +103,12 @@ def read_signal(
         If an entry is missing or of the wrong kind, or the codebook is damaged.
     """
     spec, encoding, entry = zarr_json.read_signal(document, where)
+    before = entry.get("recoded_from", [])
+    if not isinstance(before, list) or not all(isinstance(one, dict) for one in before):
+        raise IntegrityError(f"{where}: damaged list of earlier encodings; {_COPY}")
+    recoded_from = tuple(before)
     if not is_fitted(encoding):
-        return Signal(spec, encoding)
+        return Signal(spec, encoding, None, recoded_from)
     book = entry.get("codebook")
     tables = book.get("arrays") if isinstance(book, dict) else None
     n_systems = book.get("systems") if isinstance(book, dict) else None
@@ -103,7 +117,7 @@ def read_signal(
     arrays = {
         name: _read_array(root, f"{group}/{name}", name, table, where, read) for name, table in tables.items()
     }
-    return Signal(spec, encoding, make_codebook(encoding, arrays, n_systems, spec, where))
+    return Signal(spec, encoding, make_codebook(encoding, arrays, n_systems, spec, where), recoded_from)
 
 
 def _read_array(

@@ -38,6 +38,7 @@ class GroupState:
     """A group with the files of its committed shards."""
 
     group: Group
+    root: Path  # of the store that its files lie in
     files: dict[int, dict[str, FileRecord]] = field(default_factory=dict)  # shard -> array -> file
     moments: dict[str, Moments] = field(default_factory=dict)  # array -> sums over all committed shards
     bad_systems: set[int] = field(default_factory=set)
@@ -73,7 +74,7 @@ def read_log(root: Path, plan: Plan, group: Group) -> GroupState:
     IntegrityError
         If a record, or the metadata it was written with, are damaged.
     """
-    state = GroupState(group)
+    state = GroupState(group, root)
     for shard in sorted(committed_shards(root, group)):
         commit = load_commit(root, plan, group, shard)
         if commit is not None:
@@ -105,7 +106,7 @@ class Manifest:
         if set(arrays) != set(group.layouts):
             check.problem("arrays", f"expected exactly {', '.join(group.layouts)}")
         check.finish(_REMEDY)
-        state = GroupState(group, bad_systems=set(bad_systems(check, entry, plan)))
+        state = GroupState(group, root, bad_systems=set(bad_systems(check, entry, plan)))
         state.files = {shard: {} for shard in range(plan.n_shards)}
         for name, layout in group.layouts.items():
             table = check.table(arrays, name, "arrays.")

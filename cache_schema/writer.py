@@ -164,7 +164,12 @@ class Store:
         return self._load(group).signal if group in list_signal_groups(self.path, teacher) else None
 
     def add_signal(
-        self, teacher: str, spec: FieldSpec, encoding: str, codebook: Codebook | None = None
+        self,
+        teacher: str,
+        spec: FieldSpec,
+        encoding: str,
+        codebook: Codebook | None = None,
+        recoded_from: Sequence[dict[str, Any]] = (),
     ) -> str:
         """Make room for a signal; asking for the same one again does nothing.
 
@@ -173,6 +178,7 @@ class Store:
         Parameters
         ----------
         codebook : of a fitted encoding; where the signal is there already with this encoding, its own stays
+        recoded_from : encodings that the values went through before, see `Signal`
 
         Returns
         -------
@@ -204,7 +210,7 @@ class Store:
             raise CacheError(
                 f"{self.path}: {group} in {encoding}: give the codebook fitted to it, and no other"
             )
-        signal = Signal(spec, encoding, codebook)
+        signal = Signal(spec, encoding, codebook, tuple(recoded_from))
         declare_signal(self.path, self.plan, self.systems, group, signal, in_manifest=in_manifest)
         self._groups.pop(group, None)  # it may have been declared anew
         return group

@@ -8,20 +8,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from molkd.cache_schema.codebook import Codebook, decode_rows, encode_rows
-from molkd.cache_schema.encoding import check_signal_encoding, encoding_for, is_fitted
+from molkd.cache_schema.encoding import encoding_for, is_fitted
 from molkd.cache_schema.fields import FieldSpec
-from molkd.cache_schema.fitting import fit_codebook
+from molkd.cache_schema.fitting import calibration_systems, fit_codebook
 from molkd.cache_schema.writer import Store
 from molkd.pipeline.config import CacheConfig
-from molkd.pipeline.errors import CacheError, ConfigError
+from molkd.pipeline.encoding_options import parse_encodings
 from molkd.pipeline.teacher_pass import TeacherPass, make_work
 
 log = logging.getLogger(__name__)
 
 CHOOSE = ""  # the encoding is to be found by its error
-_MOST_ATOMS = 16_384
-_FEWEST_ATOMS = 2048
-_SHARE = 16  # one in so many atoms is enough where that is more than the fewest
 _CODE_SHARES = (8, 4, 2, 1)  # bytes of a rotated row: channels divided by these
 
 
@@ -43,21 +40,7 @@ def asked_encodings(specs: Mapping[str, FieldSpec], config: CacheConfig) -> dict
     ConfigError
         If an encoding is unknown, or named for a signal that is not stored.
     """
-    general, named = "", {}
-    for item in config.encoding:
-        signal, _, encoding = item.rpartition("=")
-        try:
-            check_signal_encoding(encoding, f"--encoding {item}")
-        except CacheError as error:
-            raise ConfigError(
-                f"--encoding {item}: choose fp32, fp16, int8 or pca:BYTES, alone or as SIGNAL=ENCODING"
-            ) from error
-        if signal and signal not in specs:
-            raise ConfigError(f"--encoding {item}: {signal} is not among the signals ({', '.join(specs)})")
-        if signal:
-            named[signal] = encoding
-        else:
-            general = encoding
+    general, named = parse_encodings(config.encoding, specs)
     default = general or (CHOOSE if config.max_error is not None else "fp16")
     return {name: encoding_for(spec, named.get(name, default)) for name, spec in specs.items()}
 
@@ -94,13 +77,6 @@ def settle_encodings(
             spec = teacher_pass.teacher.signals[signal]
             settled[signal] = _fit(values[signal], system[signal], spec, asked[signal], len(sample), config)
     return {signal: settled[signal] for signal in asked}
-
-
-def calibration_systems(n_atoms: NDArray[np.int32]) -> NDArray[np.int64]:
-    """Return the systems that codebooks are fitted to, the first in stored order; `n_atoms` is (S,)."""
-    ends = np.cumsum(n_atoms, dtype=np.int64)
-    wanted = min(max(int(ends[-1]) // _SHARE, _FEWEST_ATOMS), _MOST_ATOMS)
-    return np.arange(max(1, int(np.searchsorted(ends, wanted, side="right"))))
 
 
 def _compute(
