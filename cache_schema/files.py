@@ -9,7 +9,7 @@ import secrets
 import shutil
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,9 @@ from molkd.cache_schema.errors import CacheError, IntegrityError
 TMP_PREFIX = ".tmp-"
 _FOREIGN_TEMPORARY_SECONDS = 24 * 3600  # another host's writer cannot be asked; a day without a write is dead
 _SAME_PID_SECONDS = 60  # the pid may have been given to a new process
+
+Bring = Callable[[str, Path], None]  # makes sure that a store's file is at its path
+_bring_to: dict[Path, Bring] = {}  # by store: those whose files come from elsewhere when they are first used
 
 
 def crc32c(data: NDArray[Any] | bytes, value: int = 0) -> int:
@@ -46,13 +49,20 @@ def temporary_path(target: Path) -> Path:
     return target.with_name(f"{TMP_PREFIX}{host_name()}-{os.getpid()}-{secrets.token_hex(4)}")
 
 
+def on_first_use(root: Path, bring: Bring) -> None:
+    """Have `bring` called for every file of a store that `inside` is asked for."""
+    _bring_to[root.resolve()] = bring
+
+
 def inside(root: Path, relative: str) -> Path:
     """Return `root/relative` after following links; the result must lie in the store.
 
     Raises
     ------
+    CacheError
+        If the file has to be fetched and cannot be.
     IntegrityError
-        If a symbolic link or ".." leads out of the store.
+        If a symbolic link or ".." leads out of the store, or a file that is fetched arrives damaged.
     """
     home = root.resolve()
     path = (home / relative).resolve()
@@ -60,6 +70,9 @@ def inside(root: Path, relative: str) -> Path:
         raise IntegrityError(
             f"{root / relative}: leads out of the store to {path}; a store holds no links to files elsewhere"
         )
+    bring = _bring_to.get(home)
+    if bring is not None:
+        bring(relative, path)
     return path
 
 

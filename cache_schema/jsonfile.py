@@ -46,18 +46,28 @@ def read_sealed(path: Path, *, max_bytes: int, remedy: str) -> tuple[dict[str, A
     size = path.stat().st_size
     if size > max_bytes:
         raise IntegrityError(f"{path}: {size} bytes, at most {max_bytes} expected; {remedy}")
-    raw = path.read_bytes()
+    return parse_sealed(path.read_bytes(), str(path), remedy)
+
+
+def parse_sealed(raw: bytes, where: str, remedy: str) -> tuple[dict[str, Any], str]:
+    """Return the content (without the seal) and the sha256 of the bytes of a sealed file found at `where`.
+
+    Raises
+    ------
+    IntegrityError
+        As `read_sealed`.
+    """
     found = _SEAL.search(raw, max(0, len(raw) - _SEAL_BYTES))
     if not found:
-        raise IntegrityError(f"{path}: cut off or not written by molkd (no closing sha256 line); {remedy}")
+        raise IntegrityError(f"{where}: cut off or not written by molkd (no closing sha256 line); {remedy}")
     digest = hashlib.sha256(raw[: found.start()]).hexdigest()
     if digest != found[1].decode():
-        raise IntegrityError(f"{path}: damaged (its sha256 differs); {remedy}")
+        raise IntegrityError(f"{where}: damaged (its sha256 differs); {remedy}")
     try:
         document = json.loads(raw)
     except (ValueError, RecursionError) as error:
-        raise IntegrityError(f"{path}: not JSON ({error}); {remedy}") from error
+        raise IntegrityError(f"{where}: not JSON ({error}); {remedy}") from error
     if not isinstance(document, dict):
-        raise IntegrityError(f"{path}: no JSON object; {remedy}")
+        raise IntegrityError(f"{where}: no JSON object; {remedy}")
     del document["sha256"]
     return document, digest
