@@ -1,0 +1,241 @@
+"""A mirror: the local folder of a remote store, into which its files come when they are first used."""
+
+import contextlib
+import hashlib
+import logging
+import os
+import re
+import shutil
+import threading
+import time
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from molkd.cache_schema.checks import Checks
+from molkd.cache_schema.codebook import MAX_PCA_CHANNELS
+from molkd.cache_schema.errors import CacheError, IntegrityError
+from molkd.cache_schema.files import exclusive, inside, make_folder, on_first_use, write_error, write_file
+from molkd.cache_schema.groups import ATOMS
+from molkd.cache_schema.jsonfile import parse_sealed
+from molkd.cache_schema.layout import (
+    DATA,
+    MANIFEST,
+    MAX_JSON_BYTES,
+    MAX_MANIFEST_BYTES,
+    PLAN,
+    SUFFIX,
+    split_signal_group,
+)
+from molkd.cache_schema.mirror_space import MirrorSpace, mirrors_folder, mirrors_limit
+from molkd.cache_schema.objects import Expected, Remote, check_relative
+from molkd.cache_schema.plan import SYSTEM_ARRAYS, Plan, read_plan, system_file
+from molkd.cache_schema.state import Manifest, read_manifest
+from molkd.cache_schema.zarr_json import parse, read_signal
+
+log = logging.getLogger(__name__)
+
+_AT_ONCE = 8  # requests under way
+_MAX_ZARR_JSON_BYTES = 1 << 24
+_SECONDS_BETWEEN_LINES = 60.0
+_MIRRORS: dict[Path, "Mirror"] = {}  # by folder
+_PUBLISH = "ask its owner to publish it again (kd cache copy)"
+
+
+class Mirror:
+    """Knows what each file of a remote store must be, and fetches those that are not there."""
+
+    def __init__(
+        self, remote: Remote, root: Path, plan: Plan, manifest: Manifest, space: MirrorSpace
+    ) -> None:
+        self.remote, self.root = remote, root
+        self._manifest, self._space = manifest, space
+        where = remote.at(MANIFEST)
+        metadata = dict(plan.metadata)
+        for group, names in manifest.metadata.items():
+            if group != ATOMS:
+                check_relative(group, where)
+                split_signal_group(group)
+            metadata |= {name: digest for name, digest in names.items() if name not in plan.metadata}
+        self._small = {
+            f"{DATA}/{check_relative(name, where)}": Expected(_MAX_ZARR_JSON_BYTES, sha256=digest)
+            for name, digest in metadata.items()
+        }
+        for name, digest in plan.systems.items():
+            n_bytes = plan.packing.n_systems * _row_bytes(name)
+            self._small[system_file(name)] = Expected(n_bytes, n_bytes, sha256=digest)
+        self._n_fetched, self._bytes_fetched, self._last_line = 0, 0, time.monotonic()
+        self._counting = threading.Lock()
+
+    def fetch_small(self) -> None:
+        """Bring metadata and the systems table up to date: all that opening a store needs."""
+        self._together(self._renew, self._small)
+
+    def fetch_all(self, relatives: Iterable[str]) -> None:
+        """Bring many files at once."""
+        self._together(lambda relative: inside(self.root, relative), relatives)
+
+    def bring(self, relative: str, path: Path) -> None:
+        """Fetch a file of the store unless it is there; what the manifest does not name is left alone.
+
+        Raises
+        ------
+        CacheError, IntegrityError
+            As `Remote.fetch`.
+        """
+        expected = self._expected(relative)
+        if expected is None:
+            return
+        with contextlib.suppress(FileNotFoundError):
+            if expected.n_bytes in (None, path.stat().st_size):
+                os.utime(path)  # what was used longest ago makes room for new files
+                return
+        self._fetch(relative, path, expected)
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of all shard files, as the manifest says."""
+        arrays = (a for group in self._manifest.groups.values() for a in group["arrays"].values())
+        return sum(int(shard["bytes"]) for array in arrays for shard in array["shards"])
+
+    def remote_sizes(self, relatives: Iterable[str]) -> dict[str, int | None]:
+        """Ask the server for the bytes of files; None for a file it does not have."""
+        names = list(relatives)
+        with ThreadPoolExecutor(_AT_ONCE) as pool:
+            return dict(zip(names, pool.map(self.remote.size, names), strict=True))
+
+    def _fetch(self, relative: str, path: Path, expected: Expected) -> None:
+        self._space.reserve(expected.n_bytes or 0)
+        n_bytes = self.remote.fetch(relative, path, expected)
+        with self._counting:
+            self._n_fetched += 1
+            self._bytes_fetched += n_bytes
+            now = time.monotonic()
+            if now - self._last_line < _SECONDS_BETWEEN_LINES:
+                return
+            self._last_line = now
+        log.info("%s: %d files, %.3g GB fetched", self.remote.url, self._n_fetched, self._bytes_fetched / 1e9)
+
+    def _renew(self, relative: str) -> None:
+        path, expected = inside(self.root, relative), self._small[relative]
+        if path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() == expected.sha256:
+            return
+        self._fetch(relative, path, expected)
+
+    def _together(self, act: Any, relatives: Iterable[str]) -> None:
+        with ThreadPoolExecutor(_AT_ONCE) as pool:
+            try:
+                for _ in pool.map(act, relatives):
+                    pass
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
+
+    def _expected(self, relative: str) -> Expected | None:
+        known = self._small.get(relative)
+        if known is not None or not relative.startswith(f"{DATA}/") or "/c/" not in relative:
+            return known
+        array, _, chunk = relative.removeprefix(f"{DATA}/").partition("/c/")
+        group, _, name = array.rpartition("/")
+        check_relative(relative, str(self.root))
+        if group not in self._manifest.groups:
+            return None
+        check = Checks(f"{self.remote.at(MANIFEST)}, {group}")
+        arrays = check.table(check.table(self._manifest.groups, group), "arrays")
+        if name not in arrays:
+            return self._codebook(group, name, array)
+        shards = check.items(check.table(arrays, name), "shards")
+        shard = int(chunk.split("/")[0])
+        if not shard < len(shards) or not isinstance(shards[shard], dict):
+            return None
+        n_bytes = check.integer(shards[shard], "bytes", 0, 1 << 62)
+        expected = Expected(n_bytes, n_bytes, check.hexadecimal(shards[shard], "crc32c", 8))
+        check.finish(_PUBLISH)
+        return expected
+
+    def _codebook(self, group: str, name: str, array: str) -> Expected | None:
+        """Return what the file of a codebook's array is; the signal's group says so."""
+        if f"{DATA}/{array}/zarr.json" not in self._small:
+            return None
+        path = self.root / DATA / group / "zarr.json"
+        entry = read_signal(parse(path.read_bytes(), str(path)), str(path))[2]
+        check = Checks(str(path))
+        table = check.table(check.table(check.table(entry, "codebook"), "arrays"), name)
+        digest = check.hexadecimal(table, "sha256", 64)
+        check.finish(_PUBLISH)
+        return Expected(4 * MAX_PCA_CHANNELS**2, sha256=digest)
+
+
+def open_mirror(url: str) -> Path:
+    """Return a local folder through which a finished remote store is read; files come on first use.
+
+    Raises
+    ------
+    CacheError
+        If there is no store, it is not finished, or the server cannot be asked.
+    IntegrityError
+        If what the server sends is damaged, or names files outside the store.
+    """
+    remote = Remote(url)
+    with ThreadPoolExecutor(2) as pool:
+        plan_raw, manifest_raw = pool.map(remote.read, (PLAN, MANIFEST), (MAX_JSON_BYTES, MAX_MANIFEST_BYTES))
+    if plan_raw is None:
+        raise CacheError(f"{remote.url}: not a store (no {PLAN} there); give the URL of a NAME{SUFFIX}")
+    if manifest_raw is None:
+        raise CacheError(
+            f"{remote.url}: is not finished (no {MANIFEST} there), so nobody can tell what it holds; if it "
+            "is being published wait for that, else finish the local store and publish it again (kd cache copy)"
+        )
+    plan_sha256 = parse_sealed(plan_raw, remote.at(PLAN), _PUBLISH)[1]
+    document = parse_sealed(manifest_raw, remote.at(MANIFEST), _PUBLISH)[0]
+    digest = hashlib.sha256(f"{remote.url} {plan_sha256}".encode()).hexdigest()
+    host = re.sub(r"[^A-Za-z0-9_.-]", "_", remote.host)
+    base = mirrors_folder()
+    root = base / f"{host}-{digest[:16]}" / remote.name
+    try:
+        make_folder(root)
+        with exclusive(root.parent):  # one process at a time
+            _forget_changed(root, document)
+            for name, raw in ((PLAN, plan_raw), (MANIFEST, manifest_raw)):
+                if not (root / name).is_file() or (root / name).read_bytes() != raw:
+                    write_file(root / name, raw, replace=True)
+    except OSError as error:
+        raise write_error(root, error, len(plan_raw) + len(manifest_raw)) from error
+    root = root.resolve()
+    plan = read_plan(root)
+    manifest = read_manifest(root, plan)
+    assert manifest is not None
+    mirror = Mirror(remote, root, plan, manifest, MirrorSpace(base.resolve(), mirrors_limit()))
+    mirror.fetch_small()
+    log.info("%s: read through %s", remote.url, root)
+    _MIRRORS[root] = mirror
+    on_first_use(root, mirror.bring)
+    return root
+
+
+def mirror_of(root: Path) -> Mirror | None:
+    """Return the mirror that a folder is in this process."""
+    return _MIRRORS.get(root)
+
+
+def _forget_changed(root: Path, document: dict[str, Any]) -> None:
+    """Remove what was fetched of groups that have been published anew since."""
+    try:
+        old = parse_sealed((root / MANIFEST).read_bytes(), "", "")[0].get("groups", {})
+    except FileNotFoundError:
+        return
+    except IntegrityError:
+        shutil.rmtree(root / DATA, ignore_errors=True)
+        return
+    new = document.get("groups")
+    for group, entry in old.items():
+        if not isinstance(new, dict) or new.get(group) != entry:
+            shutil.rmtree(inside(root, f"{DATA}/{check_relative(group, str(root))}"), ignore_errors=True)
+
+
+def _row_bytes(name: str) -> int:
+    dtype, tail, _, _ = SYSTEM_ARRAYS[name]
+    return int(np.prod(tail, dtype=np.int64)) * np.dtype(dtype).itemsize
