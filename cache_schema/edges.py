@@ -11,6 +11,7 @@ from molkd.cache_schema.commit import rewrite_remedy
 from molkd.cache_schema.errors import CacheError, IntegrityError
 from molkd.cache_schema.fields import EDGE_INDEX, N_EDGES, FieldSpec
 from molkd.cache_schema.plan import Systems
+from molkd.cache_schema.runs import find_runs
 from molkd.cache_schema.shard_reader import ArrayReader, FileCache
 from molkd.cache_schema.shard_writer import ShardWriter
 from molkd.cache_schema.state import GroupState
@@ -89,11 +90,8 @@ class EdgeReader:
             begin[mine] = int(shard) * rows_per_shard + ptr[place]
             n_edges[mine] = ptr[place + 1] - ptr[place]
         some = n_edges > 0  # a system without edges may seem to begin in the next shard
-        arrays = {
-            name: array.read(begin[some], n_edges[some])
-            for name, array in self._arrays.items()
-            if name != N_EDGES.name
-        }
+        runs = find_runs(begin[some], n_edges[some], rows_per_shard)
+        arrays = {name: array.read(runs) for name, array in self._arrays.items() if name != N_EDGES.name}
         index, n_atoms = arrays[EDGE_INDEX.name], self._systems.n_atoms[systems]
         if not are_inside(index, np.repeat(n_atoms, n_edges)):
             raise IntegrityError(
@@ -109,8 +107,9 @@ class EdgeReader:
     def _shard_ptr(self, shard: int) -> NDArray[np.int64]:
         if shard not in self._ptr:
             group, n_systems = self._state.group, len(self._systems.in_shard(shard))
-            first = np.array([shard * group.layouts[N_EDGES.name].rows_per_file])
-            n_edges = self._arrays[N_EDGES.name].read(first, np.array([n_systems])).astype(np.int64)
+            slots = group.layouts[N_EDGES.name].rows_per_file
+            runs = find_runs(np.array([shard * slots]), np.array([n_systems]), slots)
+            n_edges = self._arrays[N_EDGES.name].read(runs).astype(np.int64)
             rows = self._state.files[shard]["values"].rows
             if (n_edges < 0).any() or n_edges.sum() != rows:
                 raise IntegrityError(

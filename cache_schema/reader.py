@@ -1,6 +1,6 @@
 """Read a store: structures, labels and teachers' signals by system, checked against the commit records."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -21,6 +21,7 @@ from molkd.cache_schema.groups import (
 )
 from molkd.cache_schema.layout import SCALE, split_signal_group
 from molkd.cache_schema.plan import Plan, Systems, read_plan, read_systems
+from molkd.cache_schema.runs import Runs, find_runs
 from molkd.cache_schema.shard_reader import ArrayReader, FileCache
 from molkd.cache_schema.signal import Signal
 from molkd.cache_schema.state import GroupState, load_states, require_complete
@@ -236,28 +237,65 @@ class Cache:
                 f"{self.path}: system index out of range, the store has {self.n_systems} systems"
             )
         out: dict[str, NDArray[Any]] = {"n_atoms": self.systems.n_atoms[index]}
+        out |= self.read_arrays(index, self.arrays(fields, teacher, signals))
+        for name in fields:
+            if name in SYSTEM_FIELDS:
+                out[name] = getattr(self.systems, name)[index]
+        for signal in signals if teacher is not None else ():
+            group = self._signal_group(teacher, signal)
+            if group in self._edges:
+                stored = self._edges[group].read(index)
+                out[f"teacher/{signal}"] = stored.pop("values")
+                out |= {f"teacher/{signal}/{name}": values for name, values in stored.items()}
+            if decode:
+                rows = {"values": out[f"teacher/{signal}"], SCALE: out.pop(f"teacher/{signal}/{SCALE}", None)}
+                out[f"teacher/{signal}"] = self._states[group].group.signal.decode(rows)
+        return out
+
+    def arrays(
+        self, fields: Sequence[str], teacher: str | None = None, signals: Sequence[str] = ()
+    ) -> dict[str, ArrayReader]:
+        """Return the arrays, by the names that `read` gives them, that hold a row an atom or a system.
+
+        Raises
+        ------
+        CacheError
+            If a name is unknown.
+        """
+        found: dict[str, ArrayReader] = {}
         for name in fields:
             if name in ATOM_FIELDS:
-                out[name] = self._read(ATOMS, name, index)
-            elif name in SYSTEM_FIELDS:
-                out[name] = getattr(self.systems, name)[index]
-            else:
+                found[name] = self._arrays[ATOMS, name]
+            elif name not in SYSTEM_FIELDS:
                 raise CacheError(f"{self.path}: no field {name}; there are {', '.join(FIELDS)}")
         for signal in signals:
             if teacher is None:
                 raise CacheError(f"{self.path}: signal {signal} asked for without naming a teacher")
             group = self._signal_group(teacher, signal)
-            declared = self._states[group].group
-            if group in self._edges:
-                stored = self._edges[group].read(index)
-            else:
-                stored = {name: self._read(group, name, index) for name in declared.layouts}
-            if decode:
-                stored["values"] = declared.signal.decode(stored)
-                stored.pop(SCALE, None)
-            out[f"teacher/{signal}"] = stored.pop("values")
-            out |= {f"teacher/{signal}/{name}": values for name, values in stored.items()}
-        return out
+            if group not in self._edges:
+                for name in self._states[group].group.layouts:
+                    suffix = "" if name == "values" else f"/{name}"
+                    found[f"teacher/{signal}{suffix}"] = self._arrays[group, name]
+        return found
+
+    def read_arrays(
+        self, indices: NDArray[np.int64], arrays: Mapping[str, ArrayReader]
+    ) -> dict[str, NDArray[Any]]:
+        """Return the rows of systems as they are stored.
+
+        Raises
+        ------
+        CacheError, IntegrityError
+            As `read`.
+        """
+        runs: dict[str, Runs] = {}
+        return {name: array.read(self._runs(array, indices, runs)) for name, array in arrays.items()}
+
+    def announce(self, indices: NDArray[np.int64], arrays: Mapping[str, ArrayReader]) -> None:
+        """Tell the system that these rows will soon be read."""
+        runs: dict[str, Runs] = {}
+        for array in arrays.values():
+            array.announce(self._runs(array, indices, runs))
 
     def signal(self, teacher: str, name: str) -> Signal:
         """Return what a teacher's signal means and how it is stored.
@@ -281,20 +319,16 @@ class Cache:
             raise CacheError(f"{self.path}: no group {group}; it has {', '.join(self._states)}")
         return self._states[group]
 
-    def axis(self, name: str, teacher: str | None = None) -> str:
-        """Return the axis, "system", "atom" or "edge", of the values that `read` returns under this name."""
-        if name.startswith("teacher/") and teacher is not None:
-            signal = name.removeprefix("teacher/").removesuffix(f"/{SCALE}")
-            return self.signal(teacher, signal).spec.axis
-        return "atom" if name in ATOM_FIELDS else "system"
-
-    def _read(self, group: str, name: str, index: NDArray[np.int64]) -> NDArray[Any]:
-        array = self._arrays[group, name]
-        if array.layout.spec.axis == "atom":
-            begin, count = self.systems.row[index], self.systems.n_atoms[index].astype(np.int64)
-        else:
-            begin, count = self.systems.slot[index], np.ones(len(index), dtype=np.int64)
-        return array.read(begin, count)
+    def _runs(self, array: ArrayReader, index: NDArray[np.int64], known: dict[str, Runs]) -> Runs:
+        """Return which rows to read; arrays of one axis share them in `known`."""
+        axis = array.layout.spec.axis
+        if axis not in known:
+            if axis == "atom":
+                begin, count = self.systems.row[index], self.systems.n_atoms[index].astype(np.int64)
+            else:
+                begin, count = self.systems.slot[index], np.ones(len(index), dtype=np.int64)
+            known[axis] = find_runs(begin, count, array.layout.rows_per_file)
+        return known[axis]
 
     def _signal_group(self, teacher: str, signal: str) -> str:
         known = self._require_teacher(teacher).signals

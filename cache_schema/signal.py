@@ -44,7 +44,7 @@ class Signal:
         """How values follow from what is stored."""
         return ENCODINGS[self.encoding].formula if self.codebook is None else self.codebook.formula
 
-    def decode(self, stored: Mapping[str, NDArray[Any]]) -> NDArray[Any]:
+    def decode(self, stored: Mapping[str, Any]) -> NDArray[Any]:
         """Return the values of stored rows; no copy where they are the same."""
         if self.codebook is None:
             return decode(stored["values"], self.spec)
