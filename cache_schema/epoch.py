@@ -247,7 +247,7 @@ class _Window:
         place = self.systems.searchsorted(systems)
         count = self.n_atoms[place]
         shift = self.first_atom[place] - (count.cumsum() - count)
-        rows = np.arange(int(count.sum())) + shift.repeat(count)
+        rows: NDArray[np.int64] = np.arange(int(count.sum())) + shift.repeat(count)
         return {
             n: values.take(rows if n in self.on_atoms else place, axis=0) for n, values in self.arrays.items()
         }

@@ -241,7 +241,9 @@ class Cache:
         for name in fields:
             if name in SYSTEM_FIELDS:
                 out[name] = getattr(self.systems, name)[index]
-        for signal in signals if teacher is not None else ():
+        if teacher is None:
+            return out
+        for signal in signals:
             group = self._signal_group(teacher, signal)
             if group in self._edges:
                 stored = self._edges[group].read(index)
