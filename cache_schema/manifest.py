@@ -8,7 +8,9 @@ from molkd.cache_schema.files import write_error, write_file
 from molkd.cache_schema.groups import teacher_provenance
 from molkd.cache_schema.jsonfile import seal
 from molkd.cache_schema.layout import FORMAT, MANIFEST
+from molkd.cache_schema.mirror import mirror_of
 from molkd.cache_schema.reader import Cache, SignalEntry
+from molkd.cache_schema.remote import local_root
 from molkd.cache_schema.state import MANIFEST_KIND, GroupState, load_group, read_log, require_complete
 from molkd.cache_schema.writer import Store
 
@@ -81,12 +83,16 @@ def info(path: str | Path) -> dict[str, Any]:
     CacheError, IntegrityError
         As `Cache.open`.
     """
-    root = Path(path)
+    root = local_root(path)
+    mirror = mirror_of(root)
     with Cache.open(root) as cache:
         packing = cache.plan.packing
-        n_bytes = sum(f.stat().st_size for f in root.rglob("*") if f.is_file())
+        if mirror is None:
+            n_bytes = sum(f.stat().st_size for f in root.rglob("*") if f.is_file())
+        else:
+            n_bytes = mirror.n_bytes
         return {
-            "path": str(root),
+            "path": str(root) if mirror is None else mirror.remote.url,
             "format": FORMAT,
             "fingerprint": cache.fingerprint,
             "systems": packing.n_systems,

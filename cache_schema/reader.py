@@ -21,6 +21,7 @@ from molkd.cache_schema.groups import (
 )
 from molkd.cache_schema.layout import SCALE, split_signal_group
 from molkd.cache_schema.plan import Plan, Systems, read_plan, read_systems
+from molkd.cache_schema.remote import local_root
 from molkd.cache_schema.runs import Runs, find_runs
 from molkd.cache_schema.shard_reader import ArrayReader, FileCache
 from molkd.cache_schema.signal import Signal
@@ -115,7 +116,7 @@ class Cache:
 
     @classmethod
     def open(cls, path: str | Path, *, complete: bool = False) -> "Cache":
-        """Open a store.
+        """Open a store: a folder, or the URL of one that is read through a mirror.
 
         Parameters
         ----------
@@ -128,7 +129,7 @@ class Cache:
         IntegrityError
             If plan, systems table, records or metadata are damaged.
         """
-        root = Path(path)
+        root = local_root(path)
         plan = read_plan(root)
         systems = read_systems(root, plan)
         teachers = sorted({*list_teachers(root), *list_logged_teachers(root)})

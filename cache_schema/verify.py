@@ -23,6 +23,7 @@ from molkd.cache_schema.groups import (
 )
 from molkd.cache_schema.identity import system_id
 from molkd.cache_schema.layout import DATA, LOG, MANIFEST, PLAN, ArrayLayout, record_path
+from molkd.cache_schema.mirror import mirror_of
 from molkd.cache_schema.plan import (
     SYSTEM_ARRAYS,
     Plan,
@@ -33,6 +34,7 @@ from molkd.cache_schema.plan import (
     read_systems,
     system_file,
 )
+from molkd.cache_schema.remote import local_root
 from molkd.cache_schema.state import load_group, read_manifest
 
 Progress = Callable[[int, int], None]  # bytes done, bytes in all
@@ -78,6 +80,8 @@ class Report:
 def verify(path: str | Path, quick: bool = False, progress: Progress | None = None) -> Report:
     """Check a store and report every problem.
 
+    Of a store on a server every file is fetched and checked; a quick check asks for sizes only.
+
     Parameters
     ----------
     quick : look at sizes and presence, the records and the plan, but read no array data
@@ -88,7 +92,7 @@ def verify(path: str | Path, quick: bool = False, progress: Progress | None = No
     CacheError
         If the folder is no store, or one of a newer format.
     """
-    return _Verifier(Path(path), quick, progress).run()
+    return _Verifier(local_root(path), quick, progress).run()
 
 
 class _Verifier:
@@ -98,6 +102,8 @@ class _Verifier:
         self.expected: set[str] = {PLAN}  # files that belong to the store
         self.damaged: set[str] = set()  # metadata files reported already
         self.total = 0
+        self.mirror = mirror_of(root)
+        self.sizes: dict[str, int | None] = {}  # what a server says, in a quick check
 
     def run(self) -> Report:
         try:
@@ -106,13 +112,16 @@ class _Verifier:
             self._add("plan", PLAN, str(error), "restore it from a copy, or create the store again")
             return self.report
         self.total = sum(p.stat().st_size for p in (self.root / DATA).rglob("*") if p.is_file())
+        if self.mirror is not None:
+            self.total = self.mirror.n_bytes
         self._count((self.root / PLAN).stat().st_size)
         systems = self._systems(plan)
         if systems is None:
             return self.report  # without the table nobody knows which rows a shard has
         for name in self._group_names():
             self._group(plan, systems, name)
-        self._strangers()
+        if self.mirror is None:
+            self._strangers()
         return self.report
 
     # --------------------------------------------------------------------------------- plan, table, metadata
@@ -165,6 +174,10 @@ class _Verifier:
             self.expected.add(path)
             self._count((self.root / path).stat().st_size)
         listed = self._manifest_files(plan, group)
+        if self.mirror is not None and self.quick:
+            self.sizes = self.mirror.remote_sizes(
+                layout.file(shard) for shard in listed for layout in group.layouts.values()
+            )
         committed = committed_shards(self.root, group)
         self._unfinished(plan, group, n_begun=len(committed | set(listed)))
         for shard in range(plan.n_shards):
@@ -180,7 +193,7 @@ class _Verifier:
                             "manifest", MANIFEST, f"differs from {record}", "delete it and finish again"
                         )
                     files = commit.files
-            elif files is not None:
+            elif files is not None and self.mirror is None:  # which needs no records
                 remedy = "delete manifest.json and run the command that wrote the shard again"
                 self._add("record", record, "the commit record is missing", remedy, array=name, shard=shard)
             if files is None:
@@ -248,14 +261,14 @@ class _Verifier:
         self.expected.add(relative)
         before = len(self.report.problems)
         try:
-            path = inside(self.root, relative)
-            size = path.stat().st_size
+            size = self._size(relative)
         except FileNotFoundError:
             message = f"shard {shard} of {layout.path} is missing"
             self._add("missing", relative, message, remedy, array=layout.path, shard=shard)
             return False
         except CacheError as error:
-            self._add("missing", relative, str(error), remedy, array=layout.path, shard=shard)
+            kind = "missing" if self.mirror is None else "checksum"
+            self._add(kind, relative, str(error), remedy, array=layout.path, shard=shard)
             return False
         if size != record.n_bytes:
             message = f"shard {shard} of {layout.path} has {size} bytes, expected {record.n_bytes}"
@@ -263,9 +276,17 @@ class _Verifier:
         elif self.quick:
             self.report.n_files += 1
         else:
-            self._checksums(path, layout, shard, record, relative, remedy)
+            self._checksums(inside(self.root, relative), layout, shard, record, relative, remedy)
             self._count(size)
         return len(self.report.problems) == before
+
+    def _size(self, relative: str) -> int:
+        if relative not in self.sizes:
+            return inside(self.root, relative).stat().st_size
+        size = self.sizes[relative]
+        if size is None:
+            raise FileNotFoundError(relative)
+        return size
 
     def _checksums(
         self, path: Path, layout: ArrayLayout, shard: int, record: FileRecord, relative: str, remedy: str
@@ -359,6 +380,8 @@ class _Verifier:
         chunk: int | None = None,
     ) -> None:
         found = self.report.notes if kind in HARMLESS else self.report.problems
+        if self.mirror is not None:
+            remedy = "have it published again (kd cache copy), or use another copy"
         found.append(Problem(kind, path, message, remedy, array, shard, chunk))
 
     def _count(self, n_bytes: int) -> None:

@@ -54,6 +54,7 @@ from molkd.cache_schema.layout import (
     split_signal_group,
 )
 from molkd.cache_schema.plan import Plan, Systems, read_plan, read_systems
+from molkd.cache_schema.remote import local_root, writable_root
 from molkd.cache_schema.shard_writer import ShardWriter
 from molkd.cache_schema.signal import Signal
 
@@ -108,7 +109,7 @@ class Store:
         IntegrityError
             If plan or systems table are damaged.
         """
-        root = Path(path)
+        root = local_root(path) if mode == "r" else writable_root(path)
         plan = read_plan(root)
         store = cls(root, mode, plan, read_systems(root, plan), None)
         if mode == "a":
@@ -341,7 +342,7 @@ def create_store(
     CacheError
         If the arrays make no sense, or the folder exists and is no store, or one of other systems or labels.
     """
-    root = Path(path)
+    root = writable_root(path)
     table = SystemTable.check(
         root,
         ids=ids,
