@@ -1,11 +1,8 @@
 """The command line: parse, call one function of the library, print its summary."""
 
-import dataclasses
-import json
 import logging
 import sys
 import traceback
-from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +10,12 @@ import click
 
 from molkd.cache_schema.errors import MolkdError
 from molkd.pipeline.allocator import keep_freed_memory
+from molkd.pipeline.commands.output import PATH, as_json, given, show
+from molkd.pipeline.commands.sharing import COMMANDS
 
-PATH = click.Path(path_type=Path)
 scale_file = click.option(
     "--scale-file", type=PATH, help="Scale factors (JSON or .pt), for an OCP checkpoint that holds none."
 )
-as_json = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -67,7 +64,7 @@ def ingest(as_json: bool, **flags: Any) -> None:
     from molkd.pipeline.config import IngestConfig, make_config
     from molkd.pipeline.ingest import ingest as run
 
-    _show(run(make_config(IngestConfig, _given(flags))), as_json)
+    show(run(make_config(IngestConfig, given(flags))), as_json)
 
 
 @kd.command("cache-teacher")
@@ -93,6 +90,11 @@ def ingest(as_json: bool, **flags: Any) -> None:
 @click.option("--device", help="auto, cpu, cuda, cuda:1.")
 @click.option("--precision", type=click.Choice(["float32", "float64"]), help="Of the teacher's forward.")
 @click.option("--skip-bad", is_flag=True, default=None, help="Quarantine systems with non-finite output.")
+@click.option(
+    "--workers", type=int, metavar="N", help="Processes on this machine, one teacher and device each."
+)
+@click.option("--scheduler", metavar="ADDRESS", help="A Dask scheduler whose workers do the work.")
+@click.option("--worker", metavar="I/N", help="As job I of an array of N, counted from 0: every N-th shard.")
 @click.option("--dry-run", is_flag=True, help="Price disk and time from a short probe; write nothing.")
 @as_json
 def cache_teacher(
@@ -120,14 +122,18 @@ def cache_teacher(
 
     if flags.get("signals"):
         flags["signals"] = [s.strip() for s in flags["signals"].split(",") if s.strip()]
-    config = make_config(CacheConfig, _given(flags | {"store": store or data}))
+    config = make_config(CacheConfig, given(flags | {"store": store or data}))
     act = plan_teacher if dry_run else run
-    _show(act(config, data, energy_key=energy_key, forces_key=forces_key), as_json)
+    show(act(config, data, energy_key=energy_key, forces_key=forces_key), as_json)
 
 
 @kd.group()
 def cache() -> None:
-    """Look into a store and check it."""
+    """Look into a store, check it, and share it."""
+
+
+for command in COMMANDS:
+    cache.add_command(command)
 
 
 @cache.command("info")
@@ -143,7 +149,7 @@ def cache_info(as_json: bool, store: Path) -> None:
     from molkd.cache_schema.manifest import info
     from molkd.cache_schema.summary import describe_info
 
-    _show(info(store), as_json, describe_info)
+    show(info(store), as_json, describe_info)
 
 
 @cache.command("verify")
@@ -177,7 +183,7 @@ def cache_verify(as_json: bool, store: Path, quick: bool, deep: bool, **flags: A
             report = deep_verify(store, **flags, progress=progress.advance_to)
         else:
             report = verify(store, quick=quick, progress=progress.advance_to)
-    _show(report, as_json, None if deep else describe_report)
+    show(report, as_json, None if deep else describe_report)
     if not report.ok:
         sys.exit(3)
 
@@ -202,7 +208,7 @@ def teacher_info(as_json: bool, teacher: str, scale_file: Path | None) -> None:
     """
     from molkd.pipeline.teachers.describe import describe_teacher
 
-    _show(describe_teacher(teacher, scale_file=scale_file), as_json)
+    show(describe_teacher(teacher, scale_file=scale_file), as_json)
 
 
 @kd.command("train-student")
@@ -260,8 +266,8 @@ def train_student(
     from molkd.pipeline.distill.settings import resolve
     from molkd.pipeline.distill.train import train_student as run
 
-    summary = run(resolve(config_file, assignments, _given(flags)))
-    _show(summary, as_json)
+    summary = run(resolve(config_file, assignments, given(flags)))
+    show(summary, as_json)
     if not summary.finished:
         sys.exit(130)  # interrupted: what waits for this run must not go on
 
@@ -285,7 +291,7 @@ def evaluate(as_json: bool, **flags: Any) -> None:
     """
     from molkd.pipeline.evaluating import evaluate_model
 
-    _show(evaluate_model(**flags), as_json)
+    show(evaluate_model(**flags), as_json)
 
 
 @kd.command()
@@ -307,7 +313,7 @@ def report(as_json: bool, **flags: Any) -> None:
     """
     from molkd.pipeline.evaluating import report_runs
 
-    _show(report_runs(**flags), as_json)
+    show(report_runs(**flags), as_json)
 
 
 @kd.command()
@@ -322,7 +328,7 @@ def doctor(as_json: bool, folder: Path) -> None:
     """
     from molkd.pipeline.doctor import diagnose
 
-    _show(diagnose(folder), as_json)
+    show(diagnose(folder), as_json)
 
 
 @kd.command()
@@ -337,44 +343,7 @@ def demo(as_json: bool, out: Path) -> None:
     """
     from molkd.pipeline.demo.run import run_demo
 
-    _show(run_demo(out), as_json)
-
-
-def _given(flags: Mapping[str, Any]) -> dict[str, Any]:
-    """Only what the user said: the rest comes from the settings' own defaults."""
-    return {key: value for key, value in flags.items() if value is not None and value != ()}
-
-
-def _show(result: Any, as_json: bool, describe: Callable[[Any], str] | None = None) -> None:
-    """Print a summary: JSON, or a description, or its own text, or one line a field."""
-    plain = result
-    if hasattr(result, "to_dict"):
-        plain = result.to_dict()
-    elif dataclasses.is_dataclass(result) and not isinstance(result, type):
-        plain = dataclasses.asdict(result)
-    if as_json:
-        click.echo(json.dumps(plain, indent=2, default=str))
-    elif describe is not None:
-        click.echo(describe(result))
-    elif hasattr(result, "text"):
-        click.echo(result.text())
-    else:
-        _print_mapping(plain, "")
-
-
-def _print_mapping(content: Mapping[str, Any], indent: str) -> None:
-    width = max((len(str(key)) for key in content), default=0)
-    for key, value in content.items():
-        if isinstance(value, Mapping) and value:
-            click.echo(f"{indent}{key}")
-            _print_mapping(value, indent + "  ")
-        elif isinstance(value, list | tuple) and value:
-            click.echo(f"{indent}{key}")
-            for item in value:
-                click.echo(f"{indent}  {item}")
-        elif value not in ({}, [], (), "", None):
-            shown = f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else value
-            click.echo(f"{indent}{key!s:<{width}}  {f'{shown:.6g}' if isinstance(shown, float) else shown}")
+    show(run_demo(out), as_json)
 
 
 def main() -> None:

@@ -78,7 +78,7 @@ def fill_group(
         systems = np.asarray(store.systems_of_shard(shard), dtype=np.int64)
         sums = None if decode else _recorded_sums(store, shard, origins, names)
         with store.shard_writer(group, shard) as writer:
-            for part in _pieces(store, group, systems, origins, names):
+            for part in pieces(systems, store.systems.n_atoms, origins, names):
                 bad = bad_systems(origins, names, part)
                 rows = read_rows(origins, names, part, decode=decode)
                 if group == ATOMS or decode:
@@ -128,6 +128,33 @@ def read_rows(origins: Origins, names: Sequence[str], systems: NDArray[np.int64]
     return out
 
 
+def pieces(
+    systems: NDArray[np.int64],
+    n_atoms: NDArray[np.integer[Any]],
+    origins: Origins,
+    names: Sequence[str],
+) -> Iterator[NDArray[np.int64]]:
+    """Cut systems (n,) so that the values of a piece take a bounded amount of memory.
+
+    Parameters
+    ----------
+    n_atoms : (S,) of all systems of `origins`
+    names : of the group in each store
+    """
+    per_atom = float(_ATOM_BYTES)
+    for cache, name in zip(origins.caches, names, strict=True):
+        state = cache.state(name)
+        if name != ATOMS:
+            spec = state.group.signal.spec
+            rows = sum(files["values"].rows for files in state.files.values()) / cache.n_atoms
+            per_atom = max(per_atom, rows * float(np.prod(spec.shape)) * np.dtype(spec.dtype).itemsize)
+    ends = np.cumsum(n_atoms[systems], dtype=np.int64) * per_atom
+    piece = ((ends - 1) // _PIECE_BYTES).astype(np.int64)
+    borders = [0, *(np.flatnonzero(np.diff(piece)) + 1).tolist(), len(systems)]
+    for begin, end in pairwise(borders):
+        yield systems[begin:end]
+
+
 def bad_systems(origins: Origins, names: Sequence[str], systems: NDArray[np.int64]) -> list[int]:
     """Return those of the systems (n,) that were given up in the store they come from."""
     bad: list[int] = []
@@ -174,28 +201,12 @@ def _read(
     axis = cache.signal(teacher, signal).spec.axis
     if axis != "edge":
         return arrays, dict.fromkeys(arrays, n_atoms if axis == "atom" else np.ones_like(n_atoms))
-    n_edges = arrays[N_EDGES.name]
+    n_edges = arrays[N_EDGES.name].astype(np.int64)
     first_atom = np.repeat(np.cumsum(n_atoms) - n_atoms, n_edges)  # (E,)
-    arrays[EDGE_INDEX.name] = arrays[EDGE_INDEX.name].T - first_atom[:, None]
+    arrays[EDGE_INDEX.name] = (arrays[EDGE_INDEX.name].T - first_atom[:, None]).astype(EDGE_INDEX.dtype)
+    arrays[N_EDGES.name] = n_edges.astype(N_EDGES.dtype)
     counts = dict.fromkeys(arrays, n_edges) | {N_EDGES.name: np.ones_like(n_edges)}
     return arrays, counts
-
-
-def _pieces(
-    store: Store, group: str, systems: NDArray[np.int64], origins: Origins, names: Sequence[str]
-) -> Iterator[NDArray[np.int64]]:
-    """Cut the systems of a shard so that the values of a piece fit into a bounded piece of memory."""
-    per_atom = float(_ATOM_BYTES)
-    if group != ATOMS:
-        spec = store.signal(group).spec
-        sources = zip(origins.caches, names, strict=True)
-        rows = max(sum(f["values"].rows for f in c.state(n).files.values()) / c.n_atoms for c, n in sources)
-        per_atom = rows * float(np.prod(spec.shape)) * np.dtype(spec.dtype).itemsize
-    ends = np.cumsum(store.systems.n_atoms[systems], dtype=np.int64) * max(per_atom, 1.0)
-    piece = ((ends - 1) // _PIECE_BYTES).astype(np.int64)
-    borders = [0, *(np.flatnonzero(np.diff(piece)) + 1).tolist(), len(systems)]
-    for begin, end in pairwise(borders):
-        yield systems[begin:end]
 
 
 def _recorded_sums(store: Store, shard: int, origins: Origins, names: Sequence[str]) -> Moments | None:

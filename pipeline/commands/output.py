@@ -1,0 +1,49 @@
+"""What every command uses: types of arguments, and how a result is printed."""
+
+import dataclasses
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import click
+
+PATH = click.Path(path_type=Path)
+as_json = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+
+
+def given(flags: Mapping[str, Any]) -> dict[str, Any]:
+    """Only what the user said: the rest comes from the settings' own defaults."""
+    return {key: value for key, value in flags.items() if value is not None and value != ()}
+
+
+def show(result: Any, as_json: bool, describe: Callable[[Any], str] | None = None) -> None:
+    """Print a summary: JSON, or a description, or its own text, or one line a field."""
+    plain = result
+    if hasattr(result, "to_dict"):
+        plain = result.to_dict()
+    elif dataclasses.is_dataclass(result) and not isinstance(result, type):
+        plain = dataclasses.asdict(result)
+    if as_json:
+        click.echo(json.dumps(plain, indent=2, default=str))
+    elif describe is not None:
+        click.echo(describe(result))
+    elif hasattr(result, "text"):
+        click.echo(result.text())
+    else:
+        _print_mapping(plain, "")
+
+
+def _print_mapping(content: Mapping[str, Any], indent: str) -> None:
+    width = max((len(str(key)) for key in content), default=0)
+    for key, value in content.items():
+        if isinstance(value, Mapping) and value:
+            click.echo(f"{indent}{key}")
+            _print_mapping(value, indent + "  ")
+        elif isinstance(value, list | tuple) and value:
+            click.echo(f"{indent}{key}")
+            for item in value:
+                click.echo(f"{indent}  {item}")
+        elif value not in ({}, [], (), "", None):
+            shown = f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else value
+            click.echo(f"{indent}{key!s:<{width}}  {f'{shown:.6g}' if isinstance(shown, float) else shown}")
