@@ -16,10 +16,11 @@ def _load(name: str) -> None:
     spec.loader.exec_module(module)
 
 
-for _name in ("cache_example", "golden_v1"):  # tests say: from cache_example import ...
+for _name in ("cache_example", "golden_v1", "servers"):  # tests say: from cache_example import ...
     _load(_name)
 
 from cache_example import create, make_example, write_all  # noqa: E402
+from servers import S3, S3_ENVIRONMENT, s3_server, web_server  # noqa: E402
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -47,6 +48,36 @@ def store_path(tmp_path, example):
 def store(tmp_path, example):
     """A store of its own without any rows yet."""
     return create(tmp_path / "x.kdcache", example)
+
+
+@pytest.fixture
+def mirrors(tmp_path, monkeypatch):
+    """An empty folder for mirrors."""
+    folder = tmp_path / "mirrors"
+    monkeypatch.setenv("MOLKD_CACHE", str(folder))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def s3_endpoint():
+    with s3_server() as endpoint:
+        yield endpoint
+
+
+@pytest.fixture
+def s3(s3_endpoint, mirrors, monkeypatch):
+    for name, value in (S3_ENVIRONMENT | {"AWS_ENDPOINT_URL": s3_endpoint}).items():
+        monkeypatch.setenv(name, value)
+    return S3(s3_endpoint)
+
+
+@pytest.fixture
+def web(tmp_path, mirrors):
+    """A web server over a folder, in which stores are put."""
+    folder = tmp_path / "web"
+    folder.mkdir()
+    with web_server(folder) as server:
+        yield server
 
 
 @pytest.fixture
