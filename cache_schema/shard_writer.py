@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from molkd.cache_schema.commit import Commit, FileRecord, rewrite_remedy
 from molkd.cache_schema.encoding import ENCODINGS, all_finite, encode, too_large
-from molkd.cache_schema.errors import CacheError
+from molkd.cache_schema.errors import CacheError, ConflictError
 from molkd.cache_schema.fields import FieldSpec
 from molkd.cache_schema.files import (
     crc32c,
@@ -366,7 +366,7 @@ class ShardWriter:
 
     def _agree(self, ours: Commit, other: Commit) -> None:
         if ours.checksums != other.checksums:
-            raise CacheError(
+            raise ConflictError(
                 f"{self._root}: shard {self.shard} of {self._group.name} was already committed by "
                 f"{other.writer} with different values; it is kept. If that one is wrong, "
                 f"{rewrite_remedy(self._group.name, self.shard)}"

@@ -4,11 +4,14 @@ import logging
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
+from types import TracebackType
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from molkd.cache_schema.errors import ConflictError
 from molkd.cache_schema.fields import EDGE_INDEX, EDGE_SHIFT, N_EDGES, FieldSpec
 from molkd.cache_schema.layout import SCALE
 from molkd.cache_schema.reader import Cache
@@ -80,11 +83,27 @@ def write(
 
 
 def commit(writers: Mapping[str, ShardWriter], written: Written) -> None:
-    """Force the shard's files to disk and commit them; a writer that lacks rows commits nothing."""
+    """Force the shard's files to disk and commit them; a writer that lacks rows commits nothing.
+
+    What another process committed meanwhile stays as it is: two computations on a GPU, or with different
+    numbers of threads, round differently.
+    """
     with ExitStack() as stack:
         for writer in writers.values():
-            stack.push(writer)
+            stack.push(partial(_leave, writer))
     written.n_bytes += sum(writer.n_bytes for writer in writers.values())
+
+
+def _leave(
+    writer: ShardWriter,
+    kind: type[BaseException] | None,
+    error: BaseException | None,
+    trace: TracebackType | None,
+) -> None:
+    try:
+        writer.__exit__(kind, error, trace)
+    except ConflictError as conflict:
+        log.warning("%s", conflict)
 
 
 def edge_rows(
