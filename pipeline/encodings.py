@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from molkd.cache_schema.codebook import Codebook, decode_rows, encode_rows
-from molkd.cache_schema.encoding import encoding_for, is_fitted
+from molkd.cache_schema.codebook import Codebook, decode_rows, encode_rows, pca_bytes
+from molkd.cache_schema.encoding import ENCODINGS, encoding_for, is_fitted
 from molkd.cache_schema.fields import FieldSpec
 from molkd.cache_schema.fitting import calibration_systems, fit_codebook
 from molkd.cache_schema.writer import Store
@@ -19,7 +19,6 @@ from molkd.pipeline.teacher_pass import TeacherPass, make_work
 log = logging.getLogger(__name__)
 
 CHOOSE = ""  # the encoding is to be found by its error
-_CODE_SHARES = (8, 4, 2, 1)  # bytes of a rotated row: channels divided by these
 
 
 @dataclass(frozen=True)
@@ -114,25 +113,55 @@ def _fit(
     n_systems: int,
     config: CacheConfig,
 ) -> Fitted:
-    if asked != CHOOSE:
-        return Fitted(asked, fit_codebook(values, spec, asked, n_systems))
-    assert config.max_error is not None
-    fit_on = system < n_systems // 2
-    for encoding in candidates(spec):
-        half = fit_codebook(values[fit_on], spec, encoding, n_systems // 2)
-        error = relative_error(values[~fit_on], half)
-        if error <= config.max_error:
+    """Fit what was asked for, or what is found to be good enough on systems it was not fitted to."""
+    if asked == CHOOSE:
+        # The rows are in the order of their systems: what a half is fitted to the other half has not.
+        asked = choose_encoding(values, spec, config.max_error or 0.0, int((system < n_systems // 2).sum()))
+    return Fitted(asked, fit_codebook(values, spec, asked, n_systems) if is_fitted(asked) else None)
+
+
+def choose_encoding(
+    values: NDArray[np.float32], spec: FieldSpec, max_error: float, n_fitted: int | None = None
+) -> str:
+    """Return the smallest encoding whose relative error, on rows it is not fitted to, is within `max_error`.
+
+    Parameters
+    ----------
+    values : (n, *shape), systems one after the other
+    n_fitted : rows to fit to; the first half if None
+    """
+    cut = len(values) // 2 if n_fitted is None else n_fitted
+    for encoding in reversed(ladder(spec)):
+        if not is_fitted(encoding) or not 0 < cut < len(values):
+            break
+        error = relative_error(values[cut:], fit_codebook(values[:cut], spec, encoding, 0))
+        if error <= max_error:
             log.info("%s: %s, relative error %.2g", spec.name, encoding, error)
-            return Fitted(encoding, fit_codebook(values, spec, encoding, n_systems))
-    encoding = "fp16" if config.max_error >= np.finfo(np.float16).eps else "fp32"
-    log.info("%s: %s, no encoding in 8 bits or less is within %.2g", spec.name, encoding, config.max_error)
-    return Fitted(encoding, None)
+            return encoding
+    encoding = "fp16" if max_error >= np.finfo(np.float16).eps else "fp32"
+    log.info("%s: %s, nothing in 8 bits or less is within %.2g", spec.name, encoding, max_error)
+    return encoding
 
 
-def candidates(spec: FieldSpec) -> list[str]:
-    """Return the fitted encodings that may be chosen for a signal, the smallest first."""
-    channels = spec.shape[-1]
-    return [f"pca:{channels // share}" for share in _CODE_SHARES if channels >= share] + ["int8"]
+def ladder(spec: FieldSpec) -> list[str]:
+    """Return the encodings that a signal of features may have, the widest and most exact first."""
+    channels = spec.shape[-1] if spec.shape else 0
+    rotated = [f"pca:{channels // share}" for share in (1, 2, 4, 8) if channels >= share]
+    return ["fp32", "fp16", *rotated[:1], *(["int8"] if channels else []), *rotated[1:]]
+
+
+def narrower(spec: FieldSpec, encoding: str) -> str | None:
+    """Return the next encoding of the ladder that takes less room; None if there is none."""
+    now = row_bytes(spec, encoding)
+    return next((e for e in ladder(spec) if row_bytes(spec, e) < now), None)
+
+
+def row_bytes(spec: FieldSpec, encoding: str) -> int:
+    """Return the bytes on disk of one row; of one in a fitted encoding, with its scale."""
+    if is_fitted(encoding):
+        channels = spec.shape[-1] if encoding == "int8" else pca_bytes(encoding)
+        return int(np.prod(spec.shape[:-1], dtype=int)) * channels + np.dtype(np.float16).itemsize
+    return int(np.dtype(ENCODINGS[encoding].dtype).itemsize * np.prod(spec.shape, dtype=int))
 
 
 def relative_error(values: NDArray[np.float32], codebook: Codebook) -> float:

@@ -9,17 +9,21 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
-from molkd.cache_schema.codebook import pca_bytes
-from molkd.cache_schema.encoding import ENCODINGS, exact_encoding, is_fitted
+from molkd.cache_schema.encoding import encoding_for, exact_encoding
 from molkd.cache_schema.fields import ATOM_FIELDS, EDGE_INDEX, EDGE_SHIFT, N_EDGES, FieldSpec
+from molkd.pipeline.budget import Proposal, propose
+from molkd.pipeline.config import CacheConfig
 from molkd.pipeline.data.system import System
 from molkd.pipeline.device import synchronize
+from molkd.pipeline.encodings import CHOOSE, choose_encoding, ladder, row_bytes
 from molkd.pipeline.graphs.batch import batch_from_systems, to_device
 from molkd.pipeline.teachers.interface import Teacher
 
 _PROBE_SECONDS = 3.0
 _PROBE_BYTES = 32 * 2**20
+_SYSTEM_BYTES = 13 + 36 + 8 + 16 + 4 * 4 + 8 * 3  # a row of the systems' arrays, about
 
 
 @dataclass(frozen=True)
@@ -30,7 +34,9 @@ class Forecast:
     teacher: str
     n_systems: int
     n_atoms: int  # estimated from the probe if the data are not yet a store
+    encodings: dict[str, str]  # signal -> encoding
     bytes_per_atom: dict[str, float]  # structures and labels, then each signal
+    alternatives: dict[str, dict[str, float]]  # signal of features -> encoding -> bytes an atom
     edges_per_atom: float  # of the signal on edges; 0 if none was asked for
     total_bytes: int
     free_bytes: int
@@ -38,7 +44,43 @@ class Forecast:
     teacher_systems_per_second: float
     graph_systems_per_second: float  # neighbour lists and batches, in one thread beside the teacher
     write_bytes_per_second: float
-    seconds: float  # of teacher, graphs or writing, whichever is slowest: they overlap
+    seconds: float  # of teacher, graphs or writing on one device, whichever is slowest: they overlap
+    proposal: Proposal | None = None  # where a budget was given
+
+    def text(self) -> str:
+        """Return the price in words and tables."""
+        atoms_per_system = self.n_atoms / self.n_systems
+        lines = [
+            (
+                f"{self.store}: {self.teacher} over {self.n_systems:,} systems, {self.n_atoms:,} atoms "
+                f"({atoms_per_system:.1f} a system)"
+            ),
+            "",
+            f"{'':<24} {'encoding':<10} {'bytes/atom':>10} {'in all':>10}   others, bytes/atom",
+        ]
+        for name, size in self.bytes_per_atom.items():
+            others = ", ".join(f"{e} {b:.0f}" for e, b in self.alternatives.get(name, {}).items())
+            lines.append(
+                f"{name:<24} {self.encodings.get(name, ''):<10} {size:>10.1f} "
+                f"{_size(size * self.n_atoms):>10}   {others}".rstrip()
+            )
+        verdict = "fits" if self.fits else "DOES NOT FIT"
+        rate = self.teacher_systems_per_second
+        lines += [
+            f"{'total':<24} {'':<10} {self.total_bytes / self.n_atoms:>10.1f} {_size(self.total_bytes):>10}",
+            "",
+            f"disk      {_size(self.free_bytes)} free: {verdict}",
+            f"teacher   {rate:.3g} systems/s",
+            f"graphs    {self.graph_systems_per_second:.3g} systems/s, beside the teacher",
+            (
+                f"writing   {self.total_bytes / max(self.seconds, 1e-9) / 1e6:.3g} MB/s needed, "
+                f"the disk takes {self.write_bytes_per_second / 1e6:.3g} MB/s"
+            ),
+            f"time      {_time(self.seconds)} on one device; n devices take a n-th",
+        ]
+        if self.proposal is not None:
+            lines += ["", *_proposal_lines(self.proposal)]
+        return "\n".join(lines)
 
 
 def forecast(
@@ -46,10 +88,11 @@ def forecast(
     teacher: Teacher,
     sample: Sequence[System],
     n_systems: int,
-    encodings: dict[str, str],
-    batch_size: int,
+    encodings: Mapping[str, str],
+    config: CacheConfig,
     *,
     new_store: bool,
+    budget: int | None = None,
 ) -> Forecast:
     """Time teacher, graphs and disk briefly and scale up.
 
@@ -57,31 +100,57 @@ def forecast(
     ----------
     sample : systems drawn at random from the data
     n_systems : in the whole data
-    encodings : signal -> encoding
-    batch_size : systems a batch of the probe
+    encodings : signal -> encoding, as `asked_encodings`
     new_store : structures and labels have to be written too
+    budget : bytes that the store may take; then what to store is proposed
     """
     atoms_per_system = float(np.mean([s.n_atoms for s in sample]))
     n_atoms = round(atoms_per_system * n_systems)
-    probe = _probe(teacher, sample, tuple(encodings), batch_size)
-    per_atom = (
-        {"structures": float(sum(row_bytes(spec, exact_encoding(spec)) for spec in ATOM_FIELDS.values()))}
+    most_atoms, _ = config.budget(teacher.device.type)
+    probe = _probe(teacher, sample, tuple(encodings), max(1, int(most_atoms / atoms_per_system)))
+    specs = {name: teacher.signals[name] for name in encodings}
+    chosen = {
+        name: choose_encoding(probe.features[name], specs[name], config.max_error or 0.0)
+        if encoding == CHOOSE
+        else encoding
+        for name, encoding in encodings.items()
+    }
+    structures = (
+        _SYSTEM_BYTES / atoms_per_system
+        + sum(row_bytes(spec, exact_encoding(spec)) for spec in ATOM_FIELDS.values())
         if new_store
-        else {}
+        else 0.0
     )
-    rows_per_atom = {"system": 1 / atoms_per_system, "atom": 1.0, "edge": probe.edges_per_atom}
-    for name, encoding in encodings.items():
-        per_atom[name] = _bytes_per_atom(teacher.signals[name], encoding, rows_per_atom)
+    rows = {"system": 1 / atoms_per_system, "atom": 1.0, "edge": probe.edges_per_atom}
+    alternatives = {
+        name: {e: _bytes_per_atom(spec, e, rows) for e in ladder(spec)}
+        for name, spec in specs.items()
+        if encoding_for(spec, CHOOSE) == CHOOSE
+    }
+    per_atom = ({"structures": structures} if new_store else {}) | {
+        name: _bytes_per_atom(specs[name], e, rows) for name, e in chosen.items()
+    }
     total = round(sum(per_atom.values()) * n_atoms)
     folder = next(p for p in [store, *store.absolute().parents] if p.is_dir())
     bandwidth = _write_bandwidth(folder)
     free = shutil.disk_usage(folder).free
+    proposal = None
+    if budget is not None:
+        known = alternatives | {
+            name: {e: per_atom[name]} for name, e in chosen.items() if name not in alternatives
+        }
+        for name, e in chosen.items():
+            known[name] = {**known[name], e: per_atom[name]}
+        sizes = {name: {e: b * n_atoms for e, b in table.items()} for name, table in known.items()}
+        proposal = propose(specs, chosen, sizes, structures * n_atoms, budget)
     return Forecast(
         store=str(store),
         teacher=teacher.info.name,
         n_systems=n_systems,
         n_atoms=n_atoms,
+        encodings=chosen,
         bytes_per_atom=per_atom,
+        alternatives=alternatives,
         edges_per_atom=probe.edges_per_atom,
         total_bytes=total,
         free_bytes=free,
@@ -90,15 +159,29 @@ def forecast(
         graph_systems_per_second=probe.graph_rate,
         write_bytes_per_second=bandwidth,
         seconds=max(n_systems / probe.teacher_rate, n_systems / probe.graph_rate, total / bandwidth),
+        proposal=proposal,
     )
 
 
-def row_bytes(spec: FieldSpec, encoding: str) -> int:
-    """Return the bytes on disk of one row; of one in a fitted encoding, with its scale."""
-    if is_fitted(encoding):
-        channels = spec.shape[-1] if encoding == "int8" else pca_bytes(encoding)
-        return int(np.prod(spec.shape[:-1], dtype=int)) * channels + np.dtype(np.float16).itemsize
-    return int(np.dtype(ENCODINGS[encoding].dtype).itemsize * np.prod(spec.shape, dtype=int))
+def _proposal_lines(proposal: Proposal) -> list[str]:
+    if not proposal.fits:
+        return [
+            f"Not even the least there is fits the budget: {_size(proposal.total_bytes)}; take fewer systems"
+        ]
+    left_out = f", without {', '.join(proposal.dropped)}" if proposal.dropped else ""
+    return [f"Within the budget ({_size(proposal.total_bytes)}){left_out}:", f"  {proposal.flags}"]
+
+
+def _size(n_bytes: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if n_bytes < 1000:
+            return f"{n_bytes:.3g} {unit}"
+        n_bytes /= 1000
+    return f"{n_bytes:.3g} TB"
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 600 else f"{seconds / 3600:.2g} h"
 
 
 def _bytes_per_atom(spec: FieldSpec, encoding: str, rows: Mapping[str, float]) -> float:
@@ -116,11 +199,13 @@ class _Probe:
     teacher_rate: float  # systems per second
     graph_rate: float
     edges_per_atom: float  # of the teacher's signal on edges; 0 if it was not asked for
+    features: dict[str, NDArray[np.float32]]  # finite rows of each signal
 
 
 def _probe(teacher: Teacher, sample: Sequence[System], signals: tuple[str, ...], batch_size: int) -> _Probe:
     """Run and time the teacher, and the building of graphs, after one warm-up batch."""
     done, n_atoms, n_edges, computing, building = 0, 0, 0, 0.0, 0.0
+    rows: dict[str, list[NDArray[np.float32]]] = {s: [] for s in signals}
     starts = range(0, len(sample), batch_size)
     for k, start in enumerate([0, *starts]):
         part = sample[start : start + batch_size]
@@ -137,10 +222,18 @@ def _probe(teacher: Teacher, sample: Sequence[System], signals: tuple[str, ...],
             n_atoms += batch.n_atoms
             n_edges += out["edge_index"].shape[1] if "edge_index" in out else 0
             building += built - began
+            for s in signals:
+                rows[s].append(out[s].float().cpu().numpy())
             computing += time.perf_counter() - moved
         if computing + building > _PROBE_SECONDS:
             break
-    return _Probe(done / computing, done / building, n_edges / n_atoms)
+    features = {s: np.concatenate(parts) for s, parts in rows.items()}
+    return _Probe(
+        done / computing,
+        done / building,
+        n_edges / n_atoms,
+        {s: x[np.isfinite(x).reshape(len(x), -1).all(axis=1)] for s, x in features.items()},
+    )
 
 
 def _write_bandwidth(folder: Path) -> float:
