@@ -7,9 +7,7 @@ gave to the host, checks it and writes it. Shards are done one after another; a 
 import logging
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
-from functools import partial
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -24,23 +22,28 @@ from molkd.cache_schema.writer import Store
 from molkd.pipeline.config import CacheConfig, IngestConfig
 from molkd.pipeline.data.sources import open_source
 from molkd.pipeline.device import choose_device
-from molkd.pipeline.device_narrowing import narrow_on_device
 from molkd.pipeline.encodings import asked_encodings, settle_encodings
 from molkd.pipeline.errors import ConfigError, TeacherError
 from molkd.pipeline.forecast import Forecast, forecast
 from molkd.pipeline.ingest import ingest
-from molkd.pipeline.prefetch import Background, prefetch
+from molkd.pipeline.prefetch import Background
 from molkd.pipeline.progress import Progress
 from molkd.pipeline.scope import Scope, source_of
-from molkd.pipeline.shard_output import Written, commit, write
-from molkd.pipeline.teacher_pass import TeacherPass, make_work
+from molkd.pipeline.shard_output import Written
+from molkd.pipeline.shard_work import (
+    PREFETCH,
+    Outcome,
+    Stage,
+    compute_shard,
+    missing_groups,
+    missing_shards,
+)
+from molkd.pipeline.teacher_pass import TeacherPass
 from molkd.pipeline.teachers.interface import Teacher
 from molkd.pipeline.teachers.load import load_teacher
-from molkd.pipeline.transfer import HostCopy, pin, side_stream
 
 log = logging.getLogger(__name__)
 
-_PREFETCH = 3  # batches
 ALL = "all"  # among the signals asked for: every one but those on edges
 _PROBE_SYSTEMS = 256
 
@@ -76,6 +79,8 @@ def cache_teacher(
 
     Raises
     ------
+    ConfigError
+        If a job of an array is to make the store, or there is no scheduler at the address.
     TeacherError
         If the teacher lacks a signal, or gives non-finite numbers for a system, which is named.
     ModelError
@@ -84,9 +89,73 @@ def cache_teacher(
         If the store holds another teacher of this name, or cannot be written.
     """
     began = time.perf_counter()
+
+    def fill_store() -> None:
+        if data is not None:
+            prepare_store(config.store, data, energy_key=energy_key, forces_key=forces_key)
+
+    if config.worker is not None and not (config.store / PLAN).exists():
+        raise ConfigError(
+            f"{config.store}: no store yet, and jobs of an array would each make it; first run "
+            f"kd ingest {data or 'DATA'} {config.store}, then the array with kd cache-teacher {config.store}"
+        )
+    if config.workers is not None or config.scheduler is not None:
+        from molkd.pipeline.distributed import cache_on_workers  # Dask takes half a second to import
+
+        done = cache_on_workers(config, fill_store)
+    else:
+        done = _cache_here(config, fill_store)
+    if not finalize_if_complete(done.store):
+        log.info("%s: shards or other signals are unfinished, so no manifest yet", config.store)
+    with Cache.open(config.store) as cache:
+        return CacheSummary(
+            store=str(config.store),
+            teacher=done.name,
+            signals={s: done.store.signal(group).encoding for s, group in done.groups.items()},
+            n_systems=cache.n_systems,
+            n_atoms=cache.n_atoms,
+            n_computed=done.n_computed,
+            seconds=time.perf_counter() - began,
+            bytes_written=done.written.n_bytes,
+            bad_systems=[source_of(cache, i) for i in sorted(done.written.bad_systems)],
+        )
+
+
+def _cache_here(config: CacheConfig, fill_store: Callable[[], None]) -> Outcome:
+    """Do all missing shards, or those of this job of an array, in this process."""
     teacher = open_teacher(config)
-    if data is not None:
-        prepare_store(config.store, data, energy_key=energy_key, forces_key=forces_key)
+    fill_store()
+    stage = make_room(config, teacher)
+    store, groups = stage.store, stage.groups
+    shards = missing_shards(store, groups)
+    if config.worker is not None:
+        index, of = config.worker
+        shards = [shard for shard in shards if shard % of == index]
+    if not shards:
+        log.info("%s: all of %s is there, nothing to do", config.store, ", ".join(groups))
+    n_total = sum(len(store.systems_of_shard(s)) for s in shards)
+    n_computed, written = 0, Written()
+    with Progress(n_total, "teacher", "system") as progress, Background("kd-write", PREFETCH) as writing:
+        for shard in shards:
+            # Asked anew each time: another process may have finished this shard meanwhile.
+            wanted = missing_groups(store, groups, shard)
+            n_systems = len(store.systems_of_shard(shard))
+            if not wanted:
+                progress.update(n_systems)
+                continue
+            compute_shard(stage, shard, wanted, writing, written, progress.update)
+            n_computed += n_systems
+    return Outcome(store, stage.name, groups, n_computed, written)
+
+
+def make_room(config: CacheConfig, teacher: Teacher) -> Stage:
+    """Make room in the store for what is asked of the teacher, the encodings settled.
+
+    Raises
+    ------
+    ModelError, TeacherError, CacheError
+        As `cache_teacher`.
+    """
     cache = Cache.open(config.store)
     scope_of(teacher).check_store(cache)
     store = Store.open(config.store, mode="a")
@@ -97,34 +166,7 @@ def cache_teacher(
     teacher_pass = TeacherPass(teacher, cache)
     settled = settle_encodings(teacher_pass, store, name, asked, config)
     groups = {s: store.add_signal(name, specs[s], f.encoding, f.codebook) for s, f in settled.items()}
-    shards = sorted(set[int]().union(*(store.missing_shards(group) for group in groups.values())))
-    if not shards:
-        log.info("%s: all of %s is there, nothing to do", config.store, ", ".join(groups))
-    n_total = sum(len(store.systems_of_shard(s)) for s in shards)
-    n_computed, written = 0, Written()
-    with Progress(n_total, "teacher", "system") as progress, Background("kd-write", _PREFETCH) as writing:
-        for shard in shards:
-            # Asked anew each time: another process may have finished this shard meanwhile.
-            wanted = {s: group for s, group in groups.items() if shard in store.missing_shards(group)}
-            n_systems = len(store.systems_of_shard(shard))
-            if not wanted:
-                progress.update(n_systems)
-                continue
-            _cache_shard(teacher_pass, store, shard, wanted, config, writing, written, progress.update)
-            n_computed += n_systems
-    if not finalize_if_complete(store):
-        log.info("%s: other signals are unfinished, so no manifest yet", config.store)
-    return CacheSummary(
-        store=str(config.store),
-        teacher=name,
-        signals={s: f.encoding for s, f in settled.items()},
-        n_systems=cache.n_systems,
-        n_atoms=cache.n_atoms,
-        n_computed=n_computed,
-        seconds=time.perf_counter() - began,
-        bytes_written=written.n_bytes,
-        bad_systems=[source_of(cache, i) for i in sorted(written.bad_systems)],
-    )
+    return Stage(config, store, teacher_pass, name, groups)
 
 
 def asked_signals(teacher: Teacher, config: CacheConfig) -> list[str]:
@@ -199,8 +241,6 @@ def plan_teacher(
         source.close()
     for system in sample:
         scope_of(teacher).check(system)
-    atoms = sum(s.n_atoms for s in sample) / len(sample)
-    budget, _ = config.budget(teacher.device.type)
     specs = {s: teacher.signals[s] for s in asked_signals(teacher, config)}
     return forecast(
         config.store,
@@ -208,7 +248,7 @@ def plan_teacher(
         sample,
         n_systems,
         asked_encodings(specs, config),
-        batch_size=max(1, int(budget / atoms)),
+        config,
         new_store=not (config.store / PLAN).exists(),
     )
 
@@ -245,47 +285,3 @@ def provenance(teacher: Teacher) -> dict[str, Any]:
         "code": f"molkd {version('molkd')}, torch {torch.__version__}",
         **info.extra,
     }
-
-
-def _cache_shard(
-    teacher_pass: TeacherPass,
-    store: Store,
-    shard: int,
-    groups: dict[str, str],
-    config: CacheConfig,
-    writing: Background,
-    written: Written,
-    on_systems: Callable[[int], object],
-) -> None:
-    """Compute the given signals of one shard; writing and committing follow behind.
-
-    Bytes and systems that are given up are added to `written`.
-    """
-    teacher, cache = teacher_pass.teacher, teacher_pass.cache
-    stream = side_stream(teacher.device)
-    works = make_work(
-        cache,
-        np.asarray(store.systems_of_shard(shard), dtype=np.int64),
-        teacher.neighbor_rule,
-        teacher.dtype,
-        *config.budget(teacher.device.type),
-    )
-    if stream is not None:
-        works = (replace(work, batch=pin(work.batch)) for work in works)  # in the prefetch thread
-    # On a CPU values are narrowed by the thread that writes them, beside the teacher.
-    declared = {s: store.signal(group) for s, group in groups.items()} if stream is not None else {}
-    with ExitStack() as stack:
-        writers = {s: stack.enter_context(store.shard_writer(group, shard)) for s, group in groups.items()}
-        stack.callback(writing.settle)  # if anything fails: nobody writes any more when the files are dropped
-        for work in prefetch(works, _PREFETCH):
-            for part, signals in teacher_pass.run(work, tuple(groups)):
-                if stream is not None:
-                    signals = narrow_on_device(signals, declared, part)
-                copy = HostCopy(signals, stream)
-                job = partial(write, writers, teacher.signals, part, copy, cache, written)
-                writing.submit(partial(job, skip_bad=config.skip_bad))
-                on_systems(len(part.indices))
-        stack.pop_all()
-    # Files are forced to disk and committed while the teacher is at the next shard. After a failed write rows
-    # are missing, and a writer that lacks rows commits nothing.
-    writing.submit(partial(commit, writers, written))

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal, Self, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from molkd.pipeline.errors import ConfigError
 
@@ -55,6 +55,33 @@ class CacheConfig(Settings):
     device: str = "auto"
     precision: Literal["float32", "float64"] = "float32"
     skip_bad: bool = False  # quarantine systems with non-finite output instead of stopping
+    # Who does the shards, if not this process alone:
+    workers: int | None = Field(None, ge=1)  # processes on this machine, with a teacher and device each
+    scheduler: str | None = None  # the workers of a Dask scheduler: its address, or its scheduler file
+    worker: tuple[int, int] | None = None  # (i, n) or "i/n": n processes, each every n-th shard, this from i
+
+    @field_validator("worker", mode="before")
+    @classmethod
+    def _part(cls, given: Any) -> Any:
+        """Read "i/n"."""
+        if given is None:
+            return None
+        parts = given.split("/") if isinstance(given, str) else given
+        if isinstance(parts, list | tuple) and len(parts) == 2 and all(str(p).isdecimal() for p in parts):
+            index, of = (int(part) for part in parts)
+            if index < of:
+                return index, of
+        raise ValueError("write it as i/n with i from 0 to n - 1, for example 0/4, 1/4, 2/4 and 3/4")
+
+    @model_validator(mode="after")
+    def _one_way(self) -> Self:
+        given = [f"--{key}" for key in ("workers", "scheduler", "worker") if getattr(self, key) is not None]
+        if len(given) > 1:
+            raise ValueError(
+                f"{' and '.join(given)} exclude each other; take --workers N on one machine, --scheduler for "
+                "a Dask cluster, --worker i/n in each job of an array"
+            )
+        return self
 
     @model_validator(mode="before")
     @classmethod

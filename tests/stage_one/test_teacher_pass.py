@@ -93,15 +93,15 @@ def test_a_shard_finished_by_another_process_is_not_computed_again(store, teache
     twin = shutil.copytree(store, store.with_name("twin.kdcache"))
     alone = cache_teacher(config(twin, teacher_file))
     shards = []
-    original = caching._cache_shard
+    original = caching.compute_shard
 
-    def interrupted(teacher_pass, its_store, shard, *rest):
+    def interrupted(stage, shard, *rest):
         shards.append(shard)
         if len(shards) == 1:
             assert cache_teacher(config(store, teacher_file)).n_computed == alone.n_computed
-        return original(teacher_pass, its_store, shard, *rest)
+        return original(stage, shard, *rest)
 
-    monkeypatch.setattr(caching, "_cache_shard", interrupted)
+    monkeypatch.setattr(caching, "compute_shard", interrupted)
     done = cache_teacher(config(store, teacher_file))
     assert shards == [0, 0, 1, *range(2, max(shards) + 1)]
     assert 0 < done.n_computed < alone.n_computed
