@@ -9,6 +9,21 @@ from typing import Any
 import click
 
 PATH = click.Path(path_type=Path)
+
+
+class StoreType(click.ParamType):
+    """A store that is read: a folder, or the URL of one on a server."""
+
+    name = "path"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str | Path:  # noqa: ARG002
+        """Return the text of a URL, or a path; a path would lose one of the slashes."""
+        from molkd.cache_schema.objects import is_url
+
+        return value if isinstance(value, str) and is_url(value) else Path(value)
+
+
+STORE = StoreType()
 as_json = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from molkd.pipeline.commands.output import PATH, as_json, given, show
+from molkd.pipeline.commands.output import PATH, STORE, as_json, given, show
 
 _CONDITIONS = (
     click.option("--systems", type=PATH, help="File of ids, as kd cache select writes it."),
@@ -39,8 +39,8 @@ def conditions(command: Callable[..., None]) -> Callable[..., None]:
 
 
 @click.command("copy")
-@click.argument("source_store", metavar="SRC", type=PATH)
-@click.argument("target", metavar="DST", type=PATH)
+@click.argument("source_store", metavar="SRC", type=STORE)
+@click.argument("target", metavar="DST", type=STORE)
 @_signals
 @click.option("--teacher", help="Only this teacher's signals.")
 @_encoding
@@ -48,8 +48,8 @@ def conditions(command: Callable[..., None]) -> Callable[..., None]:
 @as_json
 def copy(
     as_json: bool,
-    source_store: Path,
-    target: Path,
+    source_store: str | Path,
+    target: str | Path,
     signals: str | None,
     teacher: str | None,
     encoding: tuple[str, ...],
@@ -57,6 +57,7 @@ def copy(
 ) -> None:
     """Copy the store SRC, or a part of it, to DST; every checksum is checked on the way.
 
+    SRC and DST are folders or URLs; to a URL (s3://, gs://, az://) goes a whole, finished store.
     Structures and labels always come along. Rows that are not encoded anew go over as they are stored.
     The same command continues after an interruption; a later one may add signals.
 
@@ -65,25 +66,25 @@ def copy(
       kd cache copy /shared/oc20.kdcache oc20.kdcache
       kd cache copy oc20.kdcache co.kdcache --signals node --adsorbate CO --encoding node=int8
     """
-    from molkd.pipeline.sharing.copying import copy_store
+    from molkd.pipeline.sharing.copying import copy_store, send_store
 
-    summary = copy_store(
-        source_store,
-        target,
-        teacher=teacher,
-        signals=_words(signals),
-        selection=_selection(flags),
-        encoding=encoding,
-    )
-    show(summary, as_json)
+    if isinstance(target, str):
+        if signals or teacher or encoding or given(flags):
+            raise click.UsageError(
+                "to a URL goes a whole store; make the part in a folder, then copy that one"
+            )
+        show(send_store(source_store, target), as_json)
+        return
+    chosen = {"teacher": teacher, "signals": _words(signals), "encoding": encoding}
+    show(copy_store(source_store, target, selection=_selection(flags), **chosen), as_json)
 
 
 @click.command("select")
-@click.argument("store", type=PATH)
+@click.argument("store", type=STORE)
 @click.argument("out", type=PATH)
 @conditions
 @as_json
-def select(as_json: bool, store: Path, out: Path, **flags: Any) -> None:
+def select(as_json: bool, store: str | Path, out: Path, **flags: Any) -> None:
     """Write the ids of those systems of STORE that fulfil every condition to the text file OUT.
 
     kd cache copy takes the file with --systems, and the conditions themselves.
@@ -96,6 +97,38 @@ def select(as_json: bool, store: Path, out: Path, **flags: Any) -> None:
     from molkd.pipeline.sharing.selection import select_systems
 
     show(select_systems(store, out, _selection(flags)), as_json)
+
+
+@click.command("merge")
+@click.argument("stores", nargs=-1, required=True, type=STORE)
+@click.argument("out", type=PATH)
+@_signals
+@click.option("--teacher", help="Only this teacher's signals.")
+@_encoding
+@click.option(
+    "--on-conflict",
+    type=click.Choice(["error", "first"]),
+    default="error",
+    show_default=True,
+    help="Same system, other labels.",
+)
+@as_json
+def merge(
+    as_json: bool, stores: tuple[str | Path, ...], out: Path, signals: str | None, **flags: Any
+) -> None:
+    """Put the systems of STORES into one new store, with the signals that all of them have.
+
+    A system that several stores hold is taken once. Teachers are the same if their weights are.
+    The same command continues after an interruption.
+
+    \b
+    Example:
+      kd cache merge anna.kdcache ben.kdcache oc20.kdcache
+      kd cache merge oc20.kdcache coll.kdcache both.kdcache --signals energy,forces,node
+    """
+    from molkd.pipeline.sharing.merging import merge_stores
+
+    show(merge_stores(stores, out, signals=_words(signals), **flags), as_json)
 
 
 def _words(text: str | None) -> tuple[str, ...]:
@@ -112,4 +145,4 @@ def _selection(flags: dict[str, Any]) -> Any:
     return Selection(**chosen)
 
 
-COMMANDS = (copy, select)
+COMMANDS = (copy, select, merge)

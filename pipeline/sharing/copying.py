@@ -21,8 +21,10 @@ from molkd.cache_schema.encoding import encoding_for
 from molkd.cache_schema.errors import CacheError
 from molkd.cache_schema.groups import ATOMS
 from molkd.cache_schema.manifest import finalize_if_complete
+from molkd.cache_schema.publishing import PublishSummary
 from molkd.cache_schema.reader import Cache
 from molkd.cache_schema.regroup import Origins, fill_group
+from molkd.cache_schema.remote import is_url, publish
 from molkd.cache_schema.signal import Signal
 from molkd.cache_schema.state import require_complete
 from molkd.cache_schema.writer import Store
@@ -51,7 +53,7 @@ class CopySummary:
 
 
 def copy_store(
-    source: Path,
+    source: str | Path,
     target: Path,
     *,
     teacher: str | None = None,
@@ -76,7 +78,7 @@ def copy_store(
         If the source is damaged, naming file and shard; nothing of that shard is committed.
     """
     began = time.perf_counter()
-    if source.resolve() == target.resolve():
+    if Path(source).resolve() == target.resolve():
         raise CacheError(f"{target}: is the store to be copied; choose another place")
     with Cache.open(source) as cache:
         wanted = wanted_signals(cache, teacher, signals)
@@ -90,7 +92,7 @@ def copy_store(
         for group in wanted:
             _, owner, signal = group.split("/", 2)
             store.add_teacher(owner, cache.teachers[owner].provenance)
-            wanted_encoding = _encoding(cache.signal(owner, signal), named.get(signal), general)
+            wanted_encoding = encoding_of(cache.signal(owner, signal), named.get(signal), general)
             fillings.append(declare(store, owner, origins, (group,), wanted_encoding))
         n_bytes = fill(store, fillings, "copy")
     return CopySummary(
@@ -102,6 +104,22 @@ def copy_store(
         bytes_written=n_bytes,
         seconds=time.perf_counter() - began,
     )
+
+
+def send_store(source: str | Path, url: str) -> PublishSummary:
+    """Publish a finished store as it is; the same call again sends what is missing.
+
+    Raises
+    ------
+    CacheError, IntegrityError
+        As `remote.publish`.
+    """
+    if is_url(source):
+        raise CacheError(
+            f"{source}: is on a server itself; copy it to a folder first, then that one to {url}"
+        )
+    with Progress(0, "send", "byte") as progress:
+        return publish(source, url, progress.advance_to)
 
 
 def wanted_signals(cache: Cache, teacher: str | None, signals: Sequence[str]) -> list[str]:
@@ -142,7 +160,7 @@ def fill(store: Store, fillings: Sequence[Filling], label: str) -> int:
     return n_bytes
 
 
-def _encoding(signal: Signal, named: str | None, general: str) -> str | None:
+def encoding_of(signal: Signal, named: str | None, general: str) -> str | None:
     """Return the encoding to take; the general one only where it is narrower."""
     if named is not None:
         return encoding_for(signal.spec, named)

@@ -131,7 +131,7 @@ class Selected:
     conditions: str
 
 
-def select_systems(store: Path, out: Path, selection: Selection) -> Selected:
+def select_systems(store: str | Path, out: Path, selection: Selection) -> Selected:
     """Write the ids of the systems of a store that fit to a file; one of the same kind is replaced.
 
     Raises
