@@ -5,9 +5,9 @@
 Makes FOLDER/made-up.kdcache (systems of 75 atoms; node 256, v2v 3 x 256 in int8; 2 GB for 26,000) and
 FOLDER/*.lmdb with one pickled PyG record of float32 tensors a system, as OC20's files are and fairchem reads
 them (8 and 2 GB). Everything on one core, batches of 32; the readers take turns, figures are medians. Warm: an
-epoch after the first, which compares the checksums. Cold: the files were dropped from the page cache and opened
-anew, checksums included. LMDB is credited with reading and unpickling alone, without making a batch of the
-records; its readahead is on, as in fairchem.
+epoch after the first, which compares the checksums. Cold: the files were dropped from the page cache and
+opened anew, checksums included. LMDB is credited with reading and unpickling alone, without making a batch of
+the records; its readahead is on, as in fairchem.
 """
 
 import argparse
@@ -34,6 +34,18 @@ from molkd.pipeline.allocator import keep_freed_memory
 FIELDS = ("atomic_numbers", "positions", "tags", "fixed", "cell", "pbc", "energy", "forces")
 SETS = {"node + v2v": ("node", "v2v"), "node": ("node",)}
 BATCH = 32
+
+
+class Opened:
+    """The store, opened anew after `forget`."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.cache = path, Cache.open(path)
+
+    def forget(self) -> None:
+        """Open it again, without what was checked and cached."""
+        self.cache.close()
+        self.cache = Cache.open(self.path)
 
 
 def main() -> None:
@@ -124,17 +136,6 @@ def exhaust(items: Iterator[tuple[int, int]], limit: int | None) -> tuple[int, i
     for pair in islice(items, limit):
         total += pair
     return int(total[0]), int(total[1])
-
-
-class Opened:
-    """The store, opened anew after `forget`."""
-
-    def __init__(self, path: Path) -> None:
-        self.path, self.cache = path, Cache.open(path)
-
-    def forget(self) -> None:
-        self.cache.close()
-        self.cache = Cache.open(self.path)
 
 
 def epoch(opened: Opened, signals: tuple[str, ...]) -> Iterator[tuple[int, int]]:
