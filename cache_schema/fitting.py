@@ -19,9 +19,13 @@ _SHARE = 16  # one in so many atoms is enough where that is more than the fewest
 
 
 def calibration_systems(n_atoms: NDArray[np.int32]) -> NDArray[np.int64]:
-    """Return the systems that codebooks are fitted to, the first in stored order; `n_atoms` is (S,)."""
+    """Return the systems that codebooks are fitted to, the first in stored order; `n_atoms` is (S,).
+
+    At least half of the atoms are left to measure the error on, unless there is but one system.
+    """
     ends = np.cumsum(n_atoms, dtype=np.int64)
-    wanted = min(max(int(ends[-1]) // _SHARE, _FEWEST_ATOMS), _MOST_ATOMS)
+    n = int(ends[-1])
+    wanted = min(max(n // _SHARE, _FEWEST_ATOMS), _MOST_ATOMS, n // 2)
     return np.arange(max(1, int(np.searchsorted(ends, wanted, side="right"))))
 
 

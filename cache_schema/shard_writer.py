@@ -195,7 +195,8 @@ class ShardWriter:
 
         Parameters
         ----------
-        arrays : name -> (n, *stored shape), of every array of the group
+        arrays : name -> (n, *stored shape), of every array of the group; those beside values and scale, as in
+            `write`
         sums : over the same rows, without those of bad systems
 
         Raises
@@ -207,8 +208,14 @@ class ShardWriter:
         self._bad.update(self._check_bad(bad_systems))
         self._moments["values"].merge(sums)
         bad_rows = self._bad_rows(self.rows_written, n)
-        for name in self._group.layouts:
-            self._append(name, arrays[name], bad_rows)
+        for name, layout in self._group.layouts.items():
+            stored = np.asarray(arrays[name])
+            if name not in ("values", SCALE):
+                where = f"{self._group.name}/{name}, shard {self.shard}"
+                stored = encode(stored, ENCODINGS[layout.encoding], where)
+            if stored.dtype != layout.dtype:
+                raise CacheError(f"{self._where}: {name} is {stored.dtype}, stored as {layout.dtype}")
+            self._append(name, stored, bad_rows)
 
     def held_out(self, n: int) -> NDArray[np.bool_] | None:
         """Say which of the next n rows (n,) a fitted encoding was not fitted to; None if it is not fitted."""
