@@ -131,7 +131,7 @@ def test_where_there_is_no_basis_to_learn_in(stores, tmp_path, encoding, term, m
 
 @pytest.mark.parametrize("rotated", [False, True])
 def test_a_student_learns_as_well(stores, tmp_path, rotated):
-    """The same run from exact and from coded features: the loss falls as far, up to the floor of the encoding."""
+    """The same run from exact and from coded features: the loss falls as far, up to the encoding's floor."""
     kd = [{"name": "n2n", "weight": 20.0}]
     training = {"max_steps": 60}
     runs = {}
