@@ -11,7 +11,7 @@ import click
 PATH = click.Path(path_type=Path)
 
 
-class StoreType(click.ParamType):
+class StoreType(click.ParamType):  # type: ignore[type-arg]  # older versions of click have none
     """A store that is read: a folder, or the URL of one on a server."""
 
     name = "path"

@@ -75,8 +75,15 @@ def copy(
             )
         show(send_store(source_store, target), as_json)
         return
-    chosen = {"teacher": teacher, "signals": _words(signals), "encoding": encoding}
-    show(copy_store(source_store, target, selection=_selection(flags), **chosen), as_json)
+    summary = copy_store(
+        source_store,
+        target,
+        teacher=teacher,
+        signals=_words(signals),
+        selection=_selection(flags),
+        encoding=encoding,
+    )
+    show(summary, as_json)
 
 
 @click.command("select")
@@ -131,6 +138,100 @@ def merge(
     show(merge_stores(stores, out, signals=_words(signals), **flags), as_json)
 
 
+@click.command("card")
+@click.argument("store", type=STORE)
+@click.option("--out", type=PATH, help="Markdown file to write; default: print it.")
+@as_json
+def card(as_json: bool, store: str | Path, out: Path | None) -> None:
+    """Describe STORE in Markdown: systems, labels, teachers, signals and their errors, licence, use.
+
+    \b
+    Example:
+      kd cache card oc20.kdcache --out oc20.md
+    """
+    from molkd.pipeline.files import write_atomic
+    from molkd.pipeline.sharing.card import describe_store, store_card
+
+    facts = describe_store(store)
+    if out is not None:
+        write_atomic(out, store_card(facts) + "\n")
+    show({"card": str(out)} if out is not None else facts, as_json, None if out is not None else store_card)
+
+
+@click.command("ls")
+@click.argument("root", type=PATH, default=Path())
+@as_json
+def ls(as_json: bool, root: Path) -> None:
+    """List the stores in the folder ROOT and below: systems, size, teachers, signals, health.
+
+    \b
+    Example:
+      kd cache ls /shared/caches
+    """
+    from molkd.pipeline.sharing.listing import list_stores
+
+    show(list_stores(root), as_json)
+
+
+@click.command("export")
+@click.argument("store", type=STORE)
+@click.argument("out", type=PATH)
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice(["npz", "extxyz", "zarr", "zip", "tar"]),
+    help="Of OUT; default by its suffix.",
+)
+@click.option(
+    "--archive", is_flag=True, help="A compressed Zarr archive: --format zarr unless OUT says zip or tar."
+)
+@click.option(
+    "--compressor",
+    default="blosc:zstd:5",
+    show_default=True,
+    help="Of an archive: blosc:CNAME:LEVEL, zstd:LEVEL, gzip:LEVEL or none.",
+)
+@_signals
+@click.option("--teacher", help="Only this teacher's signals.")
+@conditions
+@as_json
+def export(
+    as_json: bool,
+    store: str | Path,
+    out: Path,
+    form: str | None,
+    archive: bool,
+    compressor: str,
+    signals: str | None,
+    teacher: str | None,
+    **flags: Any,
+) -> None:
+    """Write STORE to OUT for people without this program.
+
+    npz (numpy.load) and extxyz hold decoded values; extxyz leaves out features. zarr, zip and tar are
+    compressed archives that any Zarr v3 client opens, signals as they are stored with what decodes them.
+
+    \b
+    Example:
+      kd cache export coll.kdcache coll.npz --signals energy,forces
+      kd cache export coll.kdcache coll.zarr --archive --compressor blosc:zstd:9
+    """
+    from molkd.pipeline.sharing.exporting import export_store
+
+    if archive and form is None:
+        form = out.suffix[1:] if out.suffix in (".zip", ".tar") else "zarr"
+    summary = export_store(
+        store,
+        out,
+        form=form,
+        teacher=teacher,
+        signals=_words(signals),
+        selection=_selection(flags),
+        compressor=compressor,
+    )
+    show(summary, as_json)
+
+
 def _words(text: str | None) -> tuple[str, ...]:
     return tuple(word.strip() for word in (text or "").split(",") if word.strip())
 
@@ -145,4 +246,4 @@ def _selection(flags: dict[str, Any]) -> Any:
     return Selection(**chosen)
 
 
-COMMANDS = (copy, select, merge)
+COMMANDS = (copy, select, merge, card, ls, export)

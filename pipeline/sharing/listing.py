@@ -1,0 +1,126 @@
+"""`kd cache ls`: every store below a folder with what it holds and whether it is sound."""
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from molkd.cache_schema.errors import CacheError
+from molkd.cache_schema.layout import PLAN
+from molkd.cache_schema.manifest import info
+from molkd.cache_schema.verify import verify
+from molkd.pipeline.errors import DataError
+from molkd.pipeline.evaluation.tables import Column, format_table
+
+_MAX_PROBLEMS = 3
+_COLUMNS = (
+    Column("store", "store"),
+    Column("systems", "systems"),
+    Column("atoms", "atoms"),
+    Column("bytes", "bytes"),
+    Column("dataset", "dataset"),
+    Column("teachers", "teachers"),
+    Column("health", "health"),
+)
+
+
+@dataclass(frozen=True)
+class Listed:
+    """One store."""
+
+    store: str
+    health: str  # "ok", "unfinished: ...", "damaged: ..."
+    systems: int | None = None
+    atoms: int | None = None
+    bytes: int | None = None
+    fingerprint: str = ""
+    sources: tuple[str, ...] = ()
+    teachers: dict[str, dict[str, str]] | None = None  # name -> signal -> encoding
+
+
+@dataclass(frozen=True)
+class Listing:
+    """All stores below a folder."""
+
+    root: str
+    stores: tuple[Listed, ...]
+
+    def text(self) -> str:
+        """Return one line a store."""
+        if not self.stores:
+            return f"no stores below {self.root}"
+        rows = [
+            {
+                "store": one.store,
+                "systems": one.systems,
+                "atoms": one.atoms,
+                "bytes": one.bytes,
+                "dataset": f"{one.fingerprint[:8]} {_first(one.sources)}" if one.fingerprint else "",
+                "teachers": "; ".join(
+                    f"{name}: {', '.join(f'{s} {e}' for s, e in signals.items())}"
+                    for name, signals in (one.teachers or {}).items()
+                ),
+                "health": one.health,
+            }
+            for one in self.stores
+        ]
+        lines = format_table(rows, _COLUMNS).split("\n")
+        return "\n".join("".join(c if c.isprintable() else " " for c in line) for line in lines)
+
+
+def list_stores(root: Path) -> Listing:
+    """Look at every store in a folder and below; sizes and presence are checked, not every byte.
+
+    Raises
+    ------
+    DataError
+        If there is no such folder.
+    """
+    if not root.is_dir():
+        raise DataError(f"{root}: no such folder; give one that stores lie in")
+    return Listing(str(root), tuple(_look(path) for path in find_stores(root)))
+
+
+def find_stores(root: Path) -> Iterator[Path]:
+    """Yield the folders that hold a plan, sorted; stores are not looked into, links not followed."""
+    for folder, subfolders, files in os.walk(root):
+        if PLAN in files:
+            subfolders.clear()
+            yield Path(folder)
+        subfolders.sort()
+        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
+
+
+def _look(path: Path) -> Listed:
+    try:
+        report = verify(path, quick=True)
+        if report.problems:
+            shown = "; ".join(f"{p.path}: {p.message}" for p in report.problems[:_MAX_PROBLEMS])
+            health = f"damaged: {len(report.problems)} problems ({shown})"
+        else:
+            health = "ok"
+        facts = info(path)
+    except (CacheError, OSError) as error:
+        return Listed(
+            str(path), f"damaged: {error}" if isinstance(error, CacheError) else f"unreadable: {error}"
+        )
+    if health == "ok" and not facts["finished"]:
+        health = "unfinished: the command that writes it has to be run again"
+    return Listed(
+        store=str(path),
+        health=health,
+        systems=facts["systems"],
+        atoms=facts["atoms"],
+        bytes=facts["bytes"],
+        fingerprint=facts["fingerprint"],
+        sources=tuple(facts["sources"]),
+        teachers={
+            name: {signal: one["encoding"] for signal, one in entry["signals"].items()}
+            for name, entry in facts["teachers"].items()
+        },
+    )
+
+
+def _first(sources: Sequence[str]) -> str:
+    more = f" and {len(sources) - 1} more" if len(sources) > 1 else ""
+    return f"{Path(sources[0]).name}{more}" if sources else ""
