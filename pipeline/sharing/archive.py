@@ -49,9 +49,9 @@ def parse_compressor(text: str) -> tuple[BytesBytesCodec, ...]:
             return (BloscCodec(cname=cname, clevel=level, shuffle=BloscShuffle.bitshuffle),)
     except ValueError:
         pass
+    cnames = ", ".join(one.value for one in BloscCname)
     raise ConfigError(
-        f"--compressor {text}: choose blosc:zstd:5 (or {', '.join(c.value for c in BloscCname)}; level 0 to 9), zstd:5, gzip:5 "
-        "or none"
+        f"--compressor {text}: choose blosc:zstd:5 (or {cnames}; level 0 to 9), zstd:5, gzip:5 or none"
     )
 
 
