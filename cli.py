@@ -10,7 +10,7 @@ import click
 
 from molkd.cache_schema.errors import MolkdError
 from molkd.pipeline.allocator import keep_freed_memory
-from molkd.pipeline.commands.output import PATH, as_json, given, show
+from molkd.pipeline.commands.output import PATH, STORE, as_json, given, show
 from molkd.pipeline.commands.sharing import COMMANDS
 
 scale_file = click.option(
@@ -36,10 +36,10 @@ def kd(debug: bool, quiet: bool) -> None:
 
 
 @kd.command()
-@click.argument("data", nargs=-1, type=PATH)
+@click.argument("data", nargs=-1, type=STORE)
 @click.argument("store", type=PATH)
 @click.option(
-    "--drop-labels", multiple=True, type=PATH, metavar="DATA", help="More structures, without their labels."
+    "--drop-labels", multiple=True, type=STORE, metavar="DATA", help="More structures, without their labels."
 )
 @click.option("--energy-key", help="Name of the energy in the files (eV).")
 @click.option("--forces-key", help="Name of the forces in the files (eV/A).")
@@ -137,9 +137,9 @@ for command in COMMANDS:
 
 
 @cache.command("info")
-@click.argument("store", type=PATH)
+@click.argument("store", type=STORE)
 @as_json
-def cache_info(as_json: bool, store: Path) -> None:
+def cache_info(as_json: bool, store: str | Path) -> None:
     """Show what is inside STORE: systems, teachers, signals, encodings, sizes, provenance.
 
     \b
@@ -153,7 +153,7 @@ def cache_info(as_json: bool, store: Path) -> None:
 
 
 @cache.command("verify")
-@click.argument("store", type=PATH)
+@click.argument("store", type=STORE)
 @click.option("--quick", is_flag=True, help="Presence and sizes only, no checksums.")
 @click.option("--deep", is_flag=True, help="Also values: do atoms and edges of a sample add up?")
 @click.option("--teacher", help="With --deep: compute the sample again with this teacher.")
@@ -161,7 +161,7 @@ def cache_info(as_json: bool, store: Path) -> None:
 @click.option("--systems", "n_systems", type=click.IntRange(min=1), default=32, help="Of the sample.")
 @click.option("--device", default="auto", show_default=True, help="Of the teacher.")
 @as_json
-def cache_verify(as_json: bool, store: Path, quick: bool, deep: bool, **flags: Any) -> None:
+def cache_verify(as_json: bool, store: str | Path, quick: bool, deep: bool, **flags: Any) -> None:
     """Check every byte of STORE against its checksums; exit code 3 if something is wrong.
 
     \b
@@ -212,7 +212,7 @@ def teacher_info(as_json: bool, teacher: str, scale_file: Path | None) -> None:
 
 
 @kd.command("train-student")
-@click.argument("store", type=PATH)
+@click.argument("store", type=STORE)
 @click.option("--student", required=True, help="Preset: painn-small, schnet, gemnet-oc-small, ...")
 @click.option(
     "--kd",
@@ -228,9 +228,9 @@ def teacher_info(as_json: bool, teacher: str, scale_file: Path | None) -> None:
 @click.option("--kd-loss", type=click.Choice(["mse", "mae"]), default="mse", show_default=True)
 @click.option("--teacher", help="Which one, if the store has several.")
 @click.option("--pseudo-labels", is_flag=True, default=None, help="Missing labels come from the teacher.")
-@click.option("--val", type=PATH, help="Validation data or store; default: a part of STORE by id.")
+@click.option("--val", type=STORE, help="Validation data or store; default: a part of STORE by id.")
 @click.option("--val-fraction", type=float, help="Share of STORE held out by id; default 0.1.")
-@click.option("--test", multiple=True, type=PATH, help="Evaluated once at the end; never trained on.")
+@click.option("--test", multiple=True, type=STORE, help="Evaluated once at the end; never trained on.")
 @click.option("--energy-key", help="Name of the energy in validation and test files (eV).")
 @click.option("--forces-key", help="Name of the forces in validation and test files (eV/A).")
 @click.option("--epochs", type=int, help="Passes over the training systems.")
@@ -274,7 +274,7 @@ def train_student(
 
 @kd.command()
 @click.argument("model")
-@click.argument("data", type=PATH)
+@click.argument("data", type=STORE)
 @scale_file
 @click.option("--predictions", type=PATH, help="Write structures, labels and predictions as extxyz.")
 @click.option("--energy-key", help="Name of the energy in the files (eV).")
@@ -299,7 +299,7 @@ def evaluate(as_json: bool, **flags: Any) -> None:
 @click.option("--out", required=True, type=PATH, help="Folder for report.md, tables and pictures.")
 @click.option("--teacher", help="Evaluated too; needed for the share of the gap closed.")
 @scale_file
-@click.option("--test", multiple=True, type=PATH, help="More data that runs and teacher are measured on.")
+@click.option("--test", multiple=True, type=STORE, help="More data that runs and teacher are measured on.")
 @click.option("--energy-key", help="Name of the energy in the files of --test (eV).")
 @click.option("--forces-key", help="Name of the forces in the files of --test (eV/A).")
 @click.option("--device", default="auto", show_default=True)

@@ -10,6 +10,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from molkd.pipeline.errors import ConfigError
+from molkd.pipeline.places import Place
 
 
 class Settings(BaseModel):
@@ -21,10 +22,10 @@ class Settings(BaseModel):
 class IngestConfig(Settings):
     """`kd ingest`: structures and labels into a store."""
 
-    data: tuple[Path, ...] = ()
+    data: tuple[Place, ...] = ()
     store: Path
     drop_labels: tuple[
-        Path, ...
+        Place, ...
     ] = ()  # more structures, whose labels are not kept: only a teacher labels them
     energy_key: str | None = None  # name of the energy in the files; None tries the usual ones
     forces_key: str | None = None
@@ -222,7 +223,7 @@ class TrainingConfig(Settings):
 class TrainConfig(Settings):
     """`kd train-student`: one run."""
 
-    store: Path
+    store: Place
     out: Path
     student: str
     model: dict[str, Any] = Field(default_factory=dict)  # the architecture's own settings
@@ -231,9 +232,9 @@ class TrainConfig(Settings):
     teacher: str | None = None  # which one, if the store has several
     pseudo_labels: bool = False  # where a label is missing the base loss takes the teacher's
     rotated_targets: bool = False  # compare features in the basis of their encoding (pca), not decoded
-    val: Path | None = None  # file or store; None: val_fraction of the store, by id
+    val: Place | None = None  # file or store; None: val_fraction of the store, by id
     val_fraction: float = Field(0.1, ge=0, lt=1)
-    test: dict[str, Path] = Field(default_factory=dict)  # evaluated once at the end
+    test: dict[str, Place] = Field(default_factory=dict)  # evaluated once at the end
     energy_key: str | None = None  # name of the energy in val and test files; None tries the usual ones
     forces_key: str | None = None
     val_every: int | None = Field(None, ge=1)  # steps; None: once an epoch, but at most 50 times a run

@@ -37,7 +37,7 @@ _FLOOR = 2  # units of rounding of a signal's largest value, where a few systems
 
 
 def deep_verify(
-    store: Path,
+    store: str | Path,
     *,
     teacher: str | None = None,
     n_systems: int = 32,
