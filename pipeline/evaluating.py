@@ -12,7 +12,6 @@ from molkd.pipeline.config import TrainConfig, make_config, read_yaml
 from molkd.pipeline.data.sources import Source, open_source
 from molkd.pipeline.device import choose_device
 from molkd.pipeline.errors import ConfigError, DataError
-from molkd.pipeline.places import is_there, resolved, short_name
 from molkd.pipeline.evaluation.evaluate import evaluate, known_systems
 from molkd.pipeline.evaluation.fingerprint import fingerprint
 from molkd.pipeline.evaluation.groups import group_runs
@@ -21,6 +20,7 @@ from molkd.pipeline.evaluation.report import Report, write_report
 from molkd.pipeline.evaluation.result import FOLDER, Evaluation
 from molkd.pipeline.evaluation.results import TeacherResult
 from molkd.pipeline.evaluation.runs import read_run
+from molkd.pipeline.places import is_there, resolved, short_name
 from molkd.pipeline.progress import Progress
 from molkd.pipeline.scope import Scope
 from molkd.pipeline.teachers.interface import Teacher
