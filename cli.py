@@ -10,7 +10,7 @@ import click
 
 from molkd.cache_schema.errors import MolkdError
 from molkd.pipeline.allocator import keep_freed_memory
-from molkd.pipeline.commands.output import PATH, STORE, as_json, given, show
+from molkd.pipeline.commands.output import NEW_STORE, PATH, STORE, as_json, given, show
 from molkd.pipeline.commands.sharing import COMMANDS
 
 scale_file = click.option(
@@ -37,7 +37,7 @@ def kd(debug: bool, quiet: bool) -> None:
 
 @kd.command()
 @click.argument("data", nargs=-1, type=STORE)
-@click.argument("store", type=PATH)
+@click.argument("store", type=NEW_STORE)
 @click.option(
     "--drop-labels", multiple=True, type=STORE, metavar="DATA", help="More structures, without their labels."
 )
@@ -68,8 +68,8 @@ def ingest(as_json: bool, **flags: Any) -> None:
 
 
 @kd.command("cache-teacher")
-@click.argument("data", type=PATH)
-@click.argument("store", type=PATH, required=False)
+@click.argument("data", type=STORE)
+@click.argument("store", type=NEW_STORE, required=False)
 @click.option(
     "--teacher", required=True, help="Model file, run folder, OCP checkpoint, or a name (see kd doctor)."
 )
@@ -99,7 +99,7 @@ def ingest(as_json: bool, **flags: Any) -> None:
 @as_json
 def cache_teacher(
     as_json: bool,
-    data: Path,
+    data: str | Path,
     store: Path | None,
     energy_key: str | None,
     forces_key: str | None,
@@ -116,13 +116,14 @@ def cache_teacher(
       kd cache-teacher coll.kdcache --teacher painn.safetensors --signals energy,forces,node,v2v
       kd cache-teacher train.extxyz coll.kdcache --teacher sevennet-0 --dry-run
     """
+    from molkd.cache_schema.remote import writable_root
     from molkd.pipeline.caching import cache_teacher as run
     from molkd.pipeline.caching import plan_teacher
     from molkd.pipeline.config import CacheConfig, make_config
 
     if flags.get("signals"):
         flags["signals"] = [s.strip() for s in flags["signals"].split(",") if s.strip()]
-    config = make_config(CacheConfig, given(flags | {"store": store or data}))
+    config = make_config(CacheConfig, given(flags | {"store": store or writable_root(data)}))
     act = plan_teacher if dry_run else run
     show(act(config, data, energy_key=energy_key, forces_key=forces_key), as_json)
 

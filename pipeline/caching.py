@@ -18,6 +18,7 @@ import torch
 from molkd.cache_schema.layout import PLAN
 from molkd.cache_schema.manifest import finalize_if_complete
 from molkd.cache_schema.reader import Cache
+from molkd.cache_schema.remote import is_url
 from molkd.cache_schema.writer import Store
 from molkd.pipeline.config import CacheConfig, IngestConfig
 from molkd.pipeline.data.sources import open_source
@@ -26,6 +27,7 @@ from molkd.pipeline.encodings import asked_encodings, settle_encodings
 from molkd.pipeline.errors import ConfigError, TeacherError
 from molkd.pipeline.forecast import Forecast, forecast
 from molkd.pipeline.ingest import ingest
+from molkd.pipeline.places import is_there, resolved
 from molkd.pipeline.prefetch import Background
 from molkd.pipeline.progress import Progress
 from molkd.pipeline.scope import Scope, source_of
@@ -65,7 +67,7 @@ class CacheSummary:
 
 def cache_teacher(
     config: CacheConfig,
-    data: Path | None = None,
+    data: Path | str | None = None,
     *,
     energy_key: str | None = None,
     forces_key: str | None = None,
@@ -189,7 +191,7 @@ def asked_signals(teacher: Teacher, config: CacheConfig) -> list[str]:
 
 
 def prepare_store(
-    store: Path, data: Path, *, energy_key: str | None = None, forces_key: str | None = None
+    store: Path, data: Path | str, *, energy_key: str | None = None, forces_key: str | None = None
 ) -> None:
     """Make sure that the store holds the structures of `data`; a store given as data is used as it is.
 
@@ -201,18 +203,19 @@ def prepare_store(
         As `ingest`.
     """
     check_place(store, data, (energy_key, forces_key))
-    if data.resolve() != store.resolve():
+    if resolved(data) != store.resolve():
         ingest(IngestConfig(data=(data,), store=store, energy_key=energy_key, forces_key=forces_key))
 
 
-def check_place(store: Path, data: Path, keys: tuple[str | None, str | None]) -> None:
+def check_place(store: Path, data: Path | str, keys: tuple[str | None, str | None]) -> None:
     """Refuse data that name no store to go to, and keys where no file is read."""
-    if data.exists() and not (data / PLAN).exists() and data.resolve() == store.resolve():
+    is_store = is_url(data) or (Path(data) / PLAN).exists()
+    if is_there(data) and not is_store and resolved(data) == store.resolve():
         raise ConfigError(
             f"{data}: is not a store; name one that its structures and the signals go to, "
             f"for example kd cache-teacher {data} NAME.kdcache --teacher ..."
         )
-    if (data / PLAN).exists() and any(keys):
+    if is_store and any(keys):
         raise ConfigError(
             f"{data}: is a store, its labels were chosen when it was made; "
             "give --energy-key and --forces-key to kd ingest"
@@ -220,7 +223,7 @@ def check_place(store: Path, data: Path, keys: tuple[str | None, str | None]) ->
 
 
 def plan_teacher(
-    config: CacheConfig, data: Path, *, energy_key: str | None = None, forces_key: str | None = None
+    config: CacheConfig, data: Path | str, *, energy_key: str | None = None, forces_key: str | None = None
 ) -> Forecast:
     """Price stage one without writing anything but a probe file that is removed again.
 

@@ -23,7 +23,19 @@ class StoreType(click.ParamType):  # type: ignore[type-arg]  # older versions of
         return value if isinstance(value, str) and is_url(value) else Path(value)
 
 
-STORE = StoreType()
+class NewStoreType(click.ParamType):  # type: ignore[type-arg]
+    """A store that is written: a folder."""
+
+    name = "path"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:  # noqa: ARG002
+        """Return a path; refuse a URL, of which a path would make folders."""
+        from molkd.cache_schema.remote import writable_root
+
+        return writable_root(value)
+
+
+STORE, NEW_STORE = StoreType(), NewStoreType()
 as_json = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 
 

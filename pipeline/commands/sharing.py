@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from molkd.pipeline.commands.output import PATH, STORE, as_json, given, show
+from molkd.pipeline.commands.output import NEW_STORE, PATH, STORE, as_json, given, show
 
 _CONDITIONS = (
     click.option("--systems", type=PATH, help="File of ids, as kd cache select writes it."),
@@ -108,7 +108,7 @@ def select(as_json: bool, store: str | Path, out: Path, **flags: Any) -> None:
 
 @click.command("merge")
 @click.argument("stores", nargs=-1, required=True, type=STORE)
-@click.argument("out", type=PATH)
+@click.argument("out", type=NEW_STORE)
 @_signals
 @click.option("--teacher", help="Only this teacher's signals.")
 @_encoding
