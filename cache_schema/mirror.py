@@ -1,6 +1,5 @@
 """A mirror: the local folder of a remote store, into which its files come when they are first used."""
 
-import contextlib
 import hashlib
 import logging
 import os
@@ -8,6 +7,7 @@ import re
 import shutil
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -67,6 +67,8 @@ class Mirror:
         for name, digest in plan.systems.items():
             n_bytes = plan.packing.n_systems * _row_bytes(name)
             self._small[system_file(name)] = Expected(n_bytes, n_bytes, sha256=digest)
+        self._seen: set[str] = set()  # files that were here once; they may have had to make room since
+        self._fetching: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)  # by file
         self._n_fetched, self._bytes_fetched, self._last_line = 0, 0, time.monotonic()
         self._counting = threading.Lock()
 
@@ -74,9 +76,15 @@ class Mirror:
         """Bring metadata and the systems table up to date: all that opening a store needs."""
         self._together(self._renew, self._small)
 
-    def fetch_all(self, relatives: Iterable[str]) -> None:
-        """Bring many files at once."""
-        self._together(lambda relative: inside(self.root, relative), relatives)
+    def fetch_ahead(self, relatives: Iterable[str]) -> None:
+        """Bring several files at once that are going to be read one after the other."""
+        unseen = set(relatives) - self._seen
+        if len(unseen) > 1:
+            self._together(lambda relative: inside(self.root, relative), sorted(unseen))
+
+    def forget(self, relative: str) -> None:
+        """Remove a fetched file; it comes again when it is used."""
+        (self.root / check_relative(relative, str(self.root))).unlink(missing_ok=True)
 
     def bring(self, relative: str, path: Path) -> None:
         """Fetch a file of the store unless it is there; what the manifest does not name is left alone.
@@ -89,17 +97,25 @@ class Mirror:
         expected = self._expected(relative)
         if expected is None:
             return
-        with contextlib.suppress(FileNotFoundError):
-            if expected.n_bytes in (None, path.stat().st_size):
+        with self._fetching[relative]:
+            try:
+                if expected.n_bytes not in (None, path.stat().st_size):
+                    raise FileNotFoundError
                 os.utime(path)  # what was used longest ago makes room for new files
-                return
-        self._fetch(relative, path, expected)
+            except FileNotFoundError:
+                self._fetch(relative, path, expected)
+        self._seen.add(relative)
 
     @property
     def n_bytes(self) -> int:
-        """Bytes of all shard files, as the manifest says."""
-        arrays = (a for group in self._manifest.groups.values() for a in group["arrays"].values())
-        return sum(int(shard["bytes"]) for array in arrays for shard in array["shards"])
+        """Bytes of all shard files, as the manifest says; what makes no sense counts nothing."""
+        check, total = Checks(""), 0
+        for name in self._manifest.groups:
+            arrays = check.table(check.table(self._manifest.groups, name), "arrays")
+            for array in arrays:
+                shards = check.items(check.table(arrays, array), "shards")
+                total += sum(check.integer(s, "bytes", 0, 1 << 62) for s in shards if isinstance(s, dict))
+        return total
 
     def remote_sizes(self, relatives: Iterable[str]) -> dict[str, int | None]:
         """Ask the server for the bytes of files; None for a file it does not have."""
@@ -219,6 +235,27 @@ def open_mirror(url: str) -> Path:
 def mirror_of(root: Path) -> Mirror | None:
     """Return the mirror that a folder is in this process."""
     return _MIRRORS.get(root)
+
+
+def fetch_ahead(files: Iterable[tuple[Path, str]]) -> None:
+    """Have the files (root of a store, path in it) fetched at once that lie in mirrors."""
+    if not _MIRRORS:
+        return
+    by_root = defaultdict(set)
+    for root, relative in files:
+        by_root[root].add(relative)
+    for root, relatives in by_root.items():
+        if root in _MIRRORS:
+            _MIRRORS[root].fetch_ahead(relatives)
+
+
+def damage_remedy(root: Path, relative: str) -> str:
+    """Return what to do about a file found damaged on the disk if it was fetched, else nothing."""
+    mirror = mirror_of(root)
+    if mirror is None:
+        return ""
+    mirror.forget(relative)
+    return f"the copy of {mirror.remote.at(relative)} is removed; run the same command again to fetch it anew"
 
 
 def _forget_changed(root: Path, document: dict[str, Any]) -> None:

@@ -79,7 +79,8 @@ class Remote:
             raise CacheError(f"{url}: no such kind of place; stores are read from {', '.join(SCHEMES)}")
         if parts.query or parts.fragment or "@" in parts.netloc or not parts.netloc:
             raise CacheError(
-                f"{url.split('?')[0]}: give scheme, host and path only, {parts.scheme}://.../NAME{SUFFIX}; "
+                f"{parts.scheme}://{parts.hostname or ''}{parts.path}: give scheme, host and path only, "
+                f"{parts.scheme}://.../NAME{SUFFIX}; "
                 "credentials come from the environment"
             )
         self.url, self.scheme, self.host = url.rstrip("/"), parts.scheme, parts.netloc

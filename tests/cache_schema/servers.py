@@ -9,8 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from urllib.parse import quote
-from xml.etree import ElementTree
+from typing import Any
 
 BUCKET = "lab"
 
@@ -24,20 +23,21 @@ class S3:
     def url(self, name: str) -> str:
         return f"s3://{BUCKET}/{name}"
 
-    def _ask(self, method: str, key: str, body: bytes | None = None) -> bytes:
-        url, headers = f"{self.endpoint}/{BUCKET}/{quote(key)}", {"Content-Type": "binary/octet-stream"}
-        request = urllib.request.Request(url, data=body, headers=headers, method=method)
-        with urllib.request.urlopen(request) as answer:
-            return answer.read()
+    @functools.cached_property
+    def client(self) -> Any:
+        """What others use to look into buckets."""
+        import boto3
+
+        return boto3.client("s3", endpoint_url=self.endpoint)
 
     def get(self, key: str) -> bytes:
-        return self._ask("GET", key)
+        return self.client.get_object(Bucket=BUCKET, Key=key)["Body"].read()
 
     def put(self, key: str, body: bytes) -> None:
-        self._ask("PUT", key, body)
+        self.client.put_object(Bucket=BUCKET, Key=key, Body=body)
 
     def delete(self, key: str) -> None:
-        self._ask("DELETE", key)
+        self.client.delete_object(Bucket=BUCKET, Key=key)
 
     def upload(self, folder: Path, name: str) -> None:
         """What any other tool does that copies a folder to a bucket."""
@@ -45,14 +45,11 @@ class S3:
             if path.is_file():
                 self.put(f"{name}/{path.relative_to(folder).as_posix()}", path.read_bytes())
 
-    def keys(self, prefix: str) -> dict[str, str]:
-        """Key below the prefix -> time of its last change."""
-        raw = urllib.request.urlopen(f"{self.endpoint}/{BUCKET}?list-type=2&prefix={quote(prefix)}/").read()
-        found = {}
-        for entry in ElementTree.fromstring(raw).iterfind("{*}Contents"):
-            key, changed = entry.findtext("{*}Key"), entry.findtext("{*}LastModified")
-            found[key.removeprefix(f"{prefix}/")] = changed
-        return found
+    def objects(self, prefix: str) -> dict[str, bytes]:
+        """Key below the prefix -> content."""
+        pages = self.client.get_paginator("list_objects_v2").paginate(Bucket=BUCKET, Prefix=f"{prefix}/")
+        keys = [entry["Key"] for page in pages for entry in page.get("Contents", ())]
+        return {key.removeprefix(f"{prefix}/"): self.get(key) for key in keys}
 
 
 @contextmanager
