@@ -20,6 +20,7 @@ from molkd.cache_schema.groups import (
     teacher_provenance,
 )
 from molkd.cache_schema.layout import SCALE, split_signal_group
+from molkd.cache_schema.mirror import fetch_ahead
 from molkd.cache_schema.plan import Plan, Systems, read_plan, read_systems
 from molkd.cache_schema.remote import local_root
 from molkd.cache_schema.runs import Runs, find_runs
@@ -292,13 +293,17 @@ class Cache:
             As `read`.
         """
         runs: dict[str, Runs] = {}
-        return {name: array.read(self._runs(array, indices, runs)) for name, array in arrays.items()}
+        wanted = [(name, array, self._runs(array, indices, runs)) for name, array in arrays.items()]
+        fetch_ahead(file for _, array, runs_of in wanted for file in array.files(runs_of))
+        return {name: array.read(runs_of) for name, array, runs_of in wanted}
 
     def announce(self, indices: NDArray[np.int64], arrays: Mapping[str, ArrayReader]) -> None:
         """Tell the system that these rows will soon be read."""
         runs: dict[str, Runs] = {}
-        for array in arrays.values():
-            array.announce(self._runs(array, indices, runs))
+        wanted = [(array, self._runs(array, indices, runs)) for array in arrays.values()]
+        fetch_ahead(file for array, runs_of in wanted for file in array.files(runs_of))
+        for array, runs_of in wanted:
+            array.announce(runs_of)
 
     def signal(self, teacher: str, name: str) -> Signal:
         """Return what a teacher's signal means and how it is stored.

@@ -5,7 +5,7 @@ import os
 import struct
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from molkd.cache_schema.commit import FileRecord, rewrite_remedy
 from molkd.cache_schema.errors import CacheError, IntegrityError
 from molkd.cache_schema.files import crc32c, crc_hex, inside
 from molkd.cache_schema.layout import ArrayLayout, record_path
+from molkd.cache_schema.mirror import damage_remedy
 from molkd.cache_schema.runs import Runs
 from molkd.cache_schema.shard_writer import shard_index
 from molkd.cache_schema.state import GroupState
@@ -77,6 +78,11 @@ class ArrayReader:
             buffers = [target[begin * row_bytes : end * row_bytes] for begin, end in run.places]
             self._pread(file, shard, buffers, run.row * row_bytes, run.n_rows * row_bytes)
         return out
+
+    def files(self, runs: Runs) -> Iterator[tuple[Path, str]]:
+        """Yield the files, root and path in it, that rows are read from; some more than once."""
+        for shard in {run.shard for run in runs.runs}:
+            yield self._root, self.layout.file(shard)
 
     def announce(self, runs: Runs) -> None:
         """Tell the system which rows will be read soon, so that it fetches them meanwhile."""
@@ -155,10 +161,11 @@ class ArrayReader:
             checked[chunk] = 1
 
     def _damaged(self, shard: int, what: str) -> IntegrityError:
-        group = self._state.group.name
+        group, file = self._state.group.name, self.layout.file(shard)
+        remedy = damage_remedy(self._root, file) or rewrite_remedy(group, shard)
         return IntegrityError(
-            f"{self._root / self.layout.file(shard)}: shard {shard} of array {self.layout.path} {what} "
-            f"(record {record_path(group, shard)}); {rewrite_remedy(group, shard)}"
+            f"{self._root / file}: shard {shard} of array {self.layout.path} {what} "
+            f"(record {record_path(group, shard)}); {remedy}"
         )
 
 

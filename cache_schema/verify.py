@@ -282,6 +282,8 @@ class _Verifier:
 
     def _size(self, relative: str) -> int:
         if relative not in self.sizes:
+            if self.mirror is not None:
+                self.mirror.forget(relative)  # what counts is what the server sends now
             return inside(self.root, relative).stat().st_size
         size = self.sizes[relative]
         if size is None:
