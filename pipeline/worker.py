@@ -26,6 +26,7 @@ from molkd.pipeline.teacher_pass import TeacherPass
 from molkd.pipeline.teachers.interface import Teacher
 
 Job = dict[str, Any]
+Receipt = dict[str, Any]  # of a shard: `systems` computed, `bytes` written, `bad` systems (stored indices)
 
 _lock = threading.Lock()  # a worker with several threads runs one teacher at a time
 _held: dict[str, Any] = {}  # what is kept from task to task, of one run
@@ -62,7 +63,6 @@ def release(run: str) -> None:
     """Let go of a run's teacher; not a task: done at once."""
     if _held.get("run") == run:
         _held.clear()
-    _halted.pop(run, None)
 
 
 def _check(job: Job) -> None:
@@ -76,7 +76,7 @@ def _make_room(job: Job) -> dict[str, Any]:
     return {"name": stage.name, "groups": dict(stage.groups)}
 
 
-def _do_shard(job: Job, shard: int) -> dict[str, Any]:
+def _do_shard(job: Job, shard: int) -> Receipt:
     """Do what is missing of a shard; one that is finished costs a look at the commit log."""
     run, written, n_systems = job["run"], Written(), 0
     store: Store = _hold(job, "store", lambda: Store.open(_config(job).store, mode="a"))

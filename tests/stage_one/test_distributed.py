@@ -1,0 +1,389 @@
+"""Stage one by many processes: whoever dies, is slow or repeats work, the store is that of one process."""
+
+import itertools
+import logging
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from multiprocessing import forkserver
+
+import dask
+import pytest
+from distributed import Client
+from forked_commands import run, start
+from stage_one_cases import assert_same_files, files, make_store, structures, write_extxyz, write_teacher
+from worker_processes import background, kill, killed_at, pids, writers
+
+from molkd.cache_schema.reader import Cache
+from molkd.cache_schema.verify import verify
+from molkd.cache_schema.writer import Store
+from molkd.pipeline import caching, cluster, distributed, worker
+from molkd.pipeline.caching import cache_teacher
+from molkd.pipeline.config import CacheConfig, make_config
+from molkd.pipeline.errors import ConfigError, TeacherError
+from molkd.pipeline.models.potential import Potential
+from molkd.pipeline.teachers.load import load_teacher
+
+N_SYSTEMS = 1500
+ENCODINGS = ("node=int8", "v2v=pca:16")
+SIGNALS = ("energy", "forces", "node", "v2v")
+KD = [sys.executable, "-c", "from molkd.cli import main; main()"]
+
+
+def config(store, teacher, **settings):
+    given = {"signals": SIGNALS, "encoding": ENCODINGS, "batch_atoms": 256} | settings
+    return CacheConfig(store=store, teacher=str(teacher), **given)
+
+
+def command(store, teacher, *options):
+    encodings = itertools.chain(*(("--encoding", e) for e in ENCODINGS))
+    signals = ["--signals", ",".join(SIGNALS), "--batch-atoms", 256]
+    return ["cache-teacher", store, "--teacher", teacher, *signals, *encodings, *options]
+
+
+def commits(store):
+    return sorted(p.relative_to(store) for p in (store / "log" / "teachers").rglob("*.json"))
+
+
+def assert_same_store(store, expected):
+    report = verify(store)
+    assert report.ok
+    assert report.notes == []  # nothing left of those that died
+    assert_same_files(store / "data.zarr", expected / "data.zarr")
+    assert (store / "manifest.json").read_bytes() == (expected / "manifest.json").read_bytes()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forked_workers():
+    """Workers, too, start from the process that has imported everything; elsewhere each is a new Python."""
+    forkserver.ensure_running()
+    with dask.config.set({"distributed.worker.multiprocessing-method": "forkserver"}):
+        yield
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory):
+    """A store of many small shards, bare, and as one process fills it."""
+    folder = tmp_path_factory.mktemp("many")
+    make_store(folder / "bare.kdcache", write_extxyz(folder / "train.extxyz", structures(N_SYSTEMS)))
+    write_teacher(folder / "teacher")
+    shutil.copytree(folder / "bare.kdcache", folder / "one.kdcache")
+    cache_teacher(config(folder / "one.kdcache", folder / "teacher.safetensors"))
+    assert Store.open(folder / "bare.kdcache").plan.n_shards > 7
+    return folder
+
+
+@pytest.fixture
+def bare(many, tmp_path):
+    return shutil.copytree(many / "bare.kdcache", tmp_path / "train.kdcache")
+
+
+@pytest.fixture
+def teacher(many):
+    return many / "teacher.safetensors"
+
+
+@pytest.fixture(scope="module")
+def scheduler():
+    """The address of a cluster of two workers that was there before."""
+    with cluster.local_cluster("cpu", 2, 8) as (existing, threads):
+        assert threads == 1
+        yield existing.scheduler_address
+
+
+@pytest.mark.slow
+def test_workers_killed_at_random(many, bare, teacher):
+    finished = len(SIGNALS) * Store.open(bare).plan.n_shards
+    with killed_at([2, finished // 3, finished // 2], lambda: len(commits(bare)), seed=1) as dead:
+        done = cache_teacher(config(bare, teacher, workers=2))
+    assert len(dead) == 3
+    assert pids() == []
+    assert 0 < done.n_computed <= N_SYSTEMS
+    assert_same_store(bare, many / "one.kdcache")
+
+
+@pytest.mark.slow
+def test_a_shard_that_no_worker_survives(bare, teacher, monkeypatch):
+    def kill_writers():
+        for pid in writers(bare):
+            kill(pid)
+        return False
+
+    monkeypatch.setattr(distributed, "_DEATHS", 2)
+    with (
+        background(kill_writers),
+        pytest.raises(TeacherError, match=r"train\.kdcache: 2 workers died over shard \d+; .*--batch-atoms"),
+    ):
+        cache_teacher(config(bare, teacher, workers=2))
+    assert verify(bare).ok
+
+
+@pytest.mark.slow
+def test_ctrl_c_on_the_terminal(many, bare, teacher):
+    """It reaches every process of the terminal; the command ends, and a later one goes on."""
+    arguments = [*KD, *(str(a) for a in command(bare, teacher, "--workers", 2))]
+    process = subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    while len(commits(bare)) < 3:
+        assert process.poll() is None
+        time.sleep(0.002)
+    os.killpg(process.pid, signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130, said
+    assert said.endswith("interrupted; the same command continues\n")
+    assert "Traceback" not in said
+    assert not list(bare.rglob(".tmp-*"))
+    kept = {p: (bare / p).read_bytes() for p in commits(bare)}
+    assert len(kept) < len(SIGNALS) * Store.open(bare).plan.n_shards
+    cache_teacher(config(bare, teacher))
+    assert kept.items() <= {p: (bare / p).read_bytes() for p in commits(bare)}.items()
+    assert_same_store(bare, many / "one.kdcache")
+
+
+@pytest.mark.slow
+def test_two_runs_on_one_cluster_at_once(many, bare, teacher, scheduler):
+    with ThreadPoolExecutor(2) as pool:
+        runs = [pool.submit(cache_teacher, config(bare, teacher, scheduler=scheduler)) for _ in range(2)]
+        done = [each.result() for each in runs]
+    assert N_SYSTEMS <= sum(each.n_computed for each in done) <= 2 * N_SYSTEMS
+    assert_same_store(bare, many / "one.kdcache")
+    before = files(bare)
+    again = cache_teacher(config(bare, teacher, scheduler=scheduler))
+    assert (again.n_computed, again.bytes_written) == (0, 0)
+    assert files(bare) == before
+
+
+@pytest.mark.slow
+def test_the_same_shard_twice_at_once(many, bare, teacher, scheduler):
+    job = make_job(bare, teacher)
+    with Client(scheduler, set_as_default=False) as client:
+        twins = [
+            client.submit(worker.perform, "do shard", job, 1, workers=[address], pure=False)
+            for address in client.nthreads()
+        ]
+        receipts = [twin.result()["receipt"] for twin in twins]
+    assert len(receipts) == 2
+    assert max(receipt["systems"] for receipt in receipts) == len(Store.open(bare).systems_of_shard(1))
+    cache_teacher(config(bare, teacher))
+    assert_same_store(bare, many / "one.kdcache")
+
+
+def make_job(store, teacher, run="a run"):
+    """Return a job as `distributed` sends it, its store prepared."""
+    asked = config(store, teacher)
+    stage = caching.make_room(asked, caching.open_teacher(asked))
+    plain = asked.model_dump(mode="json")
+    return {"run": run, "config": plain, "threads": 1, "name": stage.name, "groups": dict(stage.groups)}
+
+
+@pytest.fixture
+def broken(tmp_path):
+    """A store with one system of nitrogen, and a teacher that says nonsense about it."""
+    systems = structures(600)
+    systems[77].numbers[0] = 7
+    store = make_store(tmp_path / "s.kdcache", write_extxyz(tmp_path / "odd.extxyz", systems))
+    potential = Potential.load(write_teacher(tmp_path / "teacher"))
+    weights = potential.model.state_dict()
+    (embedding,) = (name for name in weights if "embedding" in name.lower() and weights[name].ndim == 2)
+    weights[embedding][7 - 1 : 7 + 1] = float("nan")  # whether it counts from 0 or from 1
+    weights[embedding][6 - 1] = weights[embedding][5]
+    potential.metadata["provenance"]["elements"] = [1, 6, 7, 8]
+    potential.save(tmp_path / "teacher.safetensors")
+    return store, tmp_path / "teacher.safetensors"
+
+
+@pytest.mark.slow
+def test_a_failing_system_stops_with_its_name_and_what_is_committed_stays(broken, scheduler):
+    store, teacher = broken
+    asked = config(store, teacher, encoding="fp16", scheduler=scheduler)
+    with pytest.raises(TeacherError, match=r"odd\.extxyz#77: the teacher gives non-finite .*--skip-bad"):
+        cache_teacher(asked)
+    assert verify(store).ok
+    assert not list(store.rglob(".tmp-*"))
+    kept = {p: (store / p).read_bytes() for p in commits(store)}
+    done = cache_teacher(asked.model_copy(update={"skip_bad": True}))
+    assert [bad.partition("odd.extxyz")[2] for bad in done.bad_systems] == ["#77"]
+    assert kept.items() <= {p: (store / p).read_bytes() for p in commits(store)}.items()
+    with Cache.open(store, complete=True) as cache:
+        assert len(cache.bad_systems("teacher")) == 1
+
+
+@pytest.mark.parametrize("at_once", [True, False], ids=["at once", "in turn"])
+def test_job_arrays(many, bare, teacher, tmp_path, at_once):
+    jobs = []
+    for part in ("0/2", "1/2"):
+        jobs.append(start(command(bare, teacher, "--worker", part), tmp_path / f"log-{part[0]}"))
+        if not at_once:
+            assert jobs[0].wait() == 0, jobs[0].text
+            done = {int(p.stem) for p in commits(bare)}
+            assert done == set(range(0, Store.open(bare).plan.n_shards, 2)) or part == "1/2"
+    assert [job.wait() for job in jobs] == [0, 0], [job.text for job in jobs]
+    assert_same_store(bare, many / "one.kdcache")
+
+
+def test_what_a_dead_job_left_is_found_by_running_again(many, bare, teacher, tmp_path):
+    dead = start(command(bare, teacher, "--worker", "0/3"), tmp_path / "log")
+    while not commits(bare):
+        assert dead.process.exitcode is None, dead.text
+        time.sleep(0.002)
+    dead.process.kill()
+    dead.wait()
+    for part in ("1/3", "2/3"):
+        assert run(command(bare, teacher, "--worker", part), tmp_path / "log").wait() == 0
+    assert not (bare / "manifest.json").exists() or Store.open(bare).missing_shards("teachers/teacher/node")
+    assert run(command(bare, teacher), tmp_path / "log").wait() == 0
+    assert_same_store(bare, many / "one.kdcache")
+
+
+def test_jobs_of_an_array_do_not_each_make_the_store(many, teacher, tmp_path):
+    asked = config(tmp_path / "new.kdcache", teacher, worker="0/2")
+    with pytest.raises(ConfigError, match=r"new\.kdcache: no store yet, .*kd ingest \S+train\.extxyz \S+new"):
+        cache_teacher(asked, many / "train.extxyz")
+    assert not asked.store.exists()
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"workers": 2, "worker": "0/2"}, "--workers and --worker exclude each other"),
+        ({"workers": 2, "scheduler": "tcp://a:1"}, "--workers and --scheduler exclude each other"),
+        ({"worker": "2/2"}, r"i from 0 to n - 1, .*found '2/2'"),
+        ({"worker": "1"}, "write it as i/n"),
+        ({"worker": "-1/2"}, "write it as i/n"),
+        ({"workers": 0}, "workers: .*greater than or equal to 1"),
+    ],
+)
+def test_settings_that_make_no_sense(given, says):
+    with pytest.raises(ConfigError, match=says):
+        make_config(CacheConfig, {"store": "s", "teacher": "t"} | given)
+
+
+@pytest.mark.parametrize(
+    "address", ["nonsense", "tcp://127.0.0.1:9", "foo://127.0.0.1:9", "file.json"], ids=lambda a: a[:5]
+)
+def test_no_scheduler_there(bare, teacher, address, tmp_path, monkeypatch):
+    monkeypatch.setattr(cluster, "_CONNECT_SECONDS", 0.2)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file.json").write_text('{"type": "Nothing"}')
+    with pytest.raises(ConfigError, match=f"--scheduler {address}: no Dask scheduler answers there"):
+        cache_teacher(config(bare, teacher, scheduler=address))
+    assert commits(bare) == []
+
+
+def test_a_finished_shard_costs_no_teacher(many, teacher, monkeypatch):
+    done = many / "one.kdcache"
+    job = make_job(done, teacher, run="finished")
+    monkeypatch.setattr(worker, "open_teacher", None)
+    answers = [worker.perform("do shard", job, shard) for shard in range(Store.open(done).plan.n_shards)]
+    assert all(answer == {"receipt": {"systems": 0, "bytes": 0, "bad": []}} for answer in answers)
+
+
+def test_a_worker_with_another_teacher_is_refused(many, bare, teacher, tmp_path):
+    job = make_job(bare, teacher, run="other")
+    job["config"]["teacher"] = str(write_teacher(tmp_path / "teacher", seed=4))
+    answer = worker.perform("do shard", job, 0)
+    assert answer["error"] == "CacheError"
+    assert "teacher teacher is another one (weights_sha256" in answer["message"]
+    assert commits(bare) == []
+
+
+def test_halted_workers(bare, teacher, monkeypatch):
+    """Told to drop the shard in work, a worker leaves nothing of it; then it begins no other."""
+    job = make_job(bare, teacher, run="halted")
+    batches = []
+    original = worker._go_on
+
+    def go_on(run, n_systems):
+        batches.append(n_systems)
+        if len(batches) == 2:
+            worker.halt(run, drop=True)
+        original(run, n_systems)
+
+    monkeypatch.setattr(worker, "_go_on", go_on)
+    nothing = {"receipt": {"systems": 0, "bytes": 0, "bad": []}}
+    assert worker.perform("do shard", job, 0) == nothing
+    assert worker.perform("do shard", job, 1) == nothing
+    assert len(batches) == 2
+    assert commits(bare) == []
+    assert not list(bare.rglob(".tmp-*"))
+    worker.release("halted")
+    assert worker._held == {}
+
+
+class Noisy:
+    """The teacher on hardware that rounds differently."""
+
+    def __init__(self, teacher):
+        self._teacher = teacher
+
+    def __getattr__(self, name):
+        return getattr(self._teacher, name)
+
+    def compute(self, batch, signals):
+        return {k: v * (1 + 1e-6) for k, v in self._teacher.compute(batch, signals).items()}
+
+
+def test_of_two_roundings_the_first_committed_stays(made, teacher, store, monkeypatch, caplog):
+    """As on GPUs: both computations are right, and neither process is to fail for it."""
+    asked = config(store, teacher, signals=("energy", "node"), encoding="fp32")
+    alone = shutil.copytree(store, store.with_name("alone.kdcache"))
+    original = caching.compute_shard
+
+    def overtaken(*arguments):
+        monkeypatch.setattr(caching, "compute_shard", original)
+        with monkeypatch.context() as other:
+            other.setattr(caching, "load_teacher", lambda *a, **k: Noisy(load_teacher(*a, **k)))
+            cache_teacher(asked)
+        shutil.copytree(store, alone, dirs_exist_ok=True)
+        original(*arguments)
+
+    monkeypatch.setattr(caching, "compute_shard", overtaken)
+    with caplog.at_level(logging.WARNING):
+        cache_teacher(asked)
+    assert "already committed by" in caplog.text
+    assert "different values; it is kept" in caplog.text
+    assert_same_store(store, alone)
+
+
+def test_each_worker_gets_a_gpu_in_turn(monkeypatch):
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert cluster._devices("auto") == ["0", "1", "2"]
+    assert cluster._devices("cuda:1") == ["1"]
+    assert cluster._devices("cpu") == []
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,GPU-7f,2")  # as a batch system gives them
+    assert cluster._devices("auto") == ["4", "GPU-7f", "2"]
+    assert cluster._devices("cuda:2") == ["2"]
+
+
+@pytest.mark.slow
+def test_workers_see_their_gpu_alone(monkeypatch):
+    monkeypatch.setattr(cluster, "_devices", lambda name: ["4", "GPU-7f"])
+    with cluster.local_cluster("auto", 3, 8) as (workers, threads), Client(workers) as client:
+        seen = client.run(os.getenv, "CUDA_VISIBLE_DEVICES")
+    assert threads is None
+    assert sorted(seen.values()) == ["4", "4", "GPU-7f"]
+    assert os.getenv("CUDA_VISIBLE_DEVICES") is None
+
+
+def test_settings_for_workers_elsewhere(many, tmp_path, monkeypatch):
+    """Paths hold from any folder, and everything is a plain value."""
+    monkeypatch.chdir(many)
+    given = CacheConfig(store="one.kdcache", teacher="teacher.safetensors", workers=3)
+    plain = distributed._plain(given, "cuda")
+    monkeypatch.chdir(tmp_path)
+    there = CacheConfig.model_validate(plain)
+    assert there.store == many / "one.kdcache"
+    assert there.teacher == str(many / "teacher.safetensors")
+    assert (there.workers, there.device) == (None, "cuda")
+    assert there.model_dump(mode="json") == plain
+    assert (
+        distributed._plain(given.model_copy(update={"teacher": "sevennet-0"}), "cpu")["teacher"]
+        == "sevennet-0"
+    )
