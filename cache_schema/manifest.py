@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from molkd.cache_schema.files import write_error, write_file
-from molkd.cache_schema.groups import teacher_provenance
+from molkd.cache_schema.groups import ATOMS, teacher_provenance
 from molkd.cache_schema.jsonfile import seal
 from molkd.cache_schema.layout import FORMAT, MANIFEST
 from molkd.cache_schema.mirror import mirror_of
@@ -103,6 +103,7 @@ def info(path: str | Path) -> dict[str, Any]:
             "finished": all(entry.complete for entry in _entries(cache)),
             "bytes": n_bytes,
             "bytes_per_atom": n_bytes / packing.n_atoms,
+            "overlay_of": str(place) if (place := cache.state(ATOMS).root) != root else "",
             "dataset": cache.dataset,
             "sources": list(cache.source_names),
             "fields": {name: _describe(entry, cache) for name, entry in cache.fields.items()},

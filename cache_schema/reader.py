@@ -12,15 +12,10 @@ from numpy.typing import ArrayLike, NDArray
 from molkd.cache_schema.edges import EdgeReader
 from molkd.cache_schema.errors import CacheError
 from molkd.cache_schema.fields import ATOM_FIELDS, N_EDGES, SYSTEM_FIELDS, FieldSpec
-from molkd.cache_schema.groups import (
-    ATOMS,
-    list_logged_teachers,
-    list_signal_groups,
-    list_teachers,
-    teacher_provenance,
-)
+from molkd.cache_schema.groups import ATOMS, list_teachers, teacher_provenance
 from molkd.cache_schema.layout import SCALE, split_signal_group
 from molkd.cache_schema.mirror import fetch_ahead
+from molkd.cache_schema.overlay import locate_groups
 from molkd.cache_schema.plan import Plan, Systems, read_plan, read_systems
 from molkd.cache_schema.remote import local_root
 from molkd.cache_schema.runs import Runs, find_runs
@@ -97,18 +92,20 @@ class Cache:
         )
         self._files = FileCache()
         self._arrays = {
-            (group, name): ArrayReader(root, state, name, self._files)
+            (group, name): ArrayReader(state.root, state, name, self._files)
             for group, state in states.items()
             for name in state.group.layouts
         }
         self._edges = {
-            group: EdgeReader(root, state, systems, self._files)
+            group: EdgeReader(state.root, state, systems, self._files)
             for group, state in states.items()
             if N_EDGES.name in state.group.layouts
         }
         self.fields = {name: _entry(states[ATOMS], name, [name]) for name in ATOM_FIELDS}
+        places = dict.fromkeys((root, states[ATOMS].root))  # an overlay, and the store it refers to
+        known = {name: place for place in reversed(places) for name in list_teachers(place)}
         self.teachers: dict[str, TeacherEntry] = {
-            name: TeacherEntry(teacher_provenance(root, name) or {}, {}) for name in list_teachers(root)
+            name: TeacherEntry(teacher_provenance(known[name], name) or {}, {}) for name in sorted(known)
         }
         for group, state in states.items():
             if group != ATOMS:
@@ -133,12 +130,14 @@ class Cache:
         root = local_root(path)
         plan = read_plan(root)
         systems = read_systems(root, plan)
-        teachers = sorted({*list_teachers(root), *list_logged_teachers(root)})
-        names = [ATOMS, *(group for teacher in teachers for group in list_signal_groups(root, teacher))]
-        states = load_states(root, plan, systems, names)
+        places = locate_groups(root, plan)
+        found: dict[str, GroupState] = {}
+        for place in dict.fromkeys(places.values()):
+            found |= load_states(place, plan, systems, [name for name in places if places[name] == place])
+        states = {name: found[name] for name in places}
         if complete:
             for state in states.values():
-                require_complete(root, state)
+                require_complete(state.root, state)
         return cls(root, plan, systems, states)
 
     def close(self) -> None:
@@ -193,7 +192,7 @@ class Cache:
         CacheError
             Naming the teachers or signals there are, or the shards that are missing.
         """
-        require_complete(self.path, self._states[ATOMS])
+        require_complete(self._states[ATOMS].root, self._states[ATOMS])
         if teacher is not None:
             for signal in signals:
                 require_complete(self.path, self._states[self._signal_group(teacher, signal)])

@@ -1,7 +1,6 @@
 """Check a store, sizes only or every byte, and say which shard of which array is wrong."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from molkd.cache_schema.edges import are_inside
 from molkd.cache_schema.errors import CacheError, IntegrityError
 from molkd.cache_schema.fields import EDGE_INDEX, N_EDGES
 from molkd.cache_schema.files import TMP_PREFIX, crc32c, crc_hex, inside
+from molkd.cache_schema.findings import HARMLESS, Problem, Report
 from molkd.cache_schema.groups import (
     ATOMS,
     Group,
@@ -24,6 +24,7 @@ from molkd.cache_schema.groups import (
 from molkd.cache_schema.identity import system_id
 from molkd.cache_schema.layout import DATA, LOG, MANIFEST, PLAN, ArrayLayout, record_path
 from molkd.cache_schema.mirror import mirror_of
+from molkd.cache_schema.overlay import OVERLAY, base_of
 from molkd.cache_schema.plan import (
     SYSTEM_ARRAYS,
     Plan,
@@ -39,42 +40,7 @@ from molkd.cache_schema.state import load_group, read_manifest
 
 Progress = Callable[[int, int], None]  # bytes done, bytes in all
 
-# Left by writers that were stopped, or by hand; nothing that is read depends on them.
-HARMLESS = ("temporary", "uncommitted", "unfinished", "orphan")
 _COPY = "restore the file from a copy of the store"
-
-
-@dataclass(frozen=True)
-class Problem:
-    """One finding."""
-
-    # plan, systems, metadata, record, manifest, missing, size, checksum, identity, edges, or one of HARMLESS
-    kind: str
-    path: str  # within the store
-    message: str
-    remedy: str
-    array: str = ""  # "atoms/positions"
-    shard: int | None = None
-    chunk: int | None = None  # inner chunk; None if it is the index or unknown
-
-    def __str__(self) -> str:
-        return f"{self.path}: {self.message}; {self.remedy}"
-
-
-@dataclass
-class Report:
-    """What was found."""
-
-    quick: bool
-    problems: list[Problem] = field(default_factory=list)  # what is committed is missing or not as written
-    notes: list[Problem] = field(default_factory=list)  # harmless: unfinished, left over, foreign
-    n_files: int = 0
-    n_bytes: int = 0
-
-    @property
-    def ok(self) -> bool:
-        """Whether all that is committed is as it was written; a quick check looks at sizes only."""
-        return not self.problems
 
 
 def verify(path: str | Path, quick: bool = False, progress: Progress | None = None) -> Report:
@@ -118,8 +84,10 @@ class _Verifier:
         systems = self._systems(plan)
         if systems is None:
             return self.report  # without the table nobody knows which rows a shard has
+        overlay = self._overlay(plan)
         for name in self._group_names():
-            self._group(plan, systems, name)
+            if not (overlay and name == ATOMS):
+                self._group(plan, systems, name)
         if self.mirror is None:
             self._strangers()
         return self.report
@@ -150,6 +118,20 @@ class _Verifier:
         except IntegrityError as error:
             self._add("systems", f"{DATA}/systems", str(error), _COPY, array="systems")
             return None
+
+    def _overlay(self, plan: Plan) -> bool:
+        """Look at the store that an overlay refers to; its files are its own matter."""
+        if not (self.root / OVERLAY).exists():
+            return False
+        self.expected.add(OVERLAY)
+        self._count((self.root / OVERLAY).stat().st_size)
+        try:
+            message = f"structures and other signals lie in {base_of(self.root, plan)}"
+            self._add("base", OVERLAY, message, "verify that store too")
+        except CacheError as error:
+            remedy = "restore that store, or say where it is with kd cache overlay"
+            self._add("overlay", OVERLAY, str(error), remedy)
+        return True
 
     def _group_names(self) -> list[str]:
         names = [ATOMS]

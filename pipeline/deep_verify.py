@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from molkd.cache_schema.encoding import ENCODINGS, is_fitted, rounding_error
 from molkd.cache_schema.jsonfile import canonical
 from molkd.cache_schema.reader import Cache, SignalEntry
+from molkd.cache_schema.teachers import TEACHER_IDENTITY
 from molkd.cache_schema.verify import Progress, verify
-from molkd.cache_schema.writer import TEACHER_IDENTITY
 from molkd.pipeline.caching import provenance
 from molkd.pipeline.deep_report import Compared, DeepReport, Deviation
 from molkd.pipeline.device import choose_device

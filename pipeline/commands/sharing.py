@@ -138,6 +138,25 @@ def merge(
     show(merge_stores(stores, out, signals=_words(signals), **flags), as_json)
 
 
+@click.command("overlay")
+@click.argument("shared", type=STORE)
+@click.argument("mine", type=PATH)
+@as_json
+def overlay(as_json: bool, shared: str | Path, mine: Path) -> None:
+    """Make the store MINE for signals of your own over SHARED, which is only ever read.
+
+    kd cache-teacher MINE adds signals to MINE; everything else is read from SHARED, a folder or a URL. If
+    SHARED has moved, the same command with its new place mends MINE. kd cache copy MINE makes it whole.
+
+    \b
+    Example:
+      kd cache overlay /shared/oc20.kdcache mine.kdcache
+    """
+    from molkd.cache_schema.overlay import create_overlay
+
+    show({"store": str(create_overlay(shared, mine)), "overlay_of": str(shared)}, as_json)
+
+
 @click.command("card")
 @click.argument("store", type=STORE)
 @click.option("--out", type=PATH, help="Markdown file to write; default: print it.")
@@ -246,4 +265,4 @@ def _selection(flags: dict[str, Any]) -> Any:
     return Selection(**chosen)
 
 
-COMMANDS = (copy, select, merge, card, ls, export)
+COMMANDS = (copy, select, merge, overlay, card, ls, export)

@@ -21,6 +21,7 @@ from molkd.cache_schema.encoding import encoding_for
 from molkd.cache_schema.errors import CacheError
 from molkd.cache_schema.groups import ATOMS
 from molkd.cache_schema.manifest import finalize_if_complete
+from molkd.cache_schema.overlay import OVERLAY
 from molkd.cache_schema.publishing import PublishSummary
 from molkd.cache_schema.reader import Cache
 from molkd.cache_schema.regroup import Origins, fill_group
@@ -115,9 +116,9 @@ def send_store(source: str | Path, url: str) -> PublishSummary:
         As `remote.publish`.
     """
     if is_url(source):
-        raise CacheError(
-            f"{source}: is on a server itself; copy it to a folder first, then that one to {url}"
-        )
+        raise CacheError(f"{source}: is on a server itself; copy it to a folder, then that one to {url}")
+    if (Path(source) / OVERLAY).exists():
+        raise CacheError(f"{source}: is an overlay; copy it to a folder, then that one to {url}")
     with Progress(0, "send", "byte") as progress:
         return publish(source, url, progress.advance_to)
 

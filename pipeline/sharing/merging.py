@@ -20,10 +20,10 @@ from molkd.cache_schema.collecting import (
 )
 from molkd.cache_schema.errors import CacheError
 from molkd.cache_schema.groups import ATOMS
-from molkd.cache_schema.jsonfile import canonical
 from molkd.cache_schema.reader import Cache
 from molkd.cache_schema.regroup import Origins
-from molkd.cache_schema.writer import TEACHER_IDENTITY, Store
+from molkd.cache_schema.teachers import identity
+from molkd.cache_schema.writer import Store
 from molkd.pipeline.encoding_options import parse_encodings
 from molkd.pipeline.sharing.copying import encoding_of, fill, wanted_signals
 from molkd.pipeline.sharing.duplicates import one_of_each, places_of
@@ -138,8 +138,7 @@ def _offers(
     for k, cache in enumerate(caches):
         for owner in cache.teachers if teacher is None else [n for n in cache.teachers if n == teacher]:
             provenance = cache.teachers[owner].provenance
-            identity = canonical([provenance.get(key) for key in TEACHER_IDENTITY])
-            name = known.setdefault(identity, owner)
+            name = known.setdefault(identity(provenance), owner)
             if list(known.values()).count(name) > 1:
                 raise CacheError(
                     f"{cache.path}: its teacher {owner} is another one than {owner} in a store before "
