@@ -206,7 +206,8 @@ def list_logged_teachers(root: Path) -> list[str]:
 
 
 def _described(root: Path, group: str, depth: int) -> Iterator[str]:
-    for path in sorted((root / DATA / group).iterdir()):
+    folder = root / DATA / group
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
         child = f"{group}/{path.name}"
         if not _is_name(path.name) or not path.is_dir() or depth >= _MAX_SIGNAL_PARTS:
             continue
