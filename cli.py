@@ -11,6 +11,7 @@ import click
 from molkd.cache_schema.errors import MolkdError
 from molkd.pipeline.allocator import keep_freed_memory
 from molkd.pipeline.commands.output import NEW_STORE, PATH, STORE, as_json, given, show
+from molkd.pipeline.commands.plan import plan
 from molkd.pipeline.commands.sharing import COMMANDS
 
 scale_file = click.option(
@@ -118,8 +119,8 @@ def cache_teacher(
     """
     from molkd.cache_schema.remote import writable_root
     from molkd.pipeline.caching import cache_teacher as run
-    from molkd.pipeline.caching import plan_teacher
     from molkd.pipeline.config import CacheConfig, make_config
+    from molkd.pipeline.planning import plan_teacher
 
     if flags.get("signals"):
         flags["signals"] = [s.strip() for s in flags["signals"].split(",") if s.strip()]
@@ -133,7 +134,7 @@ def cache() -> None:
     """Look into a store, check it, and share it."""
 
 
-for command in COMMANDS:
+for command in (plan, *COMMANDS):
     cache.add_command(command)
 
 

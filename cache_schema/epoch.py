@@ -239,14 +239,14 @@ class _Window:
         self.systems = np.sort(systems)
         self.arrays = cache.read_arrays(self.systems, arrays)
         self.n_atoms = cache.system_n_atoms[self.systems].astype(np.int64)
-        self.first_atom = self.n_atoms.cumsum() - self.n_atoms
+        self.first_atom = np.cumsum(self.n_atoms, dtype=np.int64) - self.n_atoms
         self.on_atoms = {name for name, array in arrays.items() if array.layout.spec.axis == "atom"}
 
     def take(self, systems: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
         """Return the arrays of some of them in the given order."""
         place = self.systems.searchsorted(systems)
         count = self.n_atoms[place]
-        shift = self.first_atom[place] - (count.cumsum() - count)
+        shift = self.first_atom[place] - (np.cumsum(count, dtype=np.int64) - count)
         rows: NDArray[np.int64] = np.arange(int(count.sum())) + shift.repeat(count)
         return {
             n: values.take(rows if n in self.on_atoms else place, axis=0) for n, values in self.arrays.items()

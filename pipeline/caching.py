@@ -12,7 +12,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from molkd.cache_schema.layout import PLAN
@@ -21,11 +20,9 @@ from molkd.cache_schema.reader import Cache
 from molkd.cache_schema.remote import is_url
 from molkd.cache_schema.writer import Store
 from molkd.pipeline.config import CacheConfig, IngestConfig
-from molkd.pipeline.data.sources import open_source
 from molkd.pipeline.device import choose_device
 from molkd.pipeline.encodings import asked_encodings, settle_encodings
 from molkd.pipeline.errors import ConfigError, TeacherError
-from molkd.pipeline.forecast import Forecast, forecast
 from molkd.pipeline.ingest import ingest
 from molkd.pipeline.places import is_there, resolved
 from molkd.pipeline.prefetch import Background
@@ -47,7 +44,6 @@ from molkd.pipeline.teachers.load import load_teacher
 log = logging.getLogger(__name__)
 
 ALL = "all"  # among the signals asked for: every one but those on edges
-_PROBE_SYSTEMS = 256
 
 
 @dataclass(frozen=True)
@@ -220,40 +216,6 @@ def check_place(store: Path, data: Path | str, keys: tuple[str | None, str | Non
             f"{data}: is a store, its labels were chosen when it was made; "
             "give --energy-key and --forces-key to kd ingest"
         )
-
-
-def plan_teacher(
-    config: CacheConfig, data: Path | str, *, energy_key: str | None = None, forces_key: str | None = None
-) -> Forecast:
-    """Price stage one without writing anything but a probe file that is removed again.
-
-    Raises
-    ------
-    ConfigError, DataError, ModelError, TeacherError
-        What the real run would refuse, as far as a sample of the data shows it.
-    """
-    check_place(config.store, data, (energy_key, forces_key))
-    teacher = open_teacher(config)
-    source = open_source(data, energy_key=energy_key, forces_key=forces_key)
-    try:
-        rng = np.random.default_rng(0)
-        chosen = rng.choice(len(source), size=min(len(source), _PROBE_SYSTEMS), replace=False)
-        sample = [source.read(int(i)) for i in chosen]
-        n_systems = len(source)
-    finally:
-        source.close()
-    for system in sample:
-        scope_of(teacher).check(system)
-    specs = {s: teacher.signals[s] for s in asked_signals(teacher, config)}
-    return forecast(
-        config.store,
-        teacher,
-        sample,
-        n_systems,
-        asked_encodings(specs, config),
-        config,
-        new_store=not (config.store / PLAN).exists(),
-    )
 
 
 def open_teacher(config: CacheConfig) -> Teacher:

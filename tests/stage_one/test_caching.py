@@ -19,11 +19,12 @@ from molkd.cache_schema.reader import Cache
 from molkd.cache_schema.verify import verify
 from molkd.cache_schema.writer import Store
 from molkd.pipeline import caching
-from molkd.pipeline.caching import cache_teacher, plan_teacher
+from molkd.pipeline.caching import cache_teacher
 from molkd.pipeline.config import CacheConfig
 from molkd.pipeline.data.store_source import StoreSource
 from molkd.pipeline.errors import CacheError, ConfigError, ModelError, TeacherError
 from molkd.pipeline.graphs.neighbors import NeighborRule
+from molkd.pipeline.planning import plan_teacher
 from molkd.pipeline.teacher_pass import make_work
 from molkd.pipeline.teachers.load import load_teacher
 

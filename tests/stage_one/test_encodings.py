@@ -13,12 +13,13 @@ from molkd.cache_schema.reader import Cache
 from molkd.cache_schema.writer import Store
 from molkd.pipeline import encodings
 from molkd.pipeline.budget import propose
-from molkd.pipeline.caching import cache_teacher, plan_teacher
+from molkd.pipeline.caching import cache_teacher
 from molkd.pipeline.config import CacheConfig, make_config
 from molkd.pipeline.deep_verify import deep_verify
 from molkd.pipeline.device_narrowing import BROKEN, narrow_on_device, sums_of
 from molkd.pipeline.encodings import choose_encoding, relative_error
 from molkd.pipeline.errors import CacheError, ConfigError
+from molkd.pipeline.planning import parse_bytes, plan_teacher
 from molkd.pipeline.shard_output import edge_rows
 from molkd.pipeline.teacher_pass import make_work
 from molkd.pipeline.teachers.load import load_teacher
@@ -224,6 +225,19 @@ def test_forecast_of_fitted_encodings(done, tmp_path):
     text = price.text()
     assert "v2v" in text
     assert "fits" in text
+
+
+@pytest.mark.parametrize(
+    ("text", "n"), [("500GB", 500 * 10**9), ("1.5 tb", 1500 * 10**9), ("20000", 20_000), ("3k", 3000)]
+)
+def test_sizes_as_people_write_them(text, n):
+    assert parse_bytes(text) == n
+
+
+@pytest.mark.parametrize("text", ["", "GB", "-3GB", "5 elephants", "1e9"])
+def test_no_size(text):
+    with pytest.raises(ConfigError, match=f"{text}: is no size; write it as 500GB"):
+        parse_bytes(text)
 
 
 def test_a_budget_by_hand():

@@ -11,9 +11,10 @@ from stage_one_cases import assert_same_files, structures, write_extxyz
 from molkd.cache_schema.reader import Cache
 from molkd.cache_schema.verify import verify
 from molkd.pipeline import caching
-from molkd.pipeline.caching import cache_teacher, plan_teacher
+from molkd.pipeline.caching import cache_teacher
 from molkd.pipeline.config import CacheConfig
 from molkd.pipeline.errors import ConfigError, DataError, TeacherError
+from molkd.pipeline.planning import plan_teacher
 from molkd.pipeline.teachers.load import load_teacher
 from molkd.pipeline.transfer import HostCopy, side_stream
 
