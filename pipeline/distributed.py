@@ -158,7 +158,7 @@ class _HandOut:
                     self._send_more()
         except BaseException:  # Ctrl-C above all: shards in work are dropped, committed ones stay
             self._crew.halt(drop=True)
-            with suppress(TimeoutError, CancelledError):
+            with suppress(TimeoutError, CancelledError), self._crew.client.as_current():
                 wait([future for _, future in self._flying.values()], timeout=_GRACE_SECONDS)
             raise
         if self._failure is not None:

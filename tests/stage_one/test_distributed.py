@@ -188,8 +188,7 @@ def broken(tmp_path):
     potential = Potential.load(write_teacher(tmp_path / "teacher"))
     weights = potential.model.state_dict()
     (embedding,) = (name for name in weights if "embedding" in name.lower() and weights[name].ndim == 2)
-    weights[embedding][7 - 1 : 7 + 1] = float("nan")  # whether it counts from 0 or from 1
-    weights[embedding][6 - 1] = weights[embedding][5]
+    weights[embedding][7 - 1] = float("nan")
     potential.metadata["provenance"]["elements"] = [1, 6, 7, 8]
     potential.save(tmp_path / "teacher.safetensors")
     return store, tmp_path / "teacher.safetensors"

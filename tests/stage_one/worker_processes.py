@@ -63,4 +63,4 @@ def killed_at(counts: list[int], count: Callable[[], int], seed: int) -> Iterato
 
 def writers(store: Path) -> set[int]:
     """Return the processes that have files of shards in work in a store."""
-    return {int(path.name.split("-")[-2]) for path in store.glob("data.zarr/teachers/**/c/**/.tmp-*")}
+    return {int(path.name.split("-")[-2]) for path in store.glob("data.zarr/teachers/**/values/c/**/.tmp-*")}
