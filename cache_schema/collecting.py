@@ -143,13 +143,11 @@ def declare(
         )
     wanted = encoding or found[0]
     first = signals[0]
-    as_stored = found == [wanted] and all(
-        _same_codebook(first.codebook, s.codebook) and s.recoded_from == first.recoded_from for s in signals
-    )
+    as_stored = found == [wanted] and all(_same_codebook(first.codebook, s.codebook) for s in signals)
     if as_stored:
         books = [signal.codebook for signal in signals if signal.codebook is not None]
         codebook = carried_codebook(origins, books) if books else None
-        signal = Signal(spec, wanted, codebook, first.recoded_from)
+        signal = Signal(spec, wanted, codebook, max((s.recoded_from for s in signals), key=len))
     else:
         widest = max(row_bytes(spec, e) for e in found)
         if found != [wanted] and row_bytes(spec, wanted) >= widest:

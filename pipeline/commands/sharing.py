@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import click
 
@@ -138,6 +138,62 @@ def merge(
     show(merge_stores(stores, out, signals=_words(signals), **flags), as_json)
 
 
+@click.command("add")
+@click.argument("store", type=STORE)
+@click.argument("data", type=PATH)
+@click.argument("out", type=PATH)
+@click.option("--teacher", help="The teacher of STORE: model file, run folder, checkpoint or name.")
+@click.option("--name", help="Of the teacher in STORE, if there are several.")
+@click.option("--scale-file", type=PATH, help="Scale factors, for an OCP checkpoint that holds none.")
+@click.option("--device", help="auto, cpu, cuda, cuda:1.")
+@click.option("--skip-bad", is_flag=True, default=None, help="Quarantine systems with non-finite output.")
+@click.option("--energy-key", help="Name of the energy in DATA (eV).")
+@click.option("--forces-key", help="Name of the forces in DATA (eV/A).")
+@click.option(
+    "--on-conflict",
+    type=click.Choice(["error", "first"]),
+    default="error",
+    show_default=True,
+    help="Same system, other labels.",
+)
+@as_json
+def add(
+    as_json: bool,
+    store: str | Path,
+    data: Path,
+    out: Path,
+    teacher: str | None,
+    name: str | None,
+    on_conflict: Literal["error", "first"],
+    energy_key: str | None,
+    forces_key: str | None,
+    **running: Any,
+) -> None:
+    """Write to OUT a store with the systems of STORE and those of DATA.
+
+    The teacher runs over the new systems only, with the signals and encodings of STORE. More signals, or
+    another teacher, need no new store: kd cache-teacher STORE adds them.
+
+    \b
+    Example:
+      kd cache add coll.kdcache more.extxyz larger.kdcache --teacher painn.safetensors
+    """
+    from molkd.pipeline.sharing.adding import add_systems
+
+    reading = given({"energy_key": energy_key, "forces_key": forces_key, "on_conflict": on_conflict})
+    summary = add_systems(
+        store,
+        data,
+        out,
+        teacher=teacher,
+        name=name,
+        on_conflict=on_conflict,
+        reading=reading,
+        running=given(running),
+    )
+    show(summary, as_json)
+
+
 @click.command("overlay")
 @click.argument("shared", type=STORE)
 @click.argument("mine", type=PATH)
@@ -265,4 +321,4 @@ def _selection(flags: dict[str, Any]) -> Any:
     return Selection(**chosen)
 
 
-COMMANDS = (copy, select, merge, overlay, card, ls, export)
+COMMANDS = (copy, select, merge, add, overlay, card, ls, export)
