@@ -45,7 +45,7 @@ def add_systems(
 
     The order and the packing of a store never change, so the result is a new one. The new systems go to a
     store of their own beside it, NAME.adding.kdcache, where the teacher runs over them with the signals,
-    encodings and codebooks of `store`; then both are merged, and it is removed. The same call again continues.
+    encodings and codebooks of `store`; then both are merged, and it is removed. The same call continues.
 
     Parameters
     ----------
