@@ -1,5 +1,6 @@
 """A mirror: the local folder of a remote store, into which its files come when they are first used."""
 
+import contextlib
 import hashlib
 import logging
 import os
@@ -99,10 +100,13 @@ class Mirror:
             return
         with self._fetching[relative]:
             try:
-                if expected.n_bytes not in (None, path.stat().st_size):
-                    raise FileNotFoundError
-                os.utime(path)  # what was used longest ago makes room for new files
+                is_here = expected.n_bytes in (None, path.stat().st_size)
             except FileNotFoundError:
+                is_here = False
+            if is_here:
+                with contextlib.suppress(OSError):  # removed just now, or another user's
+                    os.utime(path)  # what was used longest ago makes room for new files
+            else:
                 self._fetch(relative, path, expected)
         self._seen.add(relative)
 
@@ -203,7 +207,7 @@ def open_mirror(url: str) -> Path:
     if manifest_raw is None:
         raise CacheError(
             f"{remote.url}: is not finished (no {MANIFEST} there), so nobody can tell what it holds; if it "
-            "is being published wait for that, else finish the local store and publish it again (kd cache copy)"
+            "is being published wait for that, else finish the local store and publish it (kd cache copy)"
         )
     plan_sha256 = parse_sealed(plan_raw, remote.at(PLAN), _PUBLISH)[1]
     document = parse_sealed(manifest_raw, remote.at(MANIFEST), _PUBLISH)[0]

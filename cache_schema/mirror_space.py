@@ -104,9 +104,9 @@ class MirrorSpace:
                 break
             if file.path in is_open or now - file.used < _KEEP_SECONDS:
                 continue
-            with contextlib.suppress(FileNotFoundError):  # another process was faster
-                Path(file.path).unlink()
-            total -= file.n_bytes
+            with contextlib.suppress(OSError):  # another user's
+                Path(file.path).unlink(missing_ok=True)
+                total -= file.n_bytes
         return total
 
 
@@ -118,7 +118,7 @@ def _scan(folder: Path) -> list[_File]:
             continue  # small files stay: without them a mirror cannot be opened
         for name in names:
             path = Path(parent, name)
-            with contextlib.suppress(FileNotFoundError):
+            with contextlib.suppress(OSError):
                 if name.startswith(TMP_PREFIX) and is_abandoned(path):
                     path.unlink()
                     continue

@@ -104,7 +104,7 @@ def _finished(root: Path, manifest: Manifest | None) -> Manifest:
     if manifest is None or missing:
         raise CacheError(
             f"{root}: {', '.join(missing)} not finished (not in {MANIFEST}); run the command that writes it "
-            "again, then publish"
+            "again (or copy an overlay, which makes it self-contained: kd cache copy), then publish"
         )
     return manifest
 
