@@ -1,7 +1,9 @@
 import importlib.util
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -81,16 +83,32 @@ def web(tmp_path, mirrors):
 
 
 @pytest.fixture
+def open_folder():
+    """A temporary folder that every user may enter, for tests that become another; pytest's are private."""
+    if os.getuid() != 0:
+        pytest.skip("only root can become another user")
+    folder = Path(tempfile.mkdtemp())
+    try:
+        folder.chmod(0o755)
+        if not all(parent.stat().st_mode & 0o001 for parent in folder.parents):
+            pytest.skip(f"other users may not enter {folder.parent}")
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture
 def run_script():
     """Run one of this folder's scripts in a fresh interpreter and return what it printed."""
 
     def run(name: str, *arguments: object, timeout: float = 240) -> str:
+        path = [str(_FOLDER), *filter(None, [os.environ.get("PYTHONPATH")])]
         done = subprocess.run(
             [sys.executable, _FOLDER / name, *map(str, arguments)],
             capture_output=True,
             text=True,
             timeout=timeout,
-            env={**os.environ, "PYTHONPATH": str(_FOLDER), "OMP_NUM_THREADS": "1"},
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(path), "OMP_NUM_THREADS": "1"},
         )
         assert done.returncode == 0, done.stderr
         return done.stdout
