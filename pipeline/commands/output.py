@@ -18,7 +18,7 @@ class StoreType(click.ParamType):  # type: ignore[type-arg]  # older versions of
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str | Path:  # noqa: ARG002
         """Return the text of a URL, or a path; a path would lose one of the slashes."""
-        from molkd.cache_schema.objects import is_url
+        from molkd.cache_schema.remote import is_url
 
         return value if isinstance(value, str) and is_url(value) else Path(value)
 
