@@ -90,7 +90,7 @@ def info(path: str | Path) -> dict[str, Any]:
         if mirror is None:
             n_bytes = sum(f.stat().st_size for f in root.rglob("*") if f.is_file())
         else:
-            n_bytes = mirror.n_bytes
+            n_bytes = mirror.expected.n_bytes
         return {
             "path": str(root) if mirror is None else mirror.remote.url,
             "format": FORMAT,

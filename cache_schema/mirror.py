@@ -14,13 +14,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from molkd.cache_schema.checks import Checks
-from molkd.cache_schema.codebook import MAX_PCA_CHANNELS
 from molkd.cache_schema.errors import CacheError, IntegrityError
+from molkd.cache_schema.expected_files import PUBLISH, ExpectedFiles
 from molkd.cache_schema.files import exclusive, inside, make_folder, on_first_use, write_error, write_file
-from molkd.cache_schema.groups import ATOMS
 from molkd.cache_schema.jsonfile import parse_sealed
 from molkd.cache_schema.layout import (
     DATA,
@@ -29,21 +25,17 @@ from molkd.cache_schema.layout import (
     MAX_MANIFEST_BYTES,
     PLAN,
     SUFFIX,
-    split_signal_group,
 )
 from molkd.cache_schema.mirror_space import MirrorSpace, mirrors_folder, mirrors_limit
-from molkd.cache_schema.objects import Expected, Remote, check_relative
-from molkd.cache_schema.plan import SYSTEM_ARRAYS, Plan, read_plan, system_file
+from molkd.cache_schema.objects import AT_ONCE, Expected, Remote
+from molkd.cache_schema.plan import Plan, read_plan
+from molkd.cache_schema.server import check_relative
 from molkd.cache_schema.state import Manifest, read_manifest
-from molkd.cache_schema.zarr_json import parse, read_signal
 
 log = logging.getLogger(__name__)
 
-_AT_ONCE = 8  # requests under way
-_MAX_ZARR_JSON_BYTES = 1 << 24
 _SECONDS_BETWEEN_LINES = 60.0
 _MIRRORS: dict[Path, "Mirror"] = {}  # by folder
-_PUBLISH = "ask its owner to publish it again (kd cache copy)"
 
 
 class Mirror:
@@ -52,22 +44,8 @@ class Mirror:
     def __init__(
         self, remote: Remote, root: Path, plan: Plan, manifest: Manifest, space: MirrorSpace
     ) -> None:
-        self.remote, self.root = remote, root
-        self._manifest, self._space = manifest, space
-        where = remote.at(MANIFEST)
-        metadata = dict(plan.metadata)
-        for group, names in manifest.metadata.items():
-            if group != ATOMS:
-                check_relative(group, where)
-                split_signal_group(group)
-            metadata |= {name: digest for name, digest in names.items() if name not in plan.metadata}
-        self._small = {
-            f"{DATA}/{check_relative(name, where)}": Expected(_MAX_ZARR_JSON_BYTES, sha256=digest)
-            for name, digest in metadata.items()
-        }
-        for name, digest in plan.systems.items():
-            n_bytes = plan.packing.n_systems * _row_bytes(name)
-            self._small[system_file(name)] = Expected(n_bytes, n_bytes, sha256=digest)
+        self.remote, self.root, self._space = remote, root, space
+        self.expected = ExpectedFiles(remote.at(MANIFEST), root, plan, manifest)
         self._seen: set[str] = set()  # files that were here once; they may have had to make room since
         self._fetching: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)  # by file
         self._n_fetched, self._bytes_fetched, self._last_line = 0, 0, time.monotonic()
@@ -75,7 +53,7 @@ class Mirror:
 
     def fetch_small(self) -> None:
         """Bring metadata and the systems table up to date: all that opening a store needs."""
-        self._together(self._renew, self._small)
+        self._together(self._renew, self.expected.small)
 
     def fetch_ahead(self, relatives: Iterable[str]) -> None:
         """Bring several files at once that are going to be read one after the other."""
@@ -95,7 +73,7 @@ class Mirror:
         CacheError, IntegrityError
             As `Remote.fetch`.
         """
-        expected = self._expected(relative)
+        expected = self.expected.of(relative)
         if expected is None:
             return
         with self._fetching[relative]:
@@ -110,23 +88,6 @@ class Mirror:
                 self._fetch(relative, path, expected)
         self._seen.add(relative)
 
-    @property
-    def n_bytes(self) -> int:
-        """Bytes of all shard files, as the manifest says; what makes no sense counts nothing."""
-        check, total = Checks(""), 0
-        for name in self._manifest.groups:
-            arrays = check.table(check.table(self._manifest.groups, name), "arrays")
-            for array in arrays:
-                shards = check.items(check.table(arrays, array), "shards")
-                total += sum(check.integer(s, "bytes", 0, 1 << 62) for s in shards if isinstance(s, dict))
-        return total
-
-    def remote_sizes(self, relatives: Iterable[str]) -> dict[str, int | None]:
-        """Ask the server for the bytes of files; None for a file it does not have."""
-        names = list(relatives)
-        with ThreadPoolExecutor(_AT_ONCE) as pool:
-            return dict(zip(names, pool.map(self.remote.size, names), strict=True))
-
     def _fetch(self, relative: str, path: Path, expected: Expected) -> None:
         self._space.reserve(expected.n_bytes or 0)
         n_bytes = self.remote.fetch(relative, path, expected)
@@ -140,53 +101,19 @@ class Mirror:
         log.info("%s: %d files, %.3g GB fetched", self.remote.url, self._n_fetched, self._bytes_fetched / 1e9)
 
     def _renew(self, relative: str) -> None:
-        path, expected = inside(self.root, relative), self._small[relative]
+        path, expected = inside(self.root, relative), self.expected.small[relative]
         if path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() == expected.sha256:
             return
         self._fetch(relative, path, expected)
 
     def _together(self, act: Any, relatives: Iterable[str]) -> None:
-        with ThreadPoolExecutor(_AT_ONCE) as pool:
+        with ThreadPoolExecutor(AT_ONCE) as pool:
             try:
                 for _ in pool.map(act, relatives):
                     pass
             except BaseException:
                 pool.shutdown(cancel_futures=True)
                 raise
-
-    def _expected(self, relative: str) -> Expected | None:
-        known = self._small.get(relative)
-        if known is not None or not relative.startswith(f"{DATA}/") or "/c/" not in relative:
-            return known
-        array, _, chunk = relative.removeprefix(f"{DATA}/").partition("/c/")
-        group, _, name = array.rpartition("/")
-        check_relative(relative, str(self.root))
-        if group not in self._manifest.groups:
-            return None
-        check = Checks(f"{self.remote.at(MANIFEST)}, {group}")
-        arrays = check.table(check.table(self._manifest.groups, group), "arrays")
-        if name not in arrays:
-            return self._codebook(group, name, array)
-        shards = check.items(check.table(arrays, name), "shards")
-        shard = int(chunk.split("/")[0])
-        if not shard < len(shards) or not isinstance(shards[shard], dict):
-            return None
-        n_bytes = check.integer(shards[shard], "bytes", 0, 1 << 62)
-        expected = Expected(n_bytes, n_bytes, check.hexadecimal(shards[shard], "crc32c", 8))
-        check.finish(_PUBLISH)
-        return expected
-
-    def _codebook(self, group: str, name: str, array: str) -> Expected | None:
-        """Return what the file of a codebook's array is; the signal's group says so."""
-        if f"{DATA}/{array}/zarr.json" not in self._small:
-            return None
-        path = self.root / DATA / group / "zarr.json"
-        entry = read_signal(parse(path.read_bytes(), str(path)), str(path))[2]
-        check = Checks(str(path))
-        table = check.table(check.table(check.table(entry, "codebook"), "arrays"), name)
-        digest = check.hexadecimal(table, "sha256", 64)
-        check.finish(_PUBLISH)
-        return Expected(4 * MAX_PCA_CHANNELS**2, sha256=digest)
 
 
 def open_mirror(url: str) -> Path:
@@ -209,8 +136,8 @@ def open_mirror(url: str) -> Path:
             f"{remote.url}: is not finished (no {MANIFEST} there), so nobody can tell what it holds; if it "
             "is being published wait for that, else finish the local store and publish it (kd cache copy)"
         )
-    plan_sha256 = parse_sealed(plan_raw, remote.at(PLAN), _PUBLISH)[1]
-    document = parse_sealed(manifest_raw, remote.at(MANIFEST), _PUBLISH)[0]
+    plan_sha256 = parse_sealed(plan_raw, remote.at(PLAN), PUBLISH)[1]
+    document = parse_sealed(manifest_raw, remote.at(MANIFEST), PUBLISH)[0]
     digest = hashlib.sha256(f"{remote.url} {plan_sha256}".encode()).hexdigest()
     host = re.sub(r"[^A-Za-z0-9_.-]", "_", remote.host)
     base = mirrors_folder()
@@ -230,7 +157,8 @@ def open_mirror(url: str) -> Path:
     assert manifest is not None
     mirror = Mirror(remote, root, plan, manifest, MirrorSpace(base.resolve(), mirrors_limit()))
     mirror.fetch_small()
-    log.info("%s: read through %s", remote.url, root)
+    if root not in _MIRRORS:
+        log.info("%s: read through %s", remote.url, root)
     _MIRRORS[root] = mirror
     on_first_use(root, mirror.bring)
     return root
@@ -275,8 +203,3 @@ def _forget_changed(root: Path, document: dict[str, Any]) -> None:
     for group, entry in old.items():
         if not isinstance(new, dict) or new.get(group) != entry:
             shutil.rmtree(inside(root, f"{DATA}/{check_relative(group, str(root))}"), ignore_errors=True)
-
-
-def _row_bytes(name: str) -> int:
-    dtype, tail, _, _ = SYSTEM_ARRAYS[name]
-    return int(np.prod(tail, dtype=np.int64)) * np.dtype(dtype).itemsize

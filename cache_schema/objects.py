@@ -1,43 +1,23 @@
-"""Remote files: what server a URL means; files fetched whole, checked before they count; files sent."""
+"""Files of a server: fetched whole and checked before they count; sent whole, with their checksum beside."""
 
 import hashlib
 import os
-import re
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from datetime import timedelta
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
-from urllib.parse import unquote, urlsplit
+from pathlib import Path, PurePosixPath
+from typing import BinaryIO
 
-from molkd.cache_schema.errors import CacheError, IntegrityError
-from molkd.cache_schema.files import crc32c, crc_hex, fsync_folder, make_folder, open_temporary, write_error
-from molkd.cache_schema.layout import SUFFIX
+from molkd.cache_schema.errors import IntegrityError
+from molkd.cache_schema.files import crc32c, crc_hex, make_folder, open_temporary, write_error
+from molkd.cache_schema.server import BUCKETS, Server
 
-if TYPE_CHECKING:
-    from obstore.store import ObjectStore
-
-BUCKETS = ("s3", "gs", "az")
-SCHEMES = (*BUCKETS, "http", "https")
-_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
-_PART = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")  # of the path of any file of a store
+AT_ONCE = 8  # requests under way
 _ATTEMPTS = 2
 _PIECE_BYTES = 1 << 20
 _PUT_BYTES = 8 << 20  # of one part of a large object
 _MAX_PARTS = 9_000  # S3 takes 10,000
 _CRC = "molkd-crc32c"  # what an object's metadata say about its bytes
-_SETTINGS = {
-    "s3": "AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_REGION and AWS_ENDPOINT_URL, or "
-    "AWS_SKIP_SIGNATURE=true for a public bucket",
-    "gs": "GOOGLE_APPLICATION_CREDENTIALS",
-    "az": "AZURE_STORAGE_ACCOUNT_NAME and AZURE_STORAGE_ACCOUNT_KEY or AZURE_STORAGE_SAS_KEY",
-}
-
-
-def is_url(text: str | Path) -> bool:
-    """Say whether a text means a place on a server; a Path never does."""
-    return isinstance(text, str) and _URL.match(text) is not None
 
 
 @dataclass(frozen=True)
@@ -62,36 +42,8 @@ class Expected:
         return ""
 
 
-class Remote:
-    """The files below a URL.
-
-    Attributes
-    ----------
-    url : without the slash at its end
-    scheme : one of SCHEMES
-    host : bucket, container or host
-    name : last part of the URL, fit for a folder
-    """
-
-    def __init__(self, url: str) -> None:
-        parts = urlsplit(url)
-        if parts.scheme not in SCHEMES:
-            raise CacheError(f"{url}: no such kind of place; stores are read from {', '.join(SCHEMES)}")
-        if parts.query or parts.fragment or "@" in parts.netloc or not parts.netloc:
-            raise CacheError(
-                f"{parts.scheme}://{parts.hostname or ''}{parts.path}: give scheme, host and path only, "
-                f"{parts.scheme}://.../NAME{SUFFIX}; "
-                "credentials come from the environment"
-            )
-        self.url, self.scheme, self.host = url.rstrip("/"), parts.scheme, parts.netloc
-        last = unquote(parts.path).rstrip("/").rsplit("/", 1)[-1]
-        self.name = re.sub(r"[^A-Za-z0-9_.-]", "_", last).lstrip(".") or f"store{SUFFIX}"
-        self._store = _connect(self.url, self.scheme)
-        self._pid = os.getpid()
-
-    def at(self, relative: str) -> str:
-        """Return the URL of a file."""
-        return f"{self.url}/{relative}"
+class Remote(Server):
+    """The files below a URL, read and written whole."""
 
     def read(self, relative: str, max_bytes: int) -> bytes | None:
         """Return a small file; None if there is none.
@@ -105,9 +57,9 @@ class Remote:
         """
         import obstore
 
-        with self._asking(relative):
+        with self.asking(relative):
             try:
-                answer = obstore.get(self._store, relative)
+                answer = obstore.get(self.store, relative)
             except FileNotFoundError:
                 return None
             raw, n_bytes = bytearray(), int(answer.meta["size"])
@@ -137,11 +89,8 @@ class Remote:
                 try:
                     with os.fdopen(fd, "wb") as handle:
                         n_bytes, difference = self._copy(relative, handle, expected)
-                        handle.flush()
-                        os.fsync(handle.fileno())
                     if not difference:
-                        temporary.replace(target)
-                        fsync_folder(target.parent)
+                        temporary.replace(target)  # no fsync: what a crash spoils is fetched anew
                         return n_bytes
                 finally:
                     temporary.unlink(missing_ok=True)
@@ -152,13 +101,13 @@ class Remote:
             "damaged or was replaced: ask for it to be published again, or use another copy"
         )
 
-    def _copy(self, relative: str, handle: Any, expected: Expected) -> tuple[int, str]:
+    def _copy(self, relative: str, handle: BinaryIO, expected: Expected) -> tuple[int, str]:
         """Write a file's bytes, no more than are expected; return how many, and what is wrong with them."""
         import obstore
 
-        with self._asking(relative):
+        with self.asking(relative):
             try:
-                answer = obstore.get(self._store, relative)
+                answer = obstore.get(self.store, relative)
             except FileNotFoundError:
                 raise IntegrityError(
                     f"{self.at(relative)}: missing, but the store's manifest names it; "
@@ -171,7 +120,7 @@ class Remote:
             stream = answer.stream(min_chunk_size=_PIECE_BYTES)
         n_bytes, crc, sha256 = 0, 0, hashlib.sha256()
         while True:
-            with self._asking(relative):
+            with self.asking(relative):
                 piece = next(stream, None)
             if piece is None:
                 break
@@ -185,19 +134,44 @@ class Remote:
             handle.write(data)
         return n_bytes, expected.difference(n_bytes, crc, sha256.hexdigest())
 
-    def size(self, relative: str) -> int | None:
-        """Return the bytes of a file; None if there is none.
+    def sizes(self, relatives: Iterable[str]) -> dict[str, int | None]:
+        """Return the bytes of files; None for one that is not there.
 
         Raises
         ------
         CacheError
             If the server cannot be asked.
         """
+        names = list(relatives)
+        if self.scheme in BUCKETS:
+            folders = {str(PurePosixPath(name).parent) for name in names}
+            there = dict(self.files(os.path.commonpath(folders))) if names else {}
+            return {name: there.get(name) for name in names}
+        with ThreadPoolExecutor(AT_ONCE) as pool:
+            return dict(zip(names, pool.map(self._size, names), strict=True))
+
+    def files(self, folder: str = "") -> Iterator[tuple[str, int]]:
+        """Yield path and bytes of every file in a folder of a bucket and below."""
         import obstore
 
-        with self._asking(relative):
+        with self.asking(folder):
+            for batch in obstore.list(self.store, prefix=folder or None):
+                yield from ((entry["path"], int(entry["size"])) for entry in batch)
+
+    def entries(self, folder: str = "") -> tuple[list[str], list[str]]:
+        """Return the folders and the files that lie directly in a folder of a bucket."""
+        import obstore
+
+        with self.asking(folder):
+            found = obstore.list_with_delimiter(self.store, prefix=folder or None)
+            return list(found["common_prefixes"]), [entry["path"] for entry in found["objects"]]
+
+    def _size(self, relative: str) -> int | None:
+        import obstore
+
+        with self.asking(relative):
             try:
-                return int(obstore.head(self._store, relative)["size"])
+                return int(obstore.head(self.store, relative)["size"])
             except FileNotFoundError:
                 return None
 
@@ -205,9 +179,9 @@ class Remote:
         """Say whether a file was sent before: with this size, and this crc32c in its metadata."""
         import obstore
 
-        with self._asking(relative):
+        with self.asking(relative):
             try:
-                found = obstore.get(self._store, relative, options={"head": True})
+                found = obstore.get(self.store, relative, options={"head": True})
             except FileNotFoundError:
                 return False
             return int(found.meta["size"]) == n_bytes and found.attributes.get(_CRC) == crc
@@ -233,10 +207,10 @@ class Remote:
         from obstore.exceptions import AlreadyExistsError
 
         n_bytes = len(data) if isinstance(data, bytes) else data.stat().st_size
-        with self._asking(relative):
+        with self.asking(relative):
             try:
                 obstore.put(
-                    self._store,
+                    self.store,
                     relative,
                     data,
                     attributes={_CRC: crc},
@@ -248,62 +222,3 @@ class Remote:
             except AlreadyExistsError:
                 return False
         return True
-
-    @contextmanager
-    def _asking(self, relative: str) -> Iterator[None]:
-        """Turn the library's errors into one line."""
-        from obstore.exceptions import BaseError
-
-        if os.getpid() != self._pid:
-            raise CacheError(
-                f"{self.at(relative)}: cannot be reached from a forked process; start workers with spawn, or "
-                "copy the store to a local folder first (kd cache copy)"
-            )
-        try:
-            yield
-        except (BaseError, OSError) as error:
-            reason = str(error).partition("\n")[0]
-            how = _SETTINGS.get(self.scheme)
-            remedy = f" and the environment ({how})" if how else ""
-            raise CacheError(
-                f"{self.at(relative)}: {reason}; check the URL, the network{remedy}, then run the same "
-                "command again, what was done is kept"
-            ) from error
-
-
-def check_relative(relative: str, where: str) -> str:
-    """Return the path of a file in a store if it is one that a store may have.
-
-    Raises
-    ------
-    IntegrityError
-        Naming where it was read.
-    """
-    if not all(_PART.fullmatch(part) for part in relative.split("/")):
-        raise IntegrityError(f"{where}: names the file {relative!r}, which leads out of the store")
-    return relative
-
-
-def _connect(url: str, scheme: str) -> "ObjectStore":
-    try:
-        from obstore.exceptions import BaseError
-        from obstore.store import HTTPStore, from_url
-    except ImportError as error:
-        raise CacheError(f"{url}: needs the extra s3; install it with pip install 'molkd[s3]'") from error
-
-    endpoints = (value for name, value in os.environ.items() if name.startswith("AWS_ENDPOINT"))
-    plain = scheme == "http" or any(e.startswith("http://") for e in endpoints)
-    client: Any = {
-        "allow_http": plain,
-        "connect_timeout": timedelta(seconds=20),
-        "read_timeout": timedelta(seconds=60),
-        "timeout": timedelta(hours=6),  # of a whole file; what stalls ends with the read timeout
-    }
-    retry: Any = {"max_retries": 4, "retry_timeout": timedelta(seconds=60)}
-    try:
-        if scheme in BUCKETS:
-            return from_url(url, client_options=client, retry_config=retry)
-        return HTTPStore.from_url(url, client_options=client, retry_config=retry)
-    except (BaseError, ValueError) as error:
-        reason = str(error).partition("\n")[0]
-        raise CacheError(f"{url}: {reason}; check the URL") from error

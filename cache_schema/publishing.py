@@ -18,8 +18,9 @@ from molkd.cache_schema.layout import (
     PLAN,
     record_path,
 )
-from molkd.cache_schema.objects import BUCKETS, Remote
+from molkd.cache_schema.objects import Remote
 from molkd.cache_schema.plan import Plan, read_plan, read_systems, system_file
+from molkd.cache_schema.server import BUCKETS
 from molkd.cache_schema.state import Manifest, load_group, read_manifest
 
 Progress = Callable[[int, int], None]  # bytes done, bytes in all

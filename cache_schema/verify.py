@@ -79,7 +79,7 @@ class _Verifier:
             return self.report
         self.total = sum(p.stat().st_size for p in (self.root / DATA).rglob("*") if p.is_file())
         if self.mirror is not None:
-            self.total = self.mirror.n_bytes
+            self.total = self.mirror.expected.n_bytes
         self._count((self.root / PLAN).stat().st_size)
         systems = self._systems(plan)
         if systems is None:
@@ -157,7 +157,7 @@ class _Verifier:
             self._count((self.root / path).stat().st_size)
         listed = self._manifest_files(plan, group)
         if self.mirror is not None and self.quick:
-            self.sizes = self.mirror.remote_sizes(
+            self.sizes = self.mirror.remote.sizes(
                 layout.file(shard) for shard in listed for layout in group.layouts.values()
             )
         committed = committed_shards(self.root, group)

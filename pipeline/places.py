@@ -5,7 +5,7 @@ from typing import Annotated
 
 from pydantic import BeforeValidator
 
-from molkd.cache_schema.objects import is_url
+from molkd.cache_schema.remote import is_url
 
 
 def as_place(given: object) -> object:
