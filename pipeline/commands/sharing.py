@@ -234,10 +234,12 @@ def card(as_json: bool, store: str | Path, out: Path | None) -> None:
 
 
 @click.command("ls")
-@click.argument("root", type=PATH, default=Path())
+@click.argument("root", type=STORE, default=Path())
 @as_json
-def ls(as_json: bool, root: Path) -> None:
-    """List the stores in the folder ROOT and below: systems, size, teachers, signals, health.
+def ls(as_json: bool, root: str | Path) -> None:
+    """List the stores in ROOT and below: systems, size, teachers, signals, health.
+
+    ROOT is a folder, or a bucket or a prefix of one (s3://BUCKET/caches).
 
     \b
     Example:

@@ -5,9 +5,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from molkd.cache_schema import remote
 from molkd.cache_schema.errors import CacheError
 from molkd.cache_schema.layout import PLAN
 from molkd.cache_schema.manifest import info
+from molkd.cache_schema.remote import is_url
 from molkd.cache_schema.verify import verify
 from molkd.pipeline.errors import DataError
 from molkd.pipeline.evaluation.tables import Column, format_table
@@ -68,17 +70,25 @@ class Listing:
         return "\n".join("".join(c if c.isprintable() else " " for c in line) for line in lines)
 
 
-def list_stores(root: Path) -> Listing:
+def list_stores(root: str | Path) -> Listing:
     """Look at every store in a folder and below; sizes and presence are checked, not every byte.
+
+    Parameters
+    ----------
+    root : a folder, or the URL of a bucket or of a prefix of one
 
     Raises
     ------
     DataError
         If there is no such folder.
+    CacheError
+        If a server has no listings, or cannot be asked.
     """
-    if not root.is_dir():
+    if isinstance(root, str) and is_url(root):
+        return Listing(root, tuple(_look(url) for url in remote.find_stores(root)))
+    if not Path(root).is_dir():
         raise DataError(f"{root}: no such folder; give one that stores lie in")
-    return Listing(str(root), tuple(_look(path) for path in find_stores(root)))
+    return Listing(str(root), tuple(_look(path) for path in find_stores(Path(root))))
 
 
 def find_stores(root: Path) -> Iterator[Path]:
@@ -91,7 +101,7 @@ def find_stores(root: Path) -> Iterator[Path]:
         subfolders[:] = [name for name in subfolders if not name.startswith(".")]
 
 
-def _look(path: Path) -> Listed:
+def _look(path: str | Path) -> Listed:
     try:
         report = verify(path, quick=True)
         if report.problems:
