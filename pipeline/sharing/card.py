@@ -102,7 +102,7 @@ def _lines(facts: Mapping[str, Any]) -> Iterator[str]:
     yield f"- atoms a system: {size['smallest']:,} to {size['largest']:,}, median {size['median']:,.0f}"
     yield f"- elements (atoms): {symbols}"
     yield f"- energy labels: {facts['systems_with_energy']:,} systems"
-    if "n_with_forces" in dataset:
+    if type(dataset.get("n_with_forces")) is int:
         yield f"- force labels: {dataset['n_with_forces']:,} systems"
     sources = facts["sources"]
     more = f" and {len(sources) - _MAX_SOURCES:,} more" if len(sources) > _MAX_SOURCES else ""
@@ -112,7 +112,7 @@ def _lines(facts: Mapping[str, Any]) -> Iterator[str]:
         ("merged_from", "merged from the datasets"),
     ):
         if dataset.get(key):
-            values = [dataset[key]] if isinstance(dataset[key], str) else dataset[key]
+            values = dataset[key] if isinstance(dataset[key], list) else [dataset[key]]
             yield f"- {words} {', '.join(f'`{value}`' for value in values)}"
     for teacher, entry in facts["teachers"].items():
         yield from _teacher(teacher, entry)
@@ -138,9 +138,9 @@ def _teacher(name: str, entry: Mapping[str, Any]) -> Iterator[str]:
     for signal, one in signals.items():
         if one["recoded_from"]:
             steps = [
-                step["encoding"] + (f" (rms error {step['error_rms']:.3g})" if "error_rms" in step else "")
+                f"{step.get('encoding')}" + (f" (rms error {error:.3g})" if type(error) is float else "")
                 for step in one["recoded_from"]
-                if isinstance(step.get("encoding"), str)
+                for error in [step.get("error_rms")]
             ]
             yield f"\n`{signal}` was stored as {', then '.join(steps)} before; its errors are against that."
         if not one["complete"]:

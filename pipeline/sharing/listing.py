@@ -1,4 +1,4 @@
-"""`kd cache ls`: every store below a folder with what it holds and whether it is sound."""
+"""`kd cache ls`: every store below a folder or in a bucket, what it holds and whether it is sound."""
 
 import os
 from collections.abc import Iterator, Sequence

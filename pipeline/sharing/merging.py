@@ -162,7 +162,7 @@ def _create(target: Path, caches: tuple[Cache, ...], chosen: Origins) -> tuple[S
     if not same_plan:
         shared = {k: v for k, v in first.dataset.items() if all(c.dataset.get(k) == v for c in caches)}
         joined = {
-            key: "; ".join(dict.fromkeys(c.dataset[key] for c in caches if c.dataset.get(key)))
+            key: "; ".join(dict.fromkeys(str(c.dataset[key]) for c in caches if c.dataset.get(key)))
             for key in _JOINED
         }
         merged = {"merged_from": [cache.fingerprint for cache in caches]}

@@ -15,6 +15,7 @@ from molkd.cache_schema.layout import stored_order
 from molkd.cache_schema.reader import Cache
 from molkd.pipeline.errors import ConfigError, DataError
 from molkd.pipeline.files import write_atomic
+from molkd.pipeline.progress import Progress
 
 ADSORBATE_TAG = 2  # as in OC20
 _SAMPLE_SEEDS = 1 << 40  # seeds from here on: a sample is not the beginning of the stored order
@@ -103,21 +104,21 @@ class Selection:
         """Clear `fits` (S,) where elements or formulas are others."""
         allowed, needed = _numbers(self.elements), _numbers(self.contains)
         left = np.flatnonzero(fits)
-        for begin in range(0, len(left), _SYSTEMS_PER_READ):
-            part = left[begin : begin + _SYSTEMS_PER_READ]
-            arrays = cache.read(part, ("atomic_numbers", "tags"))
-            ends = np.cumsum(arrays["n_atoms"], dtype=np.int64)
-            for i, end, n in zip(part, ends, arrays["n_atoms"], strict=True):
-                numbers, tags = arrays["atomic_numbers"][end - n : end], arrays["tags"][end - n : end]
-                fits[i] = (
-                    (not self.elements or np.isin(numbers, allowed).all())
-                    and np.isin(needed, numbers).all()
-                    and (not self.formula or fnmatchcase(hill(numbers), self.formula))
-                    and (
-                        not self.adsorbate
-                        or fnmatchcase(hill(numbers[tags == ADSORBATE_TAG]), self.adsorbate)
+        with Progress(len(left), "select", "system") as progress:
+            for begin in range(0, len(left), _SYSTEMS_PER_READ):
+                part = left[begin : begin + _SYSTEMS_PER_READ]
+                arrays = cache.read(part, ("atomic_numbers", "tags"))
+                ends = np.cumsum(arrays["n_atoms"], dtype=np.int64)
+                for i, end, n in zip(part, ends, arrays["n_atoms"], strict=True):
+                    numbers, tags = arrays["atomic_numbers"][end - n : end], arrays["tags"][end - n : end]
+                    adsorbate = numbers[tags == ADSORBATE_TAG]
+                    fits[i] = (
+                        (not self.elements or np.isin(numbers, allowed).all())
+                        and np.isin(needed, numbers).all()
+                        and (not self.formula or fnmatchcase(hill(numbers), self.formula))
+                        and (not self.adsorbate or fnmatchcase(hill(adsorbate), self.adsorbate))
                     )
-                )
+                progress.update(len(part))
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """Stores copied whole, in part and in a narrower encoding: what goes over is what was there."""
 
+import json
 import shutil
 
 import numpy as np
@@ -10,11 +11,12 @@ from molkd.cache_schema.codebook import decode_rows, encode_rows
 from molkd.cache_schema.errors import CacheError, IntegrityError
 from molkd.cache_schema.fields import node_spec
 from molkd.cache_schema.fitting import fit_codebook
+from molkd.cache_schema.overlay import create_overlay
 from molkd.cache_schema.reader import Cache
 from molkd.cache_schema.verify import verify
 from molkd.cache_schema.writer import Store
 from molkd.pipeline.errors import ConfigError
-from molkd.pipeline.sharing.copying import copy_store
+from molkd.pipeline.sharing.copying import copy_store, send_store
 from molkd.pipeline.sharing.selection import Selection
 
 NODE = f"teachers/{TEACHER}/node"
@@ -229,3 +231,39 @@ def test_what_does_not_exist(whole, tmp_path):
     with pytest.raises(ConfigError, match="e2n is not among the signals"):
         copy_store(whole, tmp_path / "b.kdcache", encoding=("e2n=int8",))
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("with_log", [True, False], ids=["log", "manifest-only"])
+def test_copy_from_a_web_server_is_the_store(whole, web, tmp_path, with_log):
+    served = shutil.copytree(whole, web.folder / "a.kdcache")
+    if not with_log:
+        shutil.rmtree(served / "log")
+    copy = tmp_path / "b.kdcache"
+    copy_store(web.url("a.kdcache"), copy)
+    assert tree_digest(copy / "data.zarr") == tree_digest(whole / "data.zarr")
+    assert (copy / "plan.json").read_bytes() == (whole / "plan.json").read_bytes()
+    with Cache.open(copy) as ours, Cache.open(whole) as theirs:
+        for name, entry in theirs.teachers[TEACHER].signals.items():
+            own = ours.teachers[TEACHER].signals[name]
+            assert own.error_rms == pytest.approx(entry.error_rms)
+            np.testing.assert_allclose(own.statistics.mean, entry.statistics.mean)
+
+
+def test_overlay_of_a_store_in_a_bucket(whole, s3, tmp_path):
+    """What a colleague publishes, with a teacher of one's own beside it."""
+    send_store(whole, s3.url("shared.kdcache"))
+    mine = create_overlay(s3.url("shared.kdcache"), tmp_path / "mine.kdcache")
+    store = Store.open(mine, "a")
+    store.add_teacher("mine", PROVENANCE)
+    group = store.add_signal("mine", node_spec(4), "fp32")
+    for shard in range(store.plan.n_shards):
+        with Cache.open(mine) as cache, store.shard_writer(group, shard) as writer:
+            rows = cache.read(store.systems_of_shard(shard), (), TEACHER, ("node",))["teacher/node"]
+            writer.write({"values": rows})
+    with Cache.open(mine, complete=True) as ours, Cache.open(whole) as theirs:
+        everything = np.arange(12)
+        np.testing.assert_array_equal(
+            ours.read(everything, (), "mine", ("node",))["teacher/node"],
+            theirs.read(everything, (), TEACHER, ("node",))["teacher/node"],
+        )
+    assert json.loads((mine / "overlay.json").read_text())["store"] == s3.url("shared.kdcache")
