@@ -18,7 +18,7 @@ def _load(name: str) -> None:
     spec.loader.exec_module(module)
 
 
-for _name in ("cache_example", "golden_v1", "servers"):  # tests say: from cache_example import ...
+for _name in ("cache_example", "golden_v1", "servers", "remote_example"):  # tests say: from cache_example import ...
     _load(_name)
 
 from cache_example import create, make_example, write_all  # noqa: E402
@@ -95,6 +95,20 @@ def open_folder():
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def local(tmp_path_factory, example):
+    """A finished store that no test changes."""
+    path = tmp_path_factory.mktemp("local") / "x.kdcache"
+    write_all(path, example)
+    return path
+
+
+@pytest.fixture
+def published(web, local):
+    """The same store behind a web server; returns the folder served, which tests may damage."""
+    return shutil.copytree(local, web.folder / "x.kdcache")
 
 
 @pytest.fixture
