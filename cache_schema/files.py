@@ -11,11 +11,6 @@ import socket
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
-
-import google_crc32c
-import numpy as np
-from numpy.typing import NDArray
 
 from molkd.cache_schema.errors import CacheError, IntegrityError
 
@@ -25,18 +20,6 @@ _SAME_PID_SECONDS = 60  # the pid may have been given to a new process
 
 Bring = Callable[[str, Path], None]  # makes sure that a store's file is at its path
 _bring_to: dict[Path, Bring] = {}  # by store: those whose files come from elsewhere when they are first used
-
-
-def crc32c(data: NDArray[Any] | bytes, value: int = 0) -> int:
-    """Continue the crc32c `value` over contiguous data."""
-    if isinstance(data, np.ndarray):
-        data = data.reshape(-1).view(np.uint8)
-    return int(google_crc32c.extend(value, data))
-
-
-def crc_hex(value: int) -> str:
-    """Return a crc32c as the records write it: 8 lower-case hex digits."""
-    return f"{value:08x}"
 
 
 def host_name() -> str:

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
+from molkd.cache_schema.crc import crc32c, crc_hex
 from molkd.cache_schema.errors import IntegrityError
-from molkd.cache_schema.files import crc32c, crc_hex, make_folder, open_temporary, write_error
+from molkd.cache_schema.files import make_folder, open_temporary, write_error
 from molkd.cache_schema.server import BUCKETS, Server
 
 AT_ONCE = 8  # requests under way

@@ -6,8 +6,9 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 
+from molkd.cache_schema.crc import crc32c, crc_hex
 from molkd.cache_schema.errors import CacheError, IntegrityError
-from molkd.cache_schema.files import crc32c, crc_hex, inside
+from molkd.cache_schema.files import inside
 from molkd.cache_schema.groups import ATOMS, list_logged_teachers, list_signal_groups, list_teachers
 from molkd.cache_schema.jsonfile import parse_sealed
 from molkd.cache_schema.layout import (

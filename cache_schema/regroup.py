@@ -16,7 +16,7 @@ from molkd.cache_schema.reader import Cache
 from molkd.cache_schema.statistics import Moments, measure, n_channels
 from molkd.cache_schema.writer import Store
 
-_PIECE_BYTES = 16 << 20  # of values in memory at a time
+_PIECE_BYTES = 4 << 20  # of values in memory at a time
 _ATOM_BYTES = 32  # of all fields of an atom
 
 Arrays = dict[str, NDArray[Any]]

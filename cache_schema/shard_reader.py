@@ -13,8 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from molkd.cache_schema.commit import FileRecord, rewrite_remedy
+from molkd.cache_schema.crc import crc32c, crc_hex
 from molkd.cache_schema.errors import CacheError, IntegrityError
-from molkd.cache_schema.files import crc32c, crc_hex, inside
+from molkd.cache_schema.files import inside
 from molkd.cache_schema.layout import ArrayLayout, record_path
 from molkd.cache_schema.mirror import damage_remedy
 from molkd.cache_schema.runs import Runs

@@ -13,12 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from molkd.cache_schema.commit import Commit, FileRecord, rewrite_remedy
+from molkd.cache_schema.crc import crc32c, crc32c_joined, crc_hex
 from molkd.cache_schema.encoding import ENCODINGS, all_finite, encode, too_large
 from molkd.cache_schema.errors import CacheError, ConflictError
 from molkd.cache_schema.fields import FieldSpec
 from molkd.cache_schema.files import (
-    crc32c,
-    crc_hex,
     exclusive,
     fsync_folder,
     host_name,
@@ -55,7 +54,6 @@ class _ArrayFile:
         self.handle = os.fdopen(fd, "wb", _BUFFER_BYTES)
         self.rows = 0
         self.size = 0
-        self.crc = 0
         self.chunk_crcs: list[int] = []
         self._filled = layout.chunk_bytes  # bytes in the chunk being written
 
@@ -79,11 +77,16 @@ class _ArrayFile:
         n_fill = (-rows) % self.layout.chunk_rows
         fill = np.nan if self.layout.dtype.kind == "f" else 0
         self.append(np.full((n_fill, *self.layout.spec.shape), fill, dtype=self.layout.dtype))
+        whole = 0  # each byte is gone over once: the file's checksum follows from those of its chunks
+        for crc in self.chunk_crcs:
+            whole = crc32c_joined(whole, crc, self.layout.chunk_bytes)
         if self.layout.is_sharded:
-            self._write(np.frombuffer(shard_index(self.layout, rows), dtype=np.uint8))
+            index = shard_index(self.layout, rows)
+            self._write(np.frombuffer(index, dtype=np.uint8))
+            whole = crc32c(index, whole)
         self.handle.flush()
         os.fsync(self.handle.fileno())
-        return FileRecord(self.size, rows, crc_hex(self.crc), tuple(crc_hex(c) for c in self.chunk_crcs))
+        return FileRecord(self.size, rows, crc_hex(whole), tuple(crc_hex(c) for c in self.chunk_crcs))
 
     def discard(self) -> None:
         with contextlib.suppress(OSError):  # a full disk also fails the last flush
@@ -94,7 +97,6 @@ class _ArrayFile:
     def _write(self, data: NDArray[np.uint8]) -> None:
         self.handle.write(data.data)
         self.size += len(data)
-        self.crc = crc32c(data, self.crc)
 
 
 def shard_index(layout: ArrayLayout, n_rows: int) -> bytes:

@@ -8,10 +8,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from molkd.cache_schema.commit import Commit, FileRecord, read_commit, rewrite_remedy
+from molkd.cache_schema.crc import crc32c, crc32c_joined, crc_hex
 from molkd.cache_schema.edges import are_inside
 from molkd.cache_schema.errors import CacheError, IntegrityError
 from molkd.cache_schema.fields import EDGE_INDEX, N_EDGES
-from molkd.cache_schema.files import TMP_PREFIX, crc32c, crc_hex, inside
+from molkd.cache_schema.files import TMP_PREFIX, inside
 from molkd.cache_schema.findings import HARMLESS, Problem, Report
 from molkd.cache_schema.groups import (
     ATOMS,
@@ -279,8 +280,9 @@ class _Verifier:
         with path.open("rb") as handle:
             for chunk, expected in enumerate(record.chunk_crc32c):
                 data = handle.read(layout.chunk_bytes)
-                total = crc32c(data, total)
-                if crc_hex(crc32c(data)) != expected:
+                own = crc32c(data)
+                total = crc32c_joined(total, own, len(data))
+                if crc_hex(own) != expected:
                     message = f"chunk {chunk} of shard {shard} of {layout.path} is damaged (crc32c differs)"
                     self._add(
                         "checksum", relative, message, remedy, array=layout.path, shard=shard, chunk=chunk

@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from molkd.cache_schema import jsonfile
+from molkd.cache_schema.crc import crc32c, crc_hex
 from molkd.cache_schema.errors import CacheError, IntegrityError
 from molkd.cache_schema.fields import edge_spec
-from molkd.cache_schema.files import crc32c, crc_hex
 from molkd.cache_schema.layout import edge_rows_per_shard
 from molkd.cache_schema.manifest import finalize, info
 from molkd.cache_schema.reader import Cache
