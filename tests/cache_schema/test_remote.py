@@ -1,4 +1,4 @@
-"""Reading stores from servers: what arrives is what was written, and what does not is refused by name."""
+"""Reading stores from servers: what arrives is what was written, and only what is needed."""
 
 import os
 import shutil
@@ -8,51 +8,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from cache_example import SIGNALS, TEACHER, tree_digest, write_all
+from cache_example import PROVENANCE, TEACHER, create, tree_digest, write_all, write_shard
+from remote_example import NAMES, NODE, assert_same, read_all
 
 from molkd.cache_schema.errors import CacheError, IntegrityError
-from molkd.cache_schema.jsonfile import read_sealed, seal
-from molkd.cache_schema.layout import MAX_MANIFEST_BYTES
-from molkd.cache_schema.manifest import info
+from molkd.cache_schema.fields import node_spec
+from molkd.cache_schema.fitting import fit_codebook
+from molkd.cache_schema.manifest import finalize, info
+from molkd.cache_schema.overlay import create_overlay
 from molkd.cache_schema.reader import FIELDS, Cache
-from molkd.cache_schema.remote import is_url, open_mirror
+from molkd.cache_schema.remote import find_stores, is_url, open_mirror
 from molkd.cache_schema.verify import verify
 from molkd.cache_schema.writer import Store
-
-NAMES = tuple(spec.name for spec, _ in SIGNALS)
-NODE = f"teachers/{TEACHER}/node/values"
-
-
-@pytest.fixture(scope="module")
-def local(tmp_path_factory, example):
-    path = tmp_path_factory.mktemp("local") / "x.kdcache"
-    write_all(path, example)
-    return path
-
-
-@pytest.fixture
-def published(web, local):
-    """The store behind a web server; returns the folder served, which tests may damage."""
-    return shutil.copytree(local, web.folder / "x.kdcache")
-
-
-def read_all(store) -> dict[str, np.ndarray]:
-    with Cache.open(store) as cache:
-        return cache.read(np.arange(cache.n_systems), FIELDS, TEACHER, NAMES)
-
-
-def assert_same(store, local) -> None:
-    found, expected = read_all(store), read_all(local)
-    assert found.keys() == expected.keys()
-    for name, values in expected.items():
-        np.testing.assert_array_equal(found[name], values, err_msg=name)
-
-
-def rewrite_manifest(path: Path, change) -> None:
-    """Change a manifest and seal it again, as a hostile server can."""
-    document, _ = read_sealed(path, max_bytes=MAX_MANIFEST_BYTES, remedy="")
-    change(document)
-    path.write_bytes(seal(document))
 
 
 def test_what_is_a_url():
@@ -87,21 +54,6 @@ def test_a_second_opening_fetches_plan_and_manifest_only(web, published, local):
     assert sorted(web.asked[before:]) == ["/x.kdcache/manifest.json", "/x.kdcache/plan.json"]
 
 
-def test_what_decays_in_the_mirror_is_found_and_comes_anew(web, published, local, mirrors):
-    url = web.url("x.kdcache")
-    assert_same(url, local)
-    (path,) = mirrors.rglob(f"{NODE}/c/1/0")
-    raw = bytearray(path.read_bytes())
-    raw[7] ^= 1
-    path.write_bytes(raw)
-    with pytest.raises(IntegrityError, match="run the same command again to fetch it anew"):
-        read_all(url)
-    assert_same(url, local)
-    path.write_bytes(raw[:-1])  # a crash of the machine
-    (mirrors.rglob("systems/id/c/0/0").__next__()).write_bytes(b"")
-    assert_same(url, local)
-
-
 def test_the_mirror_holds_the_same_files(web, published, local, mirrors):
     read_all(web.url("x.kdcache"))
     (folder,) = mirrors.iterdir()
@@ -122,139 +74,6 @@ def test_info_and_verify_take_urls(web, published, local):
     assert not full.notes
 
 
-@pytest.mark.parametrize("quick", [True, False])
-def test_verify_names_a_file_that_the_server_lost(web, published, quick):
-    (published / f"data.zarr/{NODE}/c/1/0").unlink()
-    report = verify(web.url("x.kdcache"), quick=quick)
-    assert [p.path for p in report.problems] == [f"data.zarr/{NODE}/c/1/0"]
-
-
-def test_verify_names_a_damaged_file(web, published):
-    path = published / f"data.zarr/{NODE}/c/1/0"
-    raw = bytearray(path.read_bytes())
-    raw[100] ^= 1
-    path.write_bytes(raw)
-    (problem,) = verify(web.url("x.kdcache")).problems
-    assert (problem.kind, problem.path) == ("checksum", f"data.zarr/{NODE}/c/1/0")
-
-
-@pytest.mark.parametrize("damage", ["flip", "truncate", "lengthen", "remove"])
-def test_a_damaged_shard_is_found_and_named_and_leaves_nothing(web, published, mirrors, damage):
-    path = published / f"data.zarr/{NODE}/c/1/0"
-    raw = bytearray(path.read_bytes())
-    if damage == "flip":
-        raw[len(raw) // 2] ^= 16
-        path.write_bytes(raw)
-    elif damage == "truncate":
-        path.write_bytes(raw[:-1])
-    elif damage == "lengthen":
-        path.write_bytes(raw + b"x")
-    else:
-        path.unlink()
-    with Cache.open(web.url("x.kdcache")) as cache:
-        shard = np.flatnonzero(cache.systems.shard == 1)
-        with pytest.raises(IntegrityError, match=rf"{web.url('x.kdcache')}/data.zarr/{NODE}/c/1/0: "):
-            cache.read(shard, (), TEACHER, ("node",))
-        cache.read(shard, (), TEACHER, ("v2v",))  # the rest of the store is used on
-    assert not list(mirrors.rglob("node/values/c/1/*"))
-
-
-def test_a_damaged_download_is_fetched_again(web, published, local, monkeypatch):
-    import obstore
-
-    real, damaged = obstore.get, []
-
-    class Flipped:
-        def __init__(self, answer):
-            self.meta, self._answer = answer.meta, answer
-
-        def stream(self, **options):
-            return iter([bytes(b ^ 1 for b in bytes(piece)) for piece in self._answer.stream(**options)])
-
-    def get(store, path, **options):
-        answer = real(store, path, **options)
-        if "/c/" not in path or path in damaged:
-            return answer
-        damaged.append(path)
-        return Flipped(answer)
-
-    monkeypatch.setattr(obstore, "get", get)
-    assert_same(web.url("x.kdcache"), local)
-    assert any(NODE in path for path in damaged)
-
-
-@pytest.mark.parametrize(
-    "name", ["plan.json", "manifest.json", "data.zarr/systems/id/c/0/0", "data.zarr/atoms/tags/zarr.json"]
-)
-def test_a_flipped_byte_in_what_opening_needs_is_found(web, published, name):
-    path = published / name
-    raw = bytearray(path.read_bytes())
-    raw[10] ^= 1
-    path.write_bytes(raw)
-    with pytest.raises(IntegrityError, match=f"{web.url('x.kdcache')}/{name}: "):
-        Cache.open(web.url("x.kdcache"))
-
-
-def test_what_is_no_store_is_refused(web, s3):
-    (web.folder / "empty").mkdir()
-    with pytest.raises(CacheError, match=r"empty: not a store \(no plan.json there\)"):
-        Cache.open(web.url("empty"))
-    with pytest.raises(CacheError, match="not a store"):
-        Cache.open(s3.url("nothing.kdcache"))
-
-
-def test_an_unfinished_store_is_refused(web, published):
-    (published / "manifest.json").unlink()
-    with pytest.raises(CacheError, match=r"is not finished \(no manifest.json there\)"):
-        Cache.open(web.url("x.kdcache"))
-
-
-@pytest.mark.parametrize(
-    "url", ["ftp://host/x.kdcache", "https://me:secret@host/x", "https://host/x?token=1"]
-)
-def test_urls_that_cannot_be_meant_are_refused(url, mirrors):
-    with pytest.raises(CacheError) as error:
-        open_mirror(url)
-    assert "secret" not in str(error.value)
-    assert "token" not in str(error.value)
-
-
-def test_a_server_that_is_not_there_is_named(mirrors):
-    with pytest.raises(CacheError, match=r"http://127.0.0.1:9/x.kdcache/plan.json: .*check the URL"):
-        open_mirror("http://127.0.0.1:9/x.kdcache")
-
-
-@pytest.mark.parametrize(
-    "name", ["../evil/zarr.json", "/etc/zarr.json", "a/../../b/zarr.json", "a//zarr.json", ".x"]
-)
-def test_a_manifest_that_names_files_outside_is_refused(web, published, mirrors, name):
-    def add(document):
-        document["groups"]["atoms"]["metadata"][name] = "ab" * 32
-
-    rewrite_manifest(published / "manifest.json", add)
-    with pytest.raises(IntegrityError, match=r"manifest\.json: names the file .* leads out of the store"):
-        open_mirror(web.url("x.kdcache"))
-    assert not (mirrors.parent / "evil").exists()
-
-
-def test_a_group_outside_is_refused(web, published, mirrors):
-    def add(document):
-        document["groups"]["teachers/../../evil"] = document["groups"]["atoms"]
-
-    rewrite_manifest(published / "manifest.json", add)
-    with pytest.raises(IntegrityError, match=r"manifest\.json: names the file"):
-        open_mirror(web.url("x.kdcache"))
-
-
-def test_absurd_sizes_are_refused_before_anything_is_written(web, published, mirrors):
-    def grow(document):
-        document["groups"][f"teachers/{TEACHER}/node"]["arrays"]["values"]["shards"][1]["bytes"] = 1 << 60
-
-    rewrite_manifest(published / "manifest.json", grow)
-    with pytest.raises(IntegrityError, match="bytes"):
-        Cache.open(web.url("x.kdcache"))
-
-
 def test_signals_published_later_appear_and_other_values_replace_old_ones(
     web, published, local, example, tmp_path
 ):
@@ -273,6 +92,106 @@ def test_signals_published_later_appear_and_other_values_replace_old_ones(
     fetched = [path for path in web.asked[before:] if "/c/" in path]
     assert fetched
     assert all(f"{TEACHER}/node/" in path for path in fetched)  # the rest is what it was
+
+
+def test_several_processes_share_a_mirror(web, published, local, mirrors):
+    code = (
+        "import sys, numpy as np; from molkd.cache_schema.reader import FIELDS, Cache\n"
+        "with Cache.open(sys.argv[1]) as c:\n"
+        "    a = c.read(np.arange(len(c)), FIELDS, sys.argv[2], sys.argv[3].split(','))\n"
+        "np.savez(sys.argv[4], **a)"
+    )
+    outs = [mirrors.parent / f"{k}.npz" for k in range(3)]
+    commands = [
+        [sys.executable, "-c", code, web.url("x.kdcache"), TEACHER, ",".join(NAMES), str(out)] for out in outs
+    ]
+    for process in [subprocess.Popen(command) for command in commands]:
+        assert process.wait() == 0
+    expected = read_all(local)
+    for out in outs:
+        with np.load(out) as found:
+            for name, values in expected.items():
+                np.testing.assert_array_equal(found[name], values)
+    assert not list(mirrors.rglob(".tmp-*"))
+
+
+@pytest.mark.parametrize("damage", [False, True])
+def test_fitted_encodings_bring_their_codebooks(web, example, tmp_path, damage):
+    store = create(tmp_path / "fitted.kdcache", example)
+    store.add_teacher(TEACHER, PROVENANCE)
+    values = example.signals["node"]
+    spec = node_spec(values.shape[1])
+    codebook = fit_codebook(values, spec, "int8", len(example.n_atoms))
+    group = store.add_signal(TEACHER, spec, "int8", codebook)
+    for name in ("atoms", group):
+        for shard in store.missing_shards(name):
+            write_shard(store, example, name, shard)
+    finalize(store)
+    served = shutil.copytree(store.path, web.folder / "fitted.kdcache")
+    with Cache.open(store.path) as cache:
+        expected = cache.read(range(len(cache)), (), TEACHER, ("node",))
+    if damage:
+        path = served / f"data.zarr/{group}/step/c/0"
+        raw = bytearray(path.read_bytes())
+        raw[2] ^= 1
+        path.write_bytes(raw)
+        with pytest.raises(IntegrityError, match=f"{group}/step/c/0: has sha256"):
+            Cache.open(web.url("fitted.kdcache"))
+        return
+    with Cache.open(web.url("fitted.kdcache")) as cache:
+        found = cache.read(range(len(cache)), (), TEACHER, ("node",))
+    for name, array in expected.items():
+        np.testing.assert_array_equal(found[name], array)
+    assert verify(web.url("fitted.kdcache")).ok
+
+
+def test_an_overlay_lies_over_a_store_on_a_server(web, published, local, example, tmp_path):
+    mine = create_overlay(web.url("x.kdcache"), tmp_path / "mine.kdcache")
+    store = Store.open(mine, "a")
+    store.add_teacher("own", PROVENANCE)
+    group = store.add_signal("own", node_spec(4), "fp32")
+    stored = read_all(local)
+    for shard in store.missing_shards(group):
+        systems = store.systems_of_shard(shard)
+        with store.shard_writer(group, shard) as writer, Cache.open(local) as cache:
+            writer.write({"values": cache.read(list(systems), (), TEACHER, ("node",))["teacher/node"]})
+    with Cache.open(mine) as cache:
+        both = cache.read(range(len(cache)), FIELDS, "own", ("node",))
+        np.testing.assert_array_equal(both["teacher/node"], stored["teacher/node"])
+        np.testing.assert_array_equal(both["positions"], stored["positions"])
+        np.testing.assert_array_equal(
+            cache.read([3], (), TEACHER, ("v2v",))["teacher/v2v"],
+            read_all(web.url("x.kdcache"))["teacher/v2v"][_rows(cache, 3)],
+        )
+
+
+def _rows(cache: Cache, system: int) -> slice:
+    begin = int(cache.system_n_atoms[:system].sum())
+    return slice(begin, begin + int(cache.system_n_atoms[system]))
+
+
+def test_stores_in_a_bucket_are_listed(s3, local):
+    for name in ("caches/a.kdcache", "caches/deep/er/b.kdcache"):
+        s3.upload(local, name)
+    s3.put("caches/notes.txt", b"no store")
+    assert sorted(find_stores(s3.url("caches"))) == [
+        s3.url("caches/a.kdcache"),
+        s3.url("caches/deep/er/b.kdcache"),
+    ]
+    report = verify(s3.url("caches/a.kdcache"), quick=True)
+    assert report.ok, report.problems
+    s3.put(f"caches/a.kdcache/data.zarr/{NODE}/c/0/0", b"short")
+    s3.delete(f"caches/a.kdcache/data.zarr/{NODE}/c/1/0")
+    report = verify(s3.url("caches/a.kdcache"), quick=True)
+    assert [(p.kind, p.path) for p in report.problems] == [
+        ("size", f"data.zarr/{NODE}/c/0/0"),
+        ("missing", f"data.zarr/{NODE}/c/1/0"),
+    ]
+
+
+def test_web_servers_have_no_listings(web):
+    with pytest.raises(CacheError, match="has no listings"):
+        list(find_stores(web.url("")))
 
 
 def test_nothing_is_written_to_a_store_on_a_server(web, published, example):
