@@ -33,6 +33,7 @@ from molkd.pipeline.shard_work import (
     PREFETCH,
     Outcome,
     Stage,
+    announce,
     compute_shard,
     missing_groups,
     missing_shards,
@@ -129,9 +130,7 @@ def _cache_here(config: CacheConfig, fill_store: Callable[[], None]) -> Outcome:
     if config.worker is not None:
         index, of = config.worker
         shards = [shard for shard in shards if shard % of == index]
-    if not shards:
-        log.info("%s: all of %s is there, nothing to do", config.store, ", ".join(groups))
-    n_total = sum(len(store.systems_of_shard(s)) for s in shards)
+    n_total = announce(store, groups, shards)
     n_computed, written = 0, Written()
     with Progress(n_total, "teacher", "system") as progress, Background("kd-write", PREFETCH) as writing:
         for shard in shards:

@@ -24,7 +24,7 @@ from molkd.pipeline.config import CacheConfig
 from molkd.pipeline.errors import CacheError, MolkdError, TeacherError
 from molkd.pipeline.progress import Progress
 from molkd.pipeline.shard_output import Written
-from molkd.pipeline.shard_work import Outcome, missing_shards, sweep_shards
+from molkd.pipeline.shard_work import Outcome, announce, missing_shards, sweep_shards
 
 log = logging.getLogger(__name__)
 
@@ -32,6 +32,7 @@ _DEATHS = 8  # of workers over the same shard, until it is called the shard's fa
 _RETRIES = 2  # of a task that fails for a reason that is not the user's
 _IN_FLIGHT = 32  # shards handed out at least, so that a cluster that grows sees that there is work
 _GRACE_SECONDS = 20.0  # for workers to drop their shards after Ctrl-C
+_GONE = (OSError, RuntimeError)  # what a client raises when its scheduler is not there any more
 
 
 def cache_on_workers(config: CacheConfig, fill_store: Callable[[], None]) -> Outcome:
@@ -55,18 +56,15 @@ def cache_on_workers(config: CacheConfig, fill_store: Callable[[], None]) -> Out
         groups = crew.job["groups"]
         store = Store.open(config.store, mode="a")
         shards = missing_shards(store, groups)
-        if not shards:
-            log.info("%s: all of %s is there, nothing to do", config.store, ", ".join(groups))
-        n_systems = {shard: len(store.systems_of_shard(shard)) for shard in shards}
         n_computed, written = 0, Written()
-        with Progress(sum(n_systems.values()), "teacher", "system") as progress:
+        with Progress(announce(store, groups, shards), "teacher", "system") as progress:
 
             def note(shard: int, receipt: worker.Receipt) -> None:
                 nonlocal n_computed
                 n_computed += receipt["systems"]
                 written.n_bytes += receipt["bytes"]
                 written.bad_systems.update(receipt["bad"])
-                progress.update(n_systems[shard])
+                progress.update(len(store.systems_of_shard(shard)))
 
             _HandOut(crew, shards, note).run()
         crew.look()
@@ -85,12 +83,22 @@ class _Crew:
 
     def look(self) -> int:
         """Return how many workers there are, and take note of those that have gone."""
-        now = set(self.client.nthreads())
+        if self.is_cut_off:
+            raise self.gone("connection lost")
+        try:
+            now = set(self.client.nthreads())
+        except _GONE as error:
+            raise self.gone(str(error)) from error
         if lost := len(self._workers - now):
             log.info("%d workers have gone; others do their shards again", lost)
             self.lost_some = True
         self._workers = now
         return len(now)
+
+    @property
+    def is_cut_off(self) -> bool:
+        """Whether there is no scheduler any more; each call to it would then wait for half a minute."""
+        return bool(self.client.status != "running")
 
     def ask(self, task: str) -> Any:
         """Have one worker do a task, and return what it says."""
@@ -99,13 +107,18 @@ class _Crew:
             return self.receipt(future.result())
         except KilledWorker as killed:
             raise self.deadly(task) from killed
+        except CancelledError as error:
+            raise self.gone(str(error)) from error
 
     def submit(self, task: str, *arguments: Any) -> Future[Any]:
         """Send a task to the scheduler."""
         key = "-".join(["kd", task.replace(" ", "-"), *map(str, arguments), uuid.uuid4().hex])
-        return self.client.submit(
+        future = self.client.submit(
             worker.perform, task, self.job, *arguments, key=key, pure=False, retries=_RETRIES
         )
+        if self.is_cut_off:  # nobody would ever say what became of it
+            raise self.gone("connection lost")
+        return future
 
     def receipt(self, answer: Mapping[str, Any]) -> Any:
         """Return the receipt, or raise the error that a worker met."""
@@ -122,10 +135,25 @@ class _Crew:
             "finished shards are kept"
         )
 
+    def gone(self, found: str) -> CacheError:
+        """Return the error for a scheduler that does not know its tasks any more."""
+        return CacheError(
+            f"{self.job['config']['store']}: the scheduler {self.where} has gone, or gave the work up "
+            f"({found}); run the same command again, finished shards are kept"
+        )
+
     def halt(self, *, drop: bool) -> None:
         """Have workers begin no shard any more, and drop those in work if so asked."""
-        with suppress(OSError, TimeoutError):  # no scheduler any more
-            self.client.run(worker.halt, self.job["run"], drop=drop, on_error="ignore")
+        self._everywhere(worker.halt, drop=drop)
+
+    def release(self) -> None:
+        """Have workers let go of the teacher."""
+        self._everywhere(worker.release)
+
+    def _everywhere(self, function: Callable[..., None], **options: Any) -> None:
+        if not self.is_cut_off:
+            with suppress(*_GONE):
+                self.client.run(function, self.job["run"], **options, on_error="ignore")
 
 
 class _HandOut:
@@ -140,23 +168,25 @@ class _HandOut:
 
     def run(self) -> None:
         """Do all shards, and tell `note` of each; the first failure is raised when nothing is in work."""
-        self._send_more()
         try:
+            self._send_more()
             for future, result in self._finished:
                 shard, _ = self._flying.pop(future.key)
                 try:
                     self._note(shard, self._receipt(future, result, shard))
                 except KilledWorker as killed:
                     self._deaths[shard] += killed.allowed_failures + 1
-                    if self._deaths[shard] < _DEATHS:
-                        self._send([shard])
-                    else:
+                    if self._deaths[shard] >= _DEATHS:
                         self._fail(self._crew.deadly(f"shard {shard}"))
+                    elif self._failure is None:
+                        self._send([shard])
                 except (MolkdError, OSError, RuntimeError) as error:
                     self._fail(error)
                 if self._failure is None:
                     self._send_more()
         except BaseException:  # Ctrl-C above all: shards in work are dropped, committed ones stay
+            if self._crew.is_cut_off:
+                raise
             self._crew.halt(drop=True)
             with suppress(TimeoutError, CancelledError), self._crew.client.as_current():
                 wait([future for _, future in self._flying.values()], timeout=_GRACE_SECONDS)
@@ -181,20 +211,20 @@ class _HandOut:
             return receipt
         if future.status == "error":
             raise future.exception()
-        raise CacheError(
-            f"{self._crew.job['config']['store']}: the scheduler {self._crew.where} gave up shard {shard} "
-            f"({future.status}), or is gone; run the same command again, finished shards are kept"
-        )
+        raise self._crew.gone(f"shard {shard} is {future.status}")
 
     def _fail(self, error: Exception) -> None:
         """Take note of a failure; at the first, workers finish the shards they are at and begin no other."""
         if self._failure is not None:
             return
         self._failure = error
+        if self._crew.is_cut_off:
+            return
         self._crew.halt(drop=False)
-        with_workers = {key for keys in self._crew.client.processing().values() for key in keys}
-        waiting = [future for key, (_, future) in self._flying.items() if key not in with_workers]
-        self._crew.client.cancel(waiting)
+        with suppress(*_GONE):
+            with_workers = {key for keys in self._crew.client.processing().values() for key in keys}
+            waiting = [future for key, (_, future) in self._flying.items() if key not in with_workers]
+            self._crew.client.cancel(waiting)
 
 
 @contextmanager
@@ -210,11 +240,11 @@ def _crew(config: CacheConfig) -> Iterator[_Crew]:
             client = stack.enter_context(Client(cluster, set_as_default=False))
             where, device = "on this machine", "cuda" if threads is None else "cpu"
         job = {"run": uuid.uuid4().hex, "config": _plain(config, device), "threads": threads}
+        crew = _Crew(client, job, where)
         try:
-            yield _Crew(client, job, where)
+            yield crew
         finally:
-            with suppress(OSError, TimeoutError):
-                client.run(worker.release, job["run"], on_error="ignore")
+            crew.release()
 
 
 def _plain(config: CacheConfig, device: str) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """One shard of stage one, as every process does it: alone, as one of a job array, or as a Dask worker."""
 
-from collections.abc import Callable, Mapping
+import logging
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
@@ -17,6 +18,8 @@ from molkd.pipeline.prefetch import Background, prefetch
 from molkd.pipeline.shard_output import Written, commit, write
 from molkd.pipeline.teacher_pass import TeacherPass, make_work
 from molkd.pipeline.transfer import HostCopy, pin, side_stream
+
+log = logging.getLogger(__name__)
 
 PREFETCH = 3  # batches read ahead, and batches that wait to be written
 
@@ -51,6 +54,16 @@ def missing_shards(store: Store, groups: Mapping[str, str]) -> list[int]:
 def missing_groups(store: Store, groups: Mapping[str, str], shard: int) -> dict[str, str]:
     """Ask the commit log which of the groups lack this shard."""
     return {signal: group for signal, group in groups.items() if shard in store.missing_shards(group)}
+
+
+def announce(store: Store, groups: Mapping[str, str], shards: Sequence[int]) -> int:
+    """Say what there is to do, and return how many systems that is."""
+    n_systems = sum(len(store.systems_of_shard(shard)) for shard in shards)
+    if shards:
+        log.info("%s: %d systems in %d shards to do", store.path, n_systems, len(shards))
+    else:
+        log.info("%s: all of %s is there, nothing to do", store.path, ", ".join(groups))
+    return n_systems
 
 
 def compute_shard(
@@ -105,7 +118,7 @@ def compute_shard(
     writing.submit(partial(commit, writers, written))
 
 
-def sweep_shards(store: Store, groups: Mapping[str, str], shards: list[int]) -> None:
+def sweep_shards(store: Store, groups: Mapping[str, str], shards: Sequence[int]) -> None:
     """Remove what processes that were killed left beside the files of finished shards."""
     for group in groups.values():
         layouts = load_signal(store.path, store.plan, store.systems, group).layouts.values()

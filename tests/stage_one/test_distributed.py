@@ -3,6 +3,7 @@
 import itertools
 import logging
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -24,7 +25,7 @@ from molkd.cache_schema.writer import Store
 from molkd.pipeline import caching, cluster, distributed, worker
 from molkd.pipeline.caching import cache_teacher
 from molkd.pipeline.config import CacheConfig, make_config
-from molkd.pipeline.errors import ConfigError, TeacherError
+from molkd.pipeline.errors import CacheError, ConfigError, TeacherError
 from molkd.pipeline.models.potential import Potential
 from molkd.pipeline.teachers.load import load_teacher
 
@@ -208,6 +209,45 @@ def test_a_failing_system_stops_with_its_name_and_what_is_committed_stays(broken
     assert kept.items() <= {p: (store / p).read_bytes() for p in commits(store)}.items()
     with Cache.open(store, complete=True) as cache:
         assert len(cache.bad_systems("teacher")) == 1
+
+
+@pytest.mark.slow
+def test_files_that_may_not_grow_stop_all_workers(many, bare, teacher, scheduler):
+    asked = config(bare, teacher, scheduler=scheduler)
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with Client(scheduler, set_as_default=False) as client:
+        client.run(resource.setrlimit, resource.RLIMIT_FSIZE, (20_000, hard))
+        try:
+            with pytest.raises(CacheError, match=r"train\.kdcache: cannot write \(File too large"):
+                cache_teacher(asked)
+        finally:
+            client.run(resource.setrlimit, resource.RLIMIT_FSIZE, (hard, hard))
+    assert verify(bare).ok
+    assert not list(bare.rglob(".tmp-*"))
+    cache_teacher(asked)
+    assert_same_store(bare, many / "one.kdcache")
+
+
+@pytest.mark.slow
+def test_the_scheduler_goes_while_shards_are_in_work(bare, teacher):
+    with cluster.local_cluster("cpu", 2, 8) as (existing, _):
+
+        def leave():
+            if len(commits(bare)) > 1:
+                existing.close()
+            return len(commits(bare)) > 1
+
+        with background(leave), pytest.raises(CacheError, match=r"the scheduler tcp://.* has gone, or gave"):
+            cache_teacher(config(bare, teacher, scheduler=existing.scheduler_address, batch_atoms=32))
+    assert commits(bare)
+    assert verify(bare).ok
+
+
+@pytest.mark.slow
+def test_workers_without_this_package(bare, teacher, scheduler, monkeypatch):
+    monkeypatch.setattr(cluster, "find_spec", {}.get)
+    with pytest.raises(ConfigError, match=f"--scheduler {scheduler}: its workers cannot import molkd"):
+        cache_teacher(config(bare, teacher, scheduler=scheduler))
 
 
 @pytest.mark.parametrize("at_once", [True, False], ids=["at once", "in turn"])
