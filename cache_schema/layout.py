@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -185,7 +186,7 @@ class ArrayLayout:
     chunk_rows: int
     values: FieldSpec | None  # of what it means, if that is floating-point: then records hold sums over it
 
-    @property
+    @cached_property
     def dtype(self) -> np.dtype[Any]:
         """Stored dtype."""
         return np.dtype(ENCODINGS[self.encoding].dtype)
@@ -195,12 +196,12 @@ class ArrayLayout:
         """Whether files hold several inner chunks and an index."""
         return self.spec.axis != "system"
 
-    @property
+    @cached_property
     def row_bytes(self) -> int:
         """Bytes of one row."""
         return int(np.prod(self.spec.shape, dtype=np.int64)) * self.dtype.itemsize
 
-    @property
+    @cached_property
     def chunk_bytes(self) -> int:
         """Bytes of one inner chunk."""
         return self.row_bytes * self.chunk_rows
