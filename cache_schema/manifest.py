@@ -8,7 +8,7 @@ from molkd.cache_schema.files import write_error, write_file
 from molkd.cache_schema.groups import ATOMS, teacher_provenance
 from molkd.cache_schema.jsonfile import seal
 from molkd.cache_schema.layout import FORMAT, MANIFEST
-from molkd.cache_schema.mirror import mirror_of
+from molkd.cache_schema.mirror import mirror_of, shown_place
 from molkd.cache_schema.reader import Cache, SignalEntry
 from molkd.cache_schema.remote import local_root
 from molkd.cache_schema.state import MANIFEST_KIND, GroupState, load_group, read_log, require_complete
@@ -92,7 +92,7 @@ def info(path: str | Path) -> dict[str, Any]:
         else:
             n_bytes = mirror.expected.n_bytes
         return {
-            "path": str(root) if mirror is None else mirror.remote.url,
+            "path": shown_place(root),
             "format": FORMAT,
             "fingerprint": cache.fingerprint,
             "systems": packing.n_systems,
@@ -103,7 +103,7 @@ def info(path: str | Path) -> dict[str, Any]:
             "finished": all(entry.complete for entry in _entries(cache)),
             "bytes": n_bytes,
             "bytes_per_atom": n_bytes / packing.n_atoms,
-            "overlay_of": str(place) if (place := cache.state(ATOMS).root) != root else "",
+            "overlay_of": shown_place(place) if (place := cache.state(ATOMS).root) != root else "",
             "dataset": cache.dataset,
             "sources": list(cache.source_names),
             "fields": {name: _describe(entry, cache) for name, entry in cache.fields.items()},

@@ -169,6 +169,12 @@ def mirror_of(root: Path) -> Mirror | None:
     return _MIRRORS.get(root)
 
 
+def shown_place(root: Path) -> str:
+    """Return what people know a store by: its folder, or its URL."""
+    mirror = mirror_of(root)
+    return str(root) if mirror is None else mirror.remote.url
+
+
 def fetch_ahead(files: Iterable[tuple[Path, str]]) -> None:
     """Have the files (root of a store, path in it) fetched at once that lie in mirrors."""
     if not _MIRRORS:

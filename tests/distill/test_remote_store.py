@@ -31,7 +31,7 @@ def url(store, endpoint, tmp_path, monkeypatch):
     for name, value in (S3_ENVIRONMENT | {"AWS_ENDPOINT_URL": endpoint}).items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("MOLKD_CACHE", str(tmp_path / "mirrors"))
-    url = f"s3://{BUCKET}/coll.kdcache"
+    url = f"s3://{BUCKET}/{tmp_path.name}/coll.kdcache"
     publish(store, url)
     return url
 
@@ -62,6 +62,10 @@ def test_a_student_trained_from_a_bucket_is_that_of_the_local_store(store, url, 
 def test_commands_take_urls(store, url, teacher_file, tmp_path):
     assert json.loads(run("cache", "info", url, "--json"))["teachers"]
     run("cache", "verify", url, "--quick")
+    (listed,) = json.loads(run("cache", "ls", url.rpartition("/")[0], "--json"))["stores"]
+    assert (listed["store"], listed["health"], listed["systems"]) == (url, "ok", 48)
+    run("cache", "overlay", url, tmp_path / "mine.kdcache")
+    assert json.loads(run("cache", "info", tmp_path / "mine.kdcache", "--json"))["overlay_of"] == url
     evaluated = [json.loads(run("evaluate", teacher_file, place, "--json")) for place in (url, COLL)]
     assert evaluated[0]["force_mae_meV_A"] == pytest.approx(evaluated[1]["force_mae_meV_A"], rel=1e-5)
     run("ingest", url, tmp_path / "again.kdcache")
