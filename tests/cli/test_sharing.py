@@ -188,6 +188,9 @@ def test_add_runs_the_teacher_over_what_is_new(kd, everything, tmp_path):
         ours, theirs = (c.signal("teacher", "node").codebook for c in (cache, before))
         np.testing.assert_array_equal(ours.step, theirs.step)
     assert not (tmp_path / "b.adding.kdcache").exists()
+    again = as_json(kd(*command[:-1], tmp_path / "deleted.safetensors", "--json"))  # nothing left to compute
+    assert (again["n_systems"], again["bytes_written"]) == (40, 0)
+    assert not (tmp_path / "b.adding.kdcache").exists()
 
 
 def test_add_needs_the_teacher(kd, refused, everything, source, tmp_path):
