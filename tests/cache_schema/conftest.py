@@ -18,8 +18,8 @@ def _load(name: str) -> None:
     spec.loader.exec_module(module)
 
 
-for _name in ("cache_example", "golden_v1", "servers", "remote_example"):  # tests say: from cache_example import ...
-    _load(_name)
+for _name in ("cache_example", "golden_v1", "servers", "remote_example"):
+    _load(_name)  # tests say: from cache_example import ...
 
 from cache_example import create, make_example, write_all  # noqa: E402
 from servers import S3, S3_ENVIRONMENT, s3_server, web_server  # noqa: E402
