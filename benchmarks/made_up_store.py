@@ -16,7 +16,7 @@ CHANNELS = 256
 
 
 def make_store(path: Path, n_systems: int, mean_atoms: int = 75, vectors: bool = True) -> Store:
-    """Write structures, labels and int8 features node (256) and v2v (3 x 256) of random numbers; continues."""
+    """Write structures, labels, and node (256) and v2v (3 x 256) in int8, of random numbers; continues."""
     rng = np.random.default_rng(0)
     n_atoms = rng.integers(mean_atoms - 25, mean_atoms + 26, n_systems)
     store = create_store(
@@ -62,4 +62,6 @@ def make_store(path: Path, n_systems: int, mean_atoms: int = 75, vectors: bool =
 def codebook(spec: FieldSpec) -> Codebook:
     """Return a codebook of int8 as good as any."""
     mean = None if spec.symmetry == "vector" else np.zeros(CHANNELS, np.float32)
-    return Codebook("int8", np.full(CHANNELS, 0.01, np.float32), np.full(CHANNELS, 8, np.uint8), mean, None, 1)
+    return Codebook(
+        "int8", np.full(CHANNELS, 0.01, np.float32), np.full(CHANNELS, 8, np.uint8), mean, None, 1
+    )

@@ -4,8 +4,8 @@
 
 Makes FOLDER/made-up.kdcache (systems of 75 atoms; node 256, v2v 3 x 256 in int8; 2 GB for 26,000) and
 FOLDER/*.lmdb with one pickled PyG record of float32 tensors a system, as OC20's files are and fairchem reads
-them (8 and 2 GB). Everything on one core, batches of 32; the readers take turns, figures are medians. Warm: an
-epoch after the first, which compares the checksums. Cold: the files were dropped from the page cache and
+them (8 and 2 GB). Everything on one core, batches of 32; the readers take turns, figures are medians. Warm:
+an epoch after the first, which compares the checksums. Cold: the files were dropped from the page cache and
 opened anew, checksums included. LMDB is credited with reading and unpickling alone, without making a batch of
 the records; its readahead is on, as in fairchem.
 """
