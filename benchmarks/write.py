@@ -4,8 +4,8 @@
 
 Rows are int8 node (256) and v2v (3 x 256) with their scales, as they come from a device. Writers end with
 their data on the disk (fsync). The raw file is written in pieces of the same size, without checksums. The
-teacher is a loop that waits as for a GPU and hands each step's rows (75 systems of 75 atoms) to the writing thread of
-stage one; its rate makes 80 MB/s of signals. Medians; ratios of neighbouring turns.
+teacher is a loop that waits as for a GPU and hands each step's rows (75 systems of 75 atoms) to the writing
+thread of stage one; its rate makes 80 MB/s of signals. Medians; ratios of neighbouring turns.
 """
 
 import argparse
