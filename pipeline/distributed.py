@@ -90,7 +90,7 @@ class _Crew:
         except _GONE as error:
             raise self.gone(str(error)) from error
         if lost := len(self._workers - now):
-            log.info("%d workers have gone; others do their shards again", lost)
+            log.info("workers gone: %d; others do their shards", lost)
             self.lost_some = True
         self._workers = now
         return len(now)
