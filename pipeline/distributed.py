@@ -110,7 +110,7 @@ class _Crew:
         except CancelledError as error:
             raise self.gone(str(error)) from error
 
-    def submit(self, task: str, *arguments: Any) -> Future[Any]:
+    def submit(self, task: str, *arguments: Any) -> "Future[Any]":
         """Send a task to the scheduler."""
         key = "-".join(["kd", task.replace(" ", "-"), *map(str, arguments), uuid.uuid4().hex])
         future = self.client.submit(
@@ -205,7 +205,7 @@ class _HandOut:
             self._flying[future.key] = shard, future
             self._finished.add(future)
 
-    def _receipt(self, future: Future[Any], result: Any, shard: int) -> worker.Receipt:
+    def _receipt(self, future: "Future[Any]", result: Any, shard: int) -> worker.Receipt:
         if future.status == "finished":
             receipt: worker.Receipt = self._crew.receipt(result)
             return receipt
