@@ -59,7 +59,7 @@ def quiet() -> Iterator[None]:
     """Keep what Dask says about its own affairs out of the log."""
     logger = logging.getLogger("distributed")
     before = logger.level
-    logger.setLevel(logging.ERROR)
+    logger.setLevel(logging.CRITICAL)
     try:
         yield
     finally:
@@ -84,7 +84,7 @@ def local_cluster(device: str, n_workers: int, deaths: int) -> Iterator[tuple[Sp
         "host": _LOOPBACK,
         "nthreads": 1,
         "memory_limit": 0,  # pinned memory and the page cache look like a leak to Dask's watchman
-        "silence_logs": logging.ERROR,
+        "silence_logs": logging.CRITICAL,  # a connection that ends when all is done is no error
     }
     workers = {}
     for k in range(n_workers):
@@ -104,7 +104,7 @@ def local_cluster(device: str, n_workers: int, deaths: int) -> Iterator[tuple[Sp
     share = f"device {', '.join(devices)}" if devices else f"{threads} threads each"
     log.info("starting %d workers, %s", n_workers, share)
     with _without_interrupts():
-        cluster = SpecCluster(workers, scheduler, silence_logs=logging.ERROR, name="molkd")
+        cluster = SpecCluster(workers, scheduler, silence_logs=logging.CRITICAL, name="molkd")
     with cluster:
         yield cluster, threads
 
