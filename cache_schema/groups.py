@@ -19,7 +19,6 @@ from molkd.cache_schema.layout import (
     atoms_layout,
     check_name,
     record_path,
-    signal_group,
     signal_layout,
     split_signal_group,
 )
@@ -179,11 +178,15 @@ def teacher_provenance(root: Path, name: str) -> dict[str, Any] | None:
 
 
 def list_teachers(root: Path) -> list[str]:
-    """Return the names of all teachers, sorted."""
-    folder = root / DATA / "teachers"
-    if not folder.is_dir():
-        return []
-    return sorted(p.name for p in folder.iterdir() if _is_name(p.name) and (p / "zarr.json").is_file())
+    """Return the names of all teachers, sorted.
+
+    Raises
+    ------
+    IntegrityError
+        If a link leads out of the store.
+    """
+    folders = _named(root, f"{DATA}/teachers")
+    return [name for name in folders if inside(root, f"{DATA}/teachers/{name}/zarr.json").is_file()]
 
 
 def list_signal_groups(root: Path, teacher: str) -> list[str]:
@@ -192,39 +195,63 @@ def list_signal_groups(root: Path, teacher: str) -> list[str]:
     Raises
     ------
     IntegrityError
-        If a group's metadata are damaged.
+        If a group's metadata are damaged, or a link leads out of the store.
     """
-    base = f"teachers/{teacher}"
-    found = set(_described(root, base, 0)) | set(_logged(root, base))
-    return sorted(found)
+    return sorted({*_described(root, f"teachers/{teacher}", 0), *list_logged_groups(root, teacher)})
+
+
+def list_logged_groups(root: Path, teacher: str) -> list[str]:
+    """Return the groups of a teacher's signals that the log names, whether or not their metadata are there.
+
+    Raises
+    ------
+    IntegrityError
+        If a link leads out of the store.
+    """
+    return sorted(_logged(root, f"teachers/{teacher}", 0))
 
 
 def list_logged_teachers(root: Path) -> list[str]:
-    """Return the teachers that the log names, whether or not their metadata are there."""
-    folder = root / LOG / "teachers"
-    return sorted(p.name for p in folder.iterdir() if _is_name(p.name)) if folder.is_dir() else []
+    """Return the teachers that the log names, whether or not their metadata are there.
+
+    Raises
+    ------
+    IntegrityError
+        If a link leads out of the store.
+    """
+    return _named(root, f"{LOG}/teachers")
 
 
 def _described(root: Path, group: str, depth: int) -> Iterator[str]:
-    folder = root / DATA / group
-    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
-        child = f"{group}/{path.name}"
-        if not _is_name(path.name) or not path.is_dir() or depth >= _MAX_SIGNAL_PARTS:
-            continue
+    for name in _named(root, f"{DATA}/{group}") if depth < _MAX_SIGNAL_PARTS else ():
+        child = f"{group}/{name}"
         raw = read_zarr_json(root, f"{child}/zarr.json")
         if raw is not None and kind(parse(raw, str(root / DATA / child / "zarr.json"))) == "signal":
             yield child
         yield from _described(root, child, depth + 1)
 
 
-def _logged(root: Path, group: str) -> Iterator[str]:
-    folder = root / LOG / group
-    if not folder.is_dir():
-        return
-    for path in sorted(folder.rglob("*.json")):
-        name = path.parent.relative_to(root / LOG).as_posix()
-        if path.stem.isdecimal() and _is_signal_group(name):
-            yield name
+def _logged(root: Path, group: str, depth: int) -> Iterator[str]:
+    for name in _named(root, f"{LOG}/{group}") if depth < _MAX_SIGNAL_PARTS else ():
+        child = f"{group}/{name}"
+        if any(p.suffix == ".json" and p.stem.isdecimal() for p in (root / LOG / child).iterdir()):
+            yield child
+        yield from _logged(root, child, depth + 1)
+
+
+def _named(root: Path, folder: str) -> list[str]:
+    """Return the folders in a folder that have names as the format gives them, sorted.
+
+    Raises
+    ------
+    IntegrityError
+        If the folder, or one in it, lies outside the store.
+    """
+    path = inside(root, folder)
+    if not path.is_dir():
+        return []
+    names = sorted(p.name for p in path.iterdir() if _is_name(p.name))
+    return [name for name in names if inside(root, f"{folder}/{name}").is_dir()]
 
 
 def _is_name(name: str) -> bool:
@@ -234,17 +261,15 @@ def _is_name(name: str) -> bool:
         return False
 
 
-def _is_signal_group(name: str) -> bool:
-    try:
-        _, teacher, signal = name.split("/", 2)
-        return signal_group(teacher, signal) == name
-    except (CacheError, ValueError):
-        return False
-
-
 def committed_shards(root: Path, group: Group) -> set[int]:
-    """Return the shards of a group that have a commit record; the records are not opened."""
-    folder = root / LOG / group.name
+    """Return the shards of a group that have a commit record; the records are not opened.
+
+    Raises
+    ------
+    IntegrityError
+        If a link leads out of the store.
+    """
+    folder = inside(root, f"{LOG}/{group.name}")
     if not folder.is_dir():
         return set()
     n_shards = group.n_shards
