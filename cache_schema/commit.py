@@ -113,10 +113,34 @@ def read_commit(
     path = inside(root, relative)
     if not path.is_file():
         return None
+    document, _ = read_sealed(path, max_bytes=MAX_JSON_BYTES, remedy=rewrite_remedy(group, shard))
+    return check_commit(document, root / relative, plan, group, shard, layouts, rows)
+
+
+def check_commit(
+    document: dict[str, Any],
+    path: Path,
+    plan: Plan,
+    group: str,
+    shard: int,
+    layouts: dict[str, ArrayLayout],
+    rows: Mapping[str, int | None],
+) -> Commit:
+    """Take the content of a commit record apart.
+
+    Parameters
+    ----------
+    path : of the record, for messages
+    plan, group, shard, layouts, rows : as `read_commit`
+
+    Raises
+    ------
+    IntegrityError
+        As `read_commit`.
+    """
     remedy = rewrite_remedy(group, shard)
-    document, _ = read_sealed(path, max_bytes=MAX_JSON_BYTES, remedy=remedy)
     check_format(document, KIND, path)
-    check = Checks(str(root / relative))
+    check = Checks(str(path))
     if document.get("group") != group or document.get("shard") != shard:
         check.problem("group", f"describes shard {document.get('shard')} of {document.get('group')}")
     if document.get("plan_sha256") != plan.sha256:

@@ -347,28 +347,31 @@ class ShardWriter:
             plan_sha256=self._plan.sha256,
             metadata=self._group.metadata,
         )
-        sealed = seal(commit.to_json())
         record = inside(self._root, record_path(self._group.name, self.shard))
         with exclusive(record.parent):
-            other = self._committed()
-            if other is not None:
-                self._agree(commit, other)
-                return
-            require_unchanged(self._root, self._group)
-            for file in self._files.values():
-                file.temporary.replace(file.target)
-                fsync_folder(file.target.parent)
-            if write_file(record, sealed, replace=False):
-                return
-            other = self._committed()
-            if other is not None and other.checksums != commit.checksums:
-                # Lost a race on a file system without locks: the files are a mixture, so the record must go.
-                record.unlink(missing_ok=True)
-                raise CacheError(
-                    f"{record}: two writers published shard {self.shard} of {self._group.name} at once with "
-                    f"different values (the other: {other.writer}); the shard is left uncommitted, "
-                    "run one of them again"
-                )
+            self._place(commit, record)
+
+    def _place(self, commit: Commit, record: Path) -> None:
+        """Give the files their names and write the record; the lock of the record's folder is held."""
+        other = self._committed()
+        if other is not None:
+            self._agree(commit, other)
+            return
+        require_unchanged(self._root, self._group)
+        for file in self._files.values():
+            file.temporary.replace(file.target)
+            fsync_folder(file.target.parent)
+        if write_file(record, seal(commit.to_json()), replace=False):
+            return
+        other = self._committed()
+        if other is not None and other.checksums != commit.checksums:
+            # Lost a race on a file system without locks: the files are a mixture, so the record must go.
+            record.unlink(missing_ok=True)
+            raise CacheError(
+                f"{record}: two writers published shard {self.shard} of {self._group.name} at once with "
+                f"different values (the other: {other.writer}); the shard is left uncommitted, "
+                "run one of them again"
+            )
 
     def _committed(self) -> Commit | None:
         return load_commit(self._root, self._plan, self._group, self.shard)
