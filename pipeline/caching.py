@@ -2,6 +2,7 @@
 
 Three things overlap: a thread reads systems and builds neighbours, the teacher runs, a thread copies what it
 gave to the host, checks it and writes it. Shards are done one after another; a finished one is never redone.
+Processes that share the work share nothing but the store: jobs of an array, or the workers of `distributed`.
 """
 
 import logging

@@ -78,6 +78,11 @@ def local_cluster(device: str, n_workers: int, deaths: int) -> Iterator[tuple[Sp
     Yields
     ------
     The cluster, and how many threads of torch each worker is to have; None on GPUs.
+
+    Raises
+    ------
+    ConfigError
+        If the device does not exist, or processes cannot be started.
     """
     devices = _devices(device)
     options = {
@@ -103,8 +108,14 @@ def local_cluster(device: str, n_workers: int, deaths: int) -> Iterator[tuple[Sp
     threads = None if devices else max(1, torch.get_num_threads() // n_workers)
     share = f"device {', '.join(devices)}" if devices else f"{threads} threads each"
     log.info("starting %d workers, %s", n_workers, share)
-    with _without_interrupts():
-        cluster = SpecCluster(workers, scheduler, silence_logs=logging.CRITICAL, name="molkd")
+    try:
+        with _without_interrupts():
+            cluster = SpecCluster(workers, scheduler, silence_logs=logging.CRITICAL, name="molkd")
+    except RuntimeError as error:
+        raise ConfigError(
+            f"--workers {n_workers}: a worker process ended while it started ({error}); if memory ran out, "
+            'take fewer; a script that calls this needs its if __name__ == "__main__"'
+        ) from error
     with cluster:
         yield cluster, threads
 

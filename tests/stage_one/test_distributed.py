@@ -123,6 +123,20 @@ def test_a_shard_that_no_worker_survives(bare, teacher, monkeypatch):
     assert verify(bare).ok
 
 
+def test_workers_that_do_not_even_start(bare, teacher):
+    def kill_all():
+        return sum(kill(pid) for pid in pids()) > 0
+
+    with (
+        background(kill_all),
+        pytest.raises(
+            ConfigError, match=r"--workers 2: a worker process ended while it started .*take fewer"
+        ),
+    ):
+        cache_teacher(config(bare, teacher, workers=2))
+    assert commits(bare) == []
+
+
 @pytest.mark.slow
 def test_ctrl_c_on_the_terminal(many, bare, teacher):
     """It reaches every process of the terminal; the command ends, and a later one goes on."""
