@@ -4,7 +4,7 @@ import contextlib
 import hashlib
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from molkd.cache_schema.layout import (
     LOG,
     MAX_SYSTEMS,
     PLAN,
+    Packing,
     atoms_layout,
     choose_rows_per_shard,
     pack,
@@ -152,19 +153,8 @@ def build(
         hashes[name] = hashlib.sha256(raw).hexdigest()
         _write(folder / system_file(name), raw)
 
-    documents = {
-        "zarr.json": group_document(ROOT_ATTRIBUTES),
-        "systems/zarr.json": group_document({"source_names": list(table.source_names)}),
-        "atoms/zarr.json": group_document({}),
-        "teachers/zarr.json": group_document({}),
-    }
-    for name, (dtype, tail, dimensions, unit) in SYSTEM_ARRAYS.items():
-        documents[f"systems/{name}/zarr.json"] = plain_document((len(order), *tail), dtype, dimensions, unit)
-    for layout in atoms_layout(packing).values():
-        documents[f"{layout.path}/zarr.json"] = array_document(layout)
     metadata = {}
-    for name, document in documents.items():
-        raw = dump(document)
+    for name, raw in metadata_files(packing, table.source_names).items():
         metadata[name] = hashlib.sha256(raw).hexdigest()
         _write(folder / DATA / name, raw)
 
@@ -172,6 +162,22 @@ def build(
     plan = Plan(seed, table.fingerprint, packing, hashes, metadata, dataset)
     _write(folder / PLAN, seal(plan.to_json()))
     return order
+
+
+def metadata_files(packing: Packing, source_names: Sequence[str]) -> dict[str, bytes]:
+    """Return every zarr.json that a store has before it knows a teacher, by its path in data.zarr."""
+    documents = {
+        "zarr.json": group_document(ROOT_ATTRIBUTES),
+        "systems/zarr.json": group_document({"source_names": list(source_names)}),
+        "atoms/zarr.json": group_document({}),
+        "teachers/zarr.json": group_document({}),
+    }
+    for name, (dtype, tail, dimensions, unit) in SYSTEM_ARRAYS.items():
+        shape = (packing.n_systems, *tail)
+        documents[f"systems/{name}/zarr.json"] = plain_document(shape, dtype, dimensions, unit)
+    for layout in atoms_layout(packing).values():
+        documents[f"{layout.path}/zarr.json"] = array_document(layout)
+    return {name: dump(document) for name, document in documents.items()}
 
 
 @contextlib.contextmanager

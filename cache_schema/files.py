@@ -48,7 +48,12 @@ def inside(root: Path, relative: str) -> Path:
         If a symbolic link or ".." leads out of the store, or a file that is fetched arrives damaged.
     """
     home = root.resolve()
-    path = (home / relative).resolve()
+    try:
+        path = (home / relative).resolve()
+    except (OSError, RuntimeError) as error:  # a link to itself; names that are too long
+        raise IntegrityError(
+            f"{root / relative}: leads nowhere ({error}); no store has such links"
+        ) from error
     if home != path and home not in path.parents:
         raise IntegrityError(
             f"{root / relative}: leads out of the store to {path}; a store holds no links to files elsewhere"
