@@ -82,6 +82,23 @@ def codebook_files(group: str, codebook: Codebook) -> dict[str, bytes]:
     return files
 
 
+def codebook_of(group: str, entry: dict[str, Any]) -> tuple[dict[str, bytes], dict[str, str]]:
+    """Return what a signal's attributes say of its codebook's files: every zarr.json, and sha256 of the rest.
+
+    Paths are those in data.zarr. What makes no sense is left out, `read_signal` complains about it.
+    """
+    book = entry.get("codebook")
+    tables = book.get("arrays") if isinstance(book, dict) else None
+    documents, digests = {}, {}
+    for name, table in tables.items() if isinstance(tables, dict) else ():
+        shape = table.get("shape") if isinstance(table, dict) else None
+        if name in _TYPES and isinstance(shape, list) and len(shape) == len(_DIMENSIONS[name]):
+            document = zarr_json.plain_document(tuple(shape), _TYPES[name], _DIMENSIONS[name], "1")
+            documents[f"{group}/{name}/zarr.json"] = zarr_json.dump(document)
+            digests[_chunk(f"{group}/{name}", len(shape))] = str(table.get("sha256"))
+    return documents, digests
+
+
 def _chunk(path: str, n_axes: int) -> str:
     return f"{path}/c/{'/'.join(['0'] * n_axes)}"
 
