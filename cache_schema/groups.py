@@ -3,13 +3,14 @@
 import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from molkd.cache_schema.commit import Commit, read_commit
+from molkd.cache_schema.commit import Commit, read_commit, rewrite_remedy
 from molkd.cache_schema.errors import CacheError, IntegrityError
 from molkd.cache_schema.files import inside
 from molkd.cache_schema.layout import (
@@ -61,6 +62,11 @@ class Group:
     def n_shards(self) -> int:
         """Number of shards."""
         return len(self.rows["system"])
+
+    @cached_property
+    def first_system(self) -> NDArray[np.int64]:
+        """Stored index of the first system of each shard, and the number of all, (n_shards + 1,)."""
+        return np.concatenate([[0], np.cumsum(self.rows["system"])])
 
     def rows_of(self, shard: int) -> dict[str, int | None]:
         """Return the rows of a shard by axis; None for edges."""
@@ -285,12 +291,33 @@ def load_commit(root: Path, plan: Plan, group: Group, shard: int) -> Commit | No
     Raises
     ------
     IntegrityError
-        If the record is damaged or the metadata changed since.
+        If the record is damaged, or the metadata or the teacher changed since.
     """
     commit = read_commit(root, plan, group.name, shard, group.layouts, group.rows_of(shard))
     if commit is not None:
         check_metadata(root, group, commit.metadata)
+        check_origin(root, group, commit)
     return commit
+
+
+def check_origin(root: Path, group: Group, commit: Commit) -> None:
+    """Refuse a record that names another teacher's weights, or bad systems that are not in its shard.
+
+    Raises
+    ------
+    IntegrityError
+        Naming the record.
+    """
+    where = root / record_path(group.name, commit.shard)
+    remedy = rewrite_remedy(group.name, commit.shard)
+    if commit.weights_sha256 != group.weights_sha256:
+        raise IntegrityError(
+            f"{where}: written by a teacher with the weights {commit.weights_sha256[:16]!r}, the store's has "
+            f"{group.weights_sha256[:16]!r}; {remedy}"
+        )
+    first, last = group.first_system[commit.shard : commit.shard + 2]
+    if not all(first <= i < last for i in commit.bad_systems):
+        raise IntegrityError(f"{where}: bad_systems: some are not in shard {commit.shard}; {remedy}")
 
 
 def require_unchanged(root: Path, group: Group) -> None:

@@ -33,7 +33,7 @@ def finalize(store: Store) -> Path:
     for name in store.groups:
         state = read_log(root, plan, load_group(root, plan, store.systems, name))
         require_complete(root, state)
-        groups[name] = _group_entry(state)
+        groups[name] = group_entry(state)
     document = {
         "kind": MANIFEST_KIND,
         "format": FORMAT,
@@ -60,7 +60,8 @@ def finalize_if_complete(store: Store) -> bool:
     return True
 
 
-def _group_entry(state: GroupState) -> dict[str, Any]:
+def group_entry(state: GroupState) -> dict[str, Any]:
+    """Return what the manifest says about a finished group."""
     arrays = {}
     for name in state.group.layouts:
         entry: dict[str, Any] = {"shards": [state.files[k][name].to_json() for k in sorted(state.files)]}

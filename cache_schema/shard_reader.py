@@ -19,10 +19,11 @@ from molkd.cache_schema.files import inside
 from molkd.cache_schema.layout import ArrayLayout, record_path
 from molkd.cache_schema.mirror import damage_remedy
 from molkd.cache_schema.runs import Runs
-from molkd.cache_schema.shard_writer import shard_index
+from molkd.cache_schema.shard_writer import index_pieces
 from molkd.cache_schema.state import GroupState
 
 _OPEN_FILES = 256
+_PIECE_BYTES = 1 << 22  # of a chunk in memory at a time
 _MAX_BUFFERS = 512  # per preadv; the system's limit is 1,024 or more
 
 
@@ -140,24 +141,30 @@ class ArrayReader:
         return file
 
     def _check_index(self, file: _File, shard: int, record: FileRecord) -> None:
-        layout = self.layout
-        if not layout.is_sharded:
+        offset, crc, is_ours, raw = record.n_bytes - self.layout.index_bytes, 0, True, b""
+        for piece in index_pieces(self.layout, record.rows):
+            crc = crc32c(raw, crc)
+            raw = os.pread(file.fd, len(piece), offset)
+            is_ours &= raw == piece
+            offset += len(piece)
+        if is_ours:
             return
-        raw = os.pread(file.fd, layout.index_bytes, record.n_bytes - layout.index_bytes)
-        if raw == shard_index(layout, record.rows):
-            return
-        if crc32c(raw[:-4]) != struct.unpack("<I", raw[-4:])[0]:
+        if struct.pack("<I", crc) != raw:
             raise self._damaged(shard, "has a damaged index")
         raise self._damaged(shard, "was rewritten by another program (its chunks are not in order)")
 
     def _check_chunks(self, file: _File, shard: int, first: int, last: int) -> None:
         size, checked, record = self.layout.chunk_bytes, self._checked[shard], self._record(shard)
-        buffer = np.empty(size, dtype=np.uint8)
+        buffer = np.empty(min(size, _PIECE_BYTES), dtype=np.uint8)
         for chunk in range(first, last):
             if checked[chunk]:
                 continue
-            self._pread(file, shard, [buffer.data], chunk * size, size)
-            if crc_hex(crc32c(buffer)) != record.chunk_crc32c[chunk]:
+            crc = 0
+            for begin in range(0, size, _PIECE_BYTES):
+                piece = buffer[: size - begin]
+                self._pread(file, shard, [piece.data], chunk * size + begin, len(piece))
+                crc = crc32c(piece, crc)
+            if crc_hex(crc) != record.chunk_crc32c[chunk]:
                 raise self._damaged(shard, f"is damaged in chunk {chunk}")
             checked[chunk] = 1
 

@@ -3,7 +3,7 @@
 import contextlib
 import os
 import struct
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
@@ -39,6 +39,7 @@ from molkd.cache_schema.statistics import Moments
 MISSING = 0xFFFF_FFFF_FFFF_FFFF  # offset and length of a chunk that is not stored
 _BUFFER_BYTES = 1 << 20
 _PIECE_VALUES = 1 << 15
+_INDEX_ENTRIES = 1 << 16  # of an index in memory at a time
 _LABELS = ("energy", "forces")  # a label that nobody knows is NaN
 
 
@@ -80,10 +81,9 @@ class _ArrayFile:
         whole = 0  # each byte is gone over once: the file's checksum follows from those of its chunks
         for crc in self.chunk_crcs:
             whole = crc32c_joined(whole, crc, self.layout.chunk_bytes)
-        if self.layout.is_sharded:
-            index = shard_index(self.layout, rows)
-            self._write(np.frombuffer(index, dtype=np.uint8))
-            whole = crc32c(index, whole)
+        for piece in index_pieces(self.layout, rows):
+            self._write(np.frombuffer(piece, dtype=np.uint8))
+            whole = crc32c(piece, whole)
         self.handle.flush()
         os.fsync(self.handle.fileno())
         return FileRecord(self.size, rows, crc_hex(whole), tuple(crc_hex(c) for c in self.chunk_crcs))
@@ -99,14 +99,21 @@ class _ArrayFile:
         self.size += len(data)
 
 
-def shard_index(layout: ArrayLayout, n_rows: int) -> bytes:
-    """Return the index that ends a shard's file: stored chunks in order, the rest marked missing."""
-    stored = layout.stored_chunks(n_rows)
-    entries = np.full((layout.n_chunks, 2), MISSING, dtype="<u8")
-    entries[:stored, 0] = np.arange(stored, dtype=np.uint64) * np.uint64(layout.chunk_bytes)
-    entries[:stored, 1] = layout.chunk_bytes
-    raw = entries.tobytes()
-    return raw + struct.pack("<I", crc32c(raw))
+def index_pieces(layout: ArrayLayout, n_rows: int) -> Iterator[bytes]:
+    """Yield the index that ends a shard's file: stored chunks in order, the rest marked missing."""
+    if not layout.is_sharded:
+        return
+    stored, crc = layout.stored_chunks(n_rows), 0
+    for begin in range(0, layout.n_chunks, _INDEX_ENTRIES):
+        chunks = np.arange(begin, min(begin + _INDEX_ENTRIES, layout.n_chunks), dtype=np.uint64)
+        entries = np.full((len(chunks), 2), MISSING, dtype="<u8")
+        n = min(max(stored - begin, 0), len(chunks))
+        entries[:n, 0] = chunks[:n] * np.uint64(layout.chunk_bytes)
+        entries[:n, 1] = layout.chunk_bytes
+        raw = entries.tobytes()
+        crc = crc32c(raw, crc)
+        yield raw
+    yield struct.pack("<I", crc)
 
 
 class ShardWriter:

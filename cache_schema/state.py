@@ -89,6 +89,7 @@ class Manifest:
     path: Path
     groups: dict[str, Any]
     metadata: dict[str, dict[str, str]]  # group -> zarr.json -> sha256
+    teachers: dict[str, Any]  # provenance by name
     sha256: str
 
     def state(self, root: Path, plan: Plan, group: Group) -> GroupState:
@@ -105,6 +106,8 @@ class Manifest:
         arrays = check.table(entry, "arrays")
         if set(arrays) != set(group.layouts):
             check.problem("arrays", f"expected exactly {', '.join(group.layouts)}")
+        if entry.get("weights_sha256") != group.weights_sha256:
+            check.problem("weights_sha256", "is not that of the teacher")
         check.finish(_REMEDY)
         state = GroupState(group, root, bad_systems=set(bad_systems(check, entry, plan)))
         state.files = {shard: {} for shard in range(plan.n_shards)}
@@ -142,10 +145,13 @@ def read_manifest(root: Path, plan: Plan) -> Manifest | None:
     check = Checks(str(path))
     if document.get("plan_sha256") != plan.sha256:
         check.problem("plan_sha256", "belongs to another plan")
+    if document.get("fingerprint") != plan.fingerprint:
+        check.problem("fingerprint", "is not that of the plan")
     groups = check.table(document, "groups")
     metadata = {n: check.hex_table(check.table(groups, n), "metadata", 64, f"{n}.") for n in groups}
+    teachers = check.table(document, "teachers")
     check.finish(_REMEDY)
-    return Manifest(path, groups, metadata, digest)
+    return Manifest(path, groups, metadata, teachers, digest)
 
 
 def load_group(root: Path, plan: Plan, systems: Systems, name: str) -> Group:

@@ -1,29 +1,25 @@
 """Check a store, sizes only or every byte, and say which shard of which array is wrong."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
 
 from molkd.cache_schema.commit import Commit, FileRecord, read_commit, rewrite_remedy
-from molkd.cache_schema.crc import crc32c, crc32c_joined, crc_hex
-from molkd.cache_schema.edges import are_inside
 from molkd.cache_schema.errors import CacheError, IntegrityError
-from molkd.cache_schema.fields import EDGE_INDEX, N_EDGES
+from molkd.cache_schema.fields import N_EDGES
 from molkd.cache_schema.files import TMP_PREFIX, inside
 from molkd.cache_schema.findings import HARMLESS, Problem, Report
 from molkd.cache_schema.groups import (
     ATOMS,
     Group,
+    check_origin,
     committed_shards,
     list_logged_teachers,
     list_signal_groups,
     list_teachers,
+    teacher_provenance,
 )
-from molkd.cache_schema.identity import system_id
-from molkd.cache_schema.layout import DATA, LOG, MANIFEST, PLAN, ArrayLayout, record_path
+from molkd.cache_schema.layout import DATA, LOG, MANIFEST, PLAN, record_path
+from molkd.cache_schema.manifest import group_entry
 from molkd.cache_schema.mirror import mirror_of
 from molkd.cache_schema.overlay import OVERLAY, base_of
 from molkd.cache_schema.plan import (
@@ -37,14 +33,21 @@ from molkd.cache_schema.plan import (
     system_file,
 )
 from molkd.cache_schema.remote import local_root
-from molkd.cache_schema.state import load_group, read_manifest
+from molkd.cache_schema.shard_checks import damages_of_file, wrong_edges, wrong_identity
+from molkd.cache_schema.state import GroupState, Manifest, load_group, read_manifest
 
 Progress = Callable[[int, int], None]  # bytes done, bytes in all
 
 _COPY = "restore the file from a copy of the store"
+_FINISH = "delete it, the records say the same, and finish the store again"
 
 
-def verify(path: str | Path, quick: bool = False, progress: Progress | None = None) -> Report:
+def verify(
+    path: str | Path,
+    quick: bool = False,
+    progress: Progress | None = None,
+    shards: Collection[tuple[str, int]] | None = None,
+) -> Report:
     """Check a store and report every problem.
 
     Of a store on a server every file is fetched and checked; a quick check asks for sizes only.
@@ -53,22 +56,30 @@ def verify(path: str | Path, quick: bool = False, progress: Progress | None = No
     ----------
     quick : look at sizes and presence, the records and the plan, but read no array data
     progress : called with bytes done and bytes in all
+    shards : groups and shards whose array data are read; None reads all
 
     Raises
     ------
     CacheError
         If the folder is no store, or one of a newer format.
     """
-    return _Verifier(local_root(path), quick, progress).run()
+    return _Verifier(local_root(path), quick, progress, shards).run()
 
 
 class _Verifier:
-    def __init__(self, root: Path, quick: bool, progress: Progress | None) -> None:
-        self.root, self.quick, self.progress = root, quick, progress
+    def __init__(
+        self,
+        root: Path,
+        quick: bool,
+        progress: Progress | None,
+        shards: Collection[tuple[str, int]] | None,
+    ) -> None:
+        self.root, self.quick, self.progress, self.shards = root, quick, progress, shards
         self.report = Report(quick)
         self.expected: set[str] = {PLAN}  # files that belong to the store
         self.damaged: set[str] = set()  # metadata files reported already
         self.total = 0
+        self.manifest: Manifest | None = None
         self.mirror = mirror_of(root)
         self.sizes: dict[str, int | None] = {}  # what a server says, in a quick check
 
@@ -86,9 +97,12 @@ class _Verifier:
         if systems is None:
             return self.report  # without the table nobody knows which rows a shard has
         overlay = self._overlay(plan)
-        for name in self._group_names():
+        self.manifest = self._manifest(plan)
+        names = self._group_names()
+        for name in names:
             if not (overlay and name == ATOMS):
                 self._group(plan, systems, name)
+        self._compare_manifest(names)
         if self.mirror is None:
             self._strangers()
         return self.report
@@ -161,7 +175,7 @@ class _Verifier:
             self.sizes = self.mirror.remote.sizes(
                 layout.file(shard) for shard in listed for layout in group.layouts.values()
             )
-        committed = committed_shards(self.root, group)
+        committed, state = committed_shards(self.root, group), GroupState(group, self.root)
         self._unfinished(plan, group, n_begun=len(committed | set(listed)))
         for shard in range(plan.n_shards):
             record = record_path(name, shard)
@@ -172,9 +186,8 @@ class _Verifier:
                 commit = self._commit(plan, group, shard)
                 if commit is not None:
                     if files is not None and files != commit.files:
-                        self._add(
-                            "manifest", MANIFEST, f"differs from {record}", "delete it and finish again"
-                        )
+                        self._add("manifest", MANIFEST, f"differs from {record}", _FINISH)
+                    state.add(commit)
                     files = commit.files
             elif files is not None and self.mirror is None:  # which needs no records
                 remedy = "delete manifest.json and run the command that wrote the shard again"
@@ -183,15 +196,32 @@ class _Verifier:
                 self._uncommitted(group, shard)
                 continue
             sound = [self._file(group, array, shard, files[array]) for array in group.layouts]
-            if name == ATOMS and all(sound) and not self.quick:
-                self._identity(group, systems, shard)
-            if N_EDGES.name in group.layouts and all(sound) and not self.quick:
-                self._edges(group, systems, shard, files["values"].rows)
+            if all(sound) and not self._is_quick(group, shard):
+                self._content(group, systems, shard, files)
+
+        self._compare_state(state)
+
+    def _is_quick(self, group: Group, shard: int) -> bool:
+        return self.quick or (self.shards is not None and (group.name, shard) not in self.shards)
+
+    def _content(self, group: Group, systems: Systems, shard: int, files: Mapping[str, FileRecord]) -> None:
+        """Look at what no checksum shows."""
+        kind, message = "identity", ""
+        if group.name == ATOMS:
+            message = wrong_identity(self.root, group.layouts, systems, shard)
+        elif N_EDGES.name in group.layouts:
+            kind = "edges"
+            message = wrong_edges(self.root, group.layouts, systems, shard, files["values"].rows)
+        if message:
+            remedy = rewrite_remedy(group.name, shard)
+            self._add(kind, record_path(group.name, shard), message, remedy, array=group.name, shard=shard)
 
     def _commit(self, plan: Plan, group: Group, shard: int) -> Commit | None:
         record = record_path(group.name, shard)
         try:
             commit = read_commit(self.root, plan, group.name, shard, group.layouts, group.rows_of(shard))
+            if commit is not None:
+                check_origin(self.root, group, commit)
         except CacheError as error:
             remedy = rewrite_remedy(group.name, shard)
             self._add("record", record, str(error), remedy, array=group.name, shard=shard)
@@ -205,22 +235,50 @@ class _Verifier:
                 )
         return commit
 
-    def _manifest_files(self, plan: Plan, group: Group) -> dict[int, dict[str, FileRecord]]:
+    def _manifest(self, plan: Plan) -> Manifest | None:
         path = self.root / MANIFEST
         if not path.is_file():
-            return {}
-        if MANIFEST not in self.expected:
-            self.expected.add(MANIFEST)
-            self._count(path.stat().st_size)
+            return None
+        self.expected.add(MANIFEST)
+        self._count(path.stat().st_size)
         try:
-            manifest = read_manifest(self.root, plan)
-            if manifest is None or group.name not in manifest.groups:
-                return {}
-            return manifest.state(self.root, plan, group).files
+            return read_manifest(self.root, plan)
         except CacheError as error:
-            if not any(p.kind == "manifest" for p in self.report.problems):
-                self._add("manifest", MANIFEST, str(error), "delete it and finish the store again")
+            self._add("manifest", MANIFEST, str(error), _FINISH)
+            return None
+
+    def _compare_manifest(self, names: list[str]) -> None:
+        """Report what the manifest says about teachers and groups that are not here, or other ones."""
+        if self.manifest is None:
+            return
+        for name in sorted(self.manifest.groups.keys() - set(names)):
+            message = f"names {name}, of which neither data nor records are here"
+            self._add("metadata", MANIFEST, message, _COPY, array=name)
+        for name, provenance in self.manifest.teachers.items():
+            try:
+                if teacher_provenance(self.root, name) != provenance:
+                    self._add("manifest", MANIFEST, f"describes another teacher {name}", _FINISH)
+            except CacheError:
+                continue  # reported with the metadata
+
+    def _manifest_files(self, plan: Plan, group: Group) -> dict[int, dict[str, FileRecord]]:
+        if self.manifest is None or group.name not in self.manifest.groups:
             return {}
+        try:
+            return self.manifest.state(self.root, plan, group).files
+        except CacheError as error:
+            self._add("manifest", MANIFEST, str(error), _FINISH)
+            return {}
+
+    def _compare_state(self, state: GroupState) -> None:
+        """Report sums, bad systems and the like that the manifest has otherwise than the records."""
+        name = state.group.name
+        entry = self.manifest.groups.get(name) if self.manifest is not None else None
+        if isinstance(entry, dict) and not state.missing_shards:
+            differs = [key for key, value in group_entry(state).items() if entry.get(key) != value]
+            if differs and not any(p.kind == "manifest" for p in self.report.problems):
+                message = f"{', '.join(differs)} of {name} differ from its commit records"
+                self._add("manifest", MANIFEST, message, _FINISH)
 
     def _unfinished(self, plan: Plan, group: Group, n_begun: int) -> None:
         """Say in one line how much of a group is still to come; an interrupted store lacks many shards."""
@@ -256,10 +314,11 @@ class _Verifier:
         if size != record.n_bytes:
             message = f"shard {shard} of {layout.path} has {size} bytes, expected {record.n_bytes}"
             self._add("size", relative, message, remedy, array=layout.path, shard=shard)
-        elif self.quick:
+        elif self._is_quick(group, shard):
             self.report.n_files += 1
         else:
-            self._checksums(inside(self.root, relative), layout, shard, record, relative, remedy)
+            for chunk, message in damages_of_file(inside(self.root, relative), layout, shard, record):
+                self._add("checksum", relative, message, remedy, array=layout.path, shard=shard, chunk=chunk)
             self._count(size)
         return len(self.report.problems) == before
 
@@ -272,69 +331,6 @@ class _Verifier:
         if size is None:
             raise FileNotFoundError(relative)
         return size
-
-    def _checksums(
-        self, path: Path, layout: ArrayLayout, shard: int, record: FileRecord, relative: str, remedy: str
-    ) -> None:
-        total = 0
-        with path.open("rb") as handle:
-            for chunk, expected in enumerate(record.chunk_crc32c):
-                data = handle.read(layout.chunk_bytes)
-                own = crc32c(data)
-                total = crc32c_joined(total, own, len(data))
-                if crc_hex(own) != expected:
-                    message = f"chunk {chunk} of shard {shard} of {layout.path} is damaged (crc32c differs)"
-                    self._add(
-                        "checksum", relative, message, remedy, array=layout.path, shard=shard, chunk=chunk
-                    )
-            total = crc32c(handle.read(), total)
-        if crc_hex(total) != record.crc32c and not any(
-            p.path == relative and p.kind == "checksum" for p in self.report.problems
-        ):
-            message = f"the index of shard {shard} of {layout.path} is damaged (crc32c of the file differs)"
-            self._add("checksum", relative, message, remedy, array=layout.path, shard=shard)
-
-    def _rows(self, group: Group, array: str, shard: int, n_rows: int) -> NDArray[Any]:
-        layout = group.layouts[array]
-        n_values = n_rows * layout.row_bytes // layout.dtype.itemsize
-        raw = np.fromfile(self.root / layout.file(shard), layout.dtype.newbyteorder("<"), n_values)
-        return raw.reshape(n_rows, *layout.spec.shape)
-
-    def _edges(self, group: Group, systems: Systems, shard: int, n_rows: int) -> None:
-        mine = systems.in_shard(shard)
-        n_edges = self._rows(group, N_EDGES.name, shard, len(mine))
-        index = self._rows(group, EDGE_INDEX.name, shard, n_rows)
-        if (n_edges < 0).any() or n_edges.sum() != n_rows:
-            message = f"n_edges of shard {shard} adds up to {n_edges.sum()}, the record has {n_rows} edges"
-        elif not are_inside(index, np.repeat(systems.n_atoms[mine.start : mine.stop], n_edges)):
-            message = f"edges of shard {shard} end at atoms that their system does not have"
-        else:
-            return
-        remedy = rewrite_remedy(group.name, shard)
-        self._add("edges", record_path(group.name, shard), message, remedy, array=group.name, shard=shard)
-
-    def _identity(self, group: Group, systems: Systems, shard: int) -> None:
-        n_rows = int(group.rows["atom"][shard])
-        rows = {name: self._rows(group, name, shard, n_rows) for name in ("atomic_numbers", "positions")}
-        begin = 0
-        wrong = []
-        for i in systems.in_shard(shard):
-            end = begin + int(systems.n_atoms[i])
-            own = system_id(
-                rows["atomic_numbers"][begin:end],
-                rows["positions"][begin:end],
-                systems.cell[i],
-                systems.pbc[i],
-            )
-            if own != systems.id[i].tobytes():
-                wrong.append(i)
-            begin = end
-        if wrong:
-            message = (
-                f"{len(wrong)} systems of shard {shard} (first: {wrong[0]}) have ids their atoms do not give"
-            )
-            remedy = rewrite_remedy(ATOMS, shard)
-            self._add("identity", record_path(ATOMS, shard), message, remedy, array=ATOMS, shard=shard)
 
     # -------------------------------------------------------------------------------------------------- rest
 
