@@ -12,6 +12,7 @@ from molkd.cache_schema.errors import MolkdError
 from molkd.pipeline.allocator import keep_freed_memory
 from molkd.pipeline.commands.output import NEW_STORE, PATH, STORE, as_json, given, show
 from molkd.pipeline.commands.plan import plan
+from molkd.pipeline.commands.repair import repair
 from molkd.pipeline.commands.sharing import COMMANDS
 
 scale_file = click.option(
@@ -134,7 +135,7 @@ def cache() -> None:
     """Look into a store, check it, and share it."""
 
 
-for command in (plan, *COMMANDS):
+for command in (plan, repair, *COMMANDS):
     cache.add_command(command)
 
 
