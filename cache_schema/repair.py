@@ -8,6 +8,7 @@ from pathlib import Path
 from molkd.cache_schema.commit import Commit
 from molkd.cache_schema.damage import Damage, DamagedStore, Healer, Outcome
 from molkd.cache_schema.errors import CacheError
+from molkd.cache_schema.files import sweep
 from molkd.cache_schema.findings import Report
 from molkd.cache_schema.groups import (
     ATOMS,
@@ -61,8 +62,8 @@ def repair(
     root, outcome = writable_root(path), Outcome(dry_run)
     intact = IntactCopy(copy) if copy is not None else None
     plan = mend_plan(root, intact, outcome)
-    if plan is None:
-        return outcome
+    if plan is None or (dry_run and outcome.done):
+        return outcome  # without its plan nothing else of a store can be looked at
     if intact is not None:
         intact.require_same(root, plan)
     systems = mend_table(root, plan, intact, outcome)
@@ -154,18 +155,27 @@ def _damage(
 def _finish(store: DamagedStore, report: Report, outcome: Outcome) -> None:
     """Bring the manifest up to date, and look once more at what was put in place."""
     is_stale = any(problem.kind == "manifest" for problem in report.problems)
+    is_absent = not (store.root / MANIFEST).exists()
+    if not outcome.is_dry and not outcome.needed:
+        is_complete = finalize_if_complete(Store.open(store.root, "a"))
+        if is_stale and not is_complete:
+            (store.root / MANIFEST).unlink()
+        is_stale |= is_absent and is_complete
     if is_stale:
         outcome.did(MANIFEST, "the commit records")
     if outcome.is_dry:
         return
-    if not outcome.needed and not finalize_if_complete(Store.open(store.root, "a")) and is_stale:
-        (store.root / MANIFEST).unlink(missing_ok=True)
+    for note in report.notes:
+        if note.kind == "temporary":  # of a repair, or another writer, that was killed
+            sweep((store.root / note.path).parent)
+    known = " ".join(outcome.needed)
     for problem in verify(store.root, shards=outcome.shards).problems:
         key = (
             problem.array if problem.array in store.groups else problem.array.rpartition("/")[0],
             problem.shard,
         )
-        if key not in {damage.key for damage in store.damages}:
+        is_named = bool(problem.array) and problem.array in known
+        if key not in {damage.key for damage in store.damages} and not is_named:
             outcome.needed.append(str(problem))
 
 

@@ -148,7 +148,7 @@ class _Filling:
                     return False
                 energy = float(systems.energy[i])
                 digests.append(labels_digest(energy, rows["forces"], rows["tags"], rows["fixed"]))
-        return labels_fingerprint(systems.id, digests) == known
+        return bool(labels_fingerprint(systems.id, digests) == known)
 
 
 def _rows(system: System) -> dict[str, NDArray[Any]]:

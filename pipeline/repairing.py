@@ -187,7 +187,8 @@ class TeacherHealer:
         damages: Sequence[Damage],
         outcome: Outcome,
     ) -> dict[tuple[str, int], str]:
-        reasons, todo = {}, defaultdict(dict[str, str])
+        reasons: dict[tuple[str, int], str] = {}
+        todo: defaultdict[int, dict[str, str]] = defaultdict(dict)  # shard -> signal -> group
         for damage in damages:
             signal = split_signal_group(damage.group)[1]
             if teacher.signals.get(signal) != store.groups[damage.group].signal.spec:
