@@ -6,9 +6,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from molkd.cache_schema.errors import IntegrityError
+from molkd.cache_schema.untrusted import SHOWN, brief
 
 _HEX = frozenset("0123456789abcdef")
 _MAX_PROBLEMS_SHOWN = 5
+_SHOWN_MESSAGE = 500  # characters
 
 
 class Checks:
@@ -20,13 +22,13 @@ class Checks:
 
     def problem(self, place: str, message: str) -> None:
         """Note a problem."""
-        self.problems.append(f"{place}: {message}")
+        self.problems.append(f"{place[:SHOWN]}: {message[:_SHOWN_MESSAGE]}")
 
     def integer(self, document: dict[str, Any], key: str, low: int, high: int, at: str = "") -> int:
         """Return an integer in [low, high]."""
         value = document.get(key)
         if type(value) is not int or not low <= value <= high:
-            self.problem(f"{at}{key}", f"{value!r} is no integer from {low} to {high}")
+            self.problem(f"{at}{key}", f"{brief(value)} is no integer from {low} to {high}")
             return low
         return value
 
@@ -34,7 +36,7 @@ class Checks:
         """Return a finite number that is not negative."""
         value = document.get(key)
         if type(value) not in (int, float) or not 0 <= value < float("inf"):  # type: ignore[operator]
-            self.problem(f"{at}{key}", f"{value!r} is no finite number from 0 up")
+            self.problem(f"{at}{key}", f"{brief(value)} is no finite number from 0 up")
             return 0.0
         return float(value)  # type: ignore[arg-type]
 
@@ -52,7 +54,7 @@ class Checks:
         """Return a text."""
         value = document.get(key)
         if not isinstance(value, str):
-            self.problem(f"{at}{key}", f"{value!r} is no text")
+            self.problem(f"{at}{key}", f"{brief(value)} is no text")
             return ""
         return value
 
@@ -60,7 +62,7 @@ class Checks:
         """Return a text of lower-case hex digits."""
         value = document.get(key)
         if not is_hex(value, digits):
-            self.problem(f"{at}{key}", f"{value!r} is not {digits} hex digits")
+            self.problem(f"{at}{key}", f"{brief(value)} is not {digits} hex digits")
             return "0" * digits
         return str(value)
 

@@ -8,11 +8,13 @@ from typing import Any
 from molkd.cache_schema.checks import Checks, is_hex
 from molkd.cache_schema.files import inside
 from molkd.cache_schema.jsonfile import read_sealed
-from molkd.cache_schema.layout import FORMAT, MAX_JSON_BYTES, MAX_SYSTEMS, ArrayLayout, record_path
+from molkd.cache_schema.layout import FORMAT, MAX_RECORD_BYTES, MAX_SYSTEMS, ArrayLayout, record_path
 from molkd.cache_schema.plan import Plan, check_format
 from molkd.cache_schema.statistics import Moments, n_channels
 
 KIND = "molkd cache commit"
+_FIXED_BYTES = 1 << 16
+_NUMBER_BYTES = 28  # of a number, or of a checksum with its quotes
 
 
 @dataclass(frozen=True)
@@ -113,8 +115,19 @@ def read_commit(
     path = inside(root, relative)
     if not path.is_file():
         return None
-    document, _ = read_sealed(path, max_bytes=MAX_JSON_BYTES, remedy=rewrite_remedy(group, shard))
+    document, _ = read_sealed(path, max_bytes=_most_bytes(layouts, rows), remedy=rewrite_remedy(group, shard))
     return check_commit(document, root / relative, plan, group, shard, layouts, rows)
+
+
+def _most_bytes(layouts: Mapping[str, ArrayLayout], rows: Mapping[str, int | None]) -> int:
+    """Return more bytes than a record of these arrays can have."""
+    total = _FIXED_BYTES + _NUMBER_BYTES * (rows["system"] or 0)  # bad systems
+    for layout in layouts.values():
+        n_rows = rows[layout.spec.axis]
+        n_chunks = layout.stored_chunks(layout.rows_per_file if n_rows is None else n_rows)
+        n_sums = 2 * n_channels(layout.values) if layout.values is not None else 0
+        total += _NUMBER_BYTES * (n_chunks + n_sums)
+    return min(total, MAX_RECORD_BYTES)
 
 
 def check_commit(

@@ -22,7 +22,7 @@ from molkd.cache_schema.files import (
     write_file,
 )
 from molkd.cache_schema.identity import ID_BYTES, dataset_fingerprint
-from molkd.cache_schema.jsonfile import canonical, seal
+from molkd.cache_schema.jsonfile import bounded, canonical, seal
 from molkd.cache_schema.layout import (
     DATA,
     LOG,
@@ -156,11 +156,11 @@ def build(
     metadata = {}
     for name, raw in metadata_files(packing, table.source_names).items():
         metadata[name] = hashlib.sha256(raw).hexdigest()
-        _write(folder / DATA / name, raw)
+        _write(folder / DATA / name, bounded(raw, "the names of the sources"))
 
     make_folder(folder / LOG)
     plan = Plan(seed, table.fingerprint, packing, hashes, metadata, dataset)
-    _write(folder / PLAN, seal(plan.to_json()))
+    _write(folder / PLAN, bounded(seal(plan.to_json()), "the provenance of the data set"))
     return order
 
 

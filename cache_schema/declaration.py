@@ -22,6 +22,7 @@ from molkd.cache_schema.groups import (
     load_signal,
     read_zarr_json,
 )
+from molkd.cache_schema.jsonfile import bounded
 from molkd.cache_schema.layout import DATA, LOG
 from molkd.cache_schema.plan import Plan, Systems
 from molkd.cache_schema.signal import Signal, attributes, codebook_files
@@ -33,9 +34,10 @@ def put_group(root: Path, name: str, attributes: dict[str, Any]) -> None:
     Raises
     ------
     CacheError
-        If the disk is full or the folder cannot be written.
+        If the attributes are too long, the disk is full or the folder cannot be written.
     """
-    _put(root, f"{name}/zarr.json", zarr_json.dump(zarr_json.group_document(attributes)))
+    raw = zarr_json.dump(zarr_json.group_document(attributes))
+    _put(root, f"{name}/zarr.json", bounded(raw, f"the attributes of {name}"))
 
 
 def declare_signal(

@@ -171,7 +171,7 @@ def is_abandoned(temporary: Path) -> bool:
             return age > _FOREIGN_TEMPORARY_SECONDS
         if process_lives(int(found[2])) and age < _SAME_PID_SECONDS:
             return False
-        fd = os.open(temporary, os.O_RDONLY | os.O_CLOEXEC)
+        fd = os.open(temporary, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOFOLLOW)
     except FileNotFoundError:
         return False
     try:

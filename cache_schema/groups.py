@@ -16,6 +16,7 @@ from molkd.cache_schema.files import inside
 from molkd.cache_schema.layout import (
     DATA,
     LOG,
+    MAX_JSON_BYTES,
     ArrayLayout,
     atoms_layout,
     check_name,
@@ -25,10 +26,10 @@ from molkd.cache_schema.layout import (
 )
 from molkd.cache_schema.plan import Plan, Systems
 from molkd.cache_schema.signal import Signal, codebook_files, read_signal
+from molkd.cache_schema.untrusted import read_small
 from molkd.cache_schema.zarr_json import check_array, kind, parse, read_teacher
 
 ATOMS = "atoms"
-_MAX_ZARR_JSON_BYTES = 1 << 24
 _MAX_SIGNAL_PARTS = 4
 
 
@@ -84,11 +85,7 @@ def read_zarr_json(root: Path, name: str) -> bytes | None:
     path = inside(root, f"{DATA}/{name}")
     if not path.is_file():
         return None
-    if path.stat().st_size > _MAX_ZARR_JSON_BYTES:
-        raise IntegrityError(
-            f"{path}: {path.stat().st_size} bytes of metadata; restore it from a copy of the store"
-        )
-    return path.read_bytes()
+    return read_small(path, MAX_JSON_BYTES, "restore it from a copy of the store")
 
 
 def load_atoms(plan: Plan, systems: Systems) -> Group:

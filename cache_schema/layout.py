@@ -32,7 +32,8 @@ MAX_EDGE_ROWS_PER_SHARD = 1 << 34
 SCALE = "scale"  # the array beside the codes of a fitted encoding
 
 PLAN, DATA, LOG, MANIFEST = "plan.json", "data.zarr", "log", "manifest.json"
-MAX_JSON_BYTES = 1 << 28  # plan and commit records
+MAX_JSON_BYTES = 1 << 22  # plan, overlay.json and each zarr.json
+MAX_RECORD_BYTES = 1 << 25
 MAX_MANIFEST_BYTES = 1 << 32
 SUFFIX = ".kdcache"
 

@@ -12,6 +12,7 @@ from molkd.cache_schema.mirror import mirror_of, shown_place
 from molkd.cache_schema.reader import Cache, SignalEntry
 from molkd.cache_schema.remote import local_root
 from molkd.cache_schema.state import MANIFEST_KIND, GroupState, load_group, read_log, require_complete
+from molkd.cache_schema.untrusted import n_bytes_below
 from molkd.cache_schema.writer import Store
 
 
@@ -88,10 +89,7 @@ def info(path: str | Path) -> dict[str, Any]:
     mirror = mirror_of(root)
     with Cache.open(root) as cache:
         packing = cache.plan.packing
-        if mirror is None:
-            n_bytes = sum(f.stat().st_size for f in root.rglob("*") if f.is_file())
-        else:
-            n_bytes = mirror.expected.n_bytes
+        n_bytes = n_bytes_below(root) if mirror is None else mirror.expected.n_bytes
         return {
             "path": shown_place(root),
             "format": FORMAT,

@@ -25,6 +25,7 @@ from molkd.cache_schema.layout import MANIFEST, record_path
 from molkd.cache_schema.overlay import base_of
 from molkd.cache_schema.plan import read_plan, read_systems
 from molkd.cache_schema.shard_writer import ShardWriter
+from molkd.cache_schema.untrusted import is_hollow, open_regular
 from molkd.cache_schema.writer import Store
 
 log = logging.getLogger(__name__)
@@ -73,7 +74,9 @@ def is_whole(path: Path, record: FileRecord) -> bool:
         if not path.is_file() or path.stat().st_size != record.n_bytes:
             return False
         total = 0
-        with path.open("rb") as handle:
+        with os.fdopen(open_regular(path), "rb") as handle:
+            if is_hollow(handle.fileno()):
+                return False
             while piece := handle.read(_PIECE_BYTES):
                 total = crc32c(piece, total)
     except OSError:  # of a failing disk
@@ -93,7 +96,7 @@ class Replacement:
         self.temporary, fd = open_temporary(target)
         try:
             total = 0
-            with source.open("rb") as reading, os.fdopen(fd, "wb") as writing:
+            with os.fdopen(open_regular(source), "rb") as reading, os.fdopen(fd, "wb") as writing:
                 while piece := reading.read(_PIECE_BYTES):
                     total = crc32c(piece, total)
                     writing.write(piece)

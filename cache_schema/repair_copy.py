@@ -6,16 +6,17 @@ from pathlib import Path
 
 from molkd.cache_schema.commit import Commit, FileRecord, check_commit
 from molkd.cache_schema.damage import Damage, DamagedStore, Outcome
-from molkd.cache_schema.errors import CacheError, IntegrityError
+from molkd.cache_schema.errors import CacheError
 from molkd.cache_schema.files import exclusive, inside, make_folder, write_error, write_file
 from molkd.cache_schema.groups import Group
 from molkd.cache_schema.jsonfile import parse_sealed
-from molkd.cache_schema.layout import MAX_JSON_BYTES, PLAN, record_path
+from molkd.cache_schema.layout import MAX_RECORD_BYTES, PLAN, record_path
 from molkd.cache_schema.mending import Replacement, clear_way, forget_shard, is_whole
 from molkd.cache_schema.mirror import mirror_of
 from molkd.cache_schema.overlay import base_of
 from molkd.cache_schema.plan import Plan, read_plan
 from molkd.cache_schema.remote import local_root
+from molkd.cache_schema.untrusted import read_small
 
 
 class IntactCopy:
@@ -54,13 +55,13 @@ class IntactCopy:
         """Return the bytes of plan.json."""
         return inside(self._root, PLAN).read_bytes()
 
-    def small_files(self, relative: str) -> Iterator[bytes]:
-        """Yield what the copy has as a small file of the store; whether it is right the caller knows."""
+    def small_files(self, relative: str, max_bytes: int) -> Iterator[bytes]:
+        """Yield what the copy has as a file of the store; whether it is right the caller knows."""
         for place in self._places:
             try:
                 path = inside(place, relative)
                 if path.is_file():
-                    yield path.read_bytes()
+                    yield read_small(path, max_bytes, "")
             except (CacheError, OSError):  # then this is not where it comes from
                 continue
 
@@ -163,10 +164,8 @@ def _is_whole(root: Path, relative: str, record: FileRecord) -> bool:
 def _read_record(place: Path, relative: str) -> bytes | None:
     mirror = mirror_of(place)
     if mirror is not None:
-        return mirror.remote.read(relative, MAX_JSON_BYTES)
+        return mirror.remote.read(relative, MAX_RECORD_BYTES)
     path = inside(place, relative)
     if not path.is_file():
         return None
-    if path.stat().st_size > MAX_JSON_BYTES:
-        raise IntegrityError(f"{path}: {path.stat().st_size} bytes, which no commit record has")
-    return path.read_bytes()
+    return read_small(path, MAX_RECORD_BYTES, "the copy is damaged here, too")

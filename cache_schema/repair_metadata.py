@@ -6,6 +6,7 @@ come from: what has the sha256 is what was there.
 
 import contextlib
 import hashlib
+import os
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from molkd.cache_schema import zarr_json
+from molkd.cache_schema.codebook import MAX_PCA_CHANNELS
 from molkd.cache_schema.creation import metadata_files
 from molkd.cache_schema.damage import Outcome
 from molkd.cache_schema.errors import CacheError, IntegrityError
@@ -49,7 +51,9 @@ from molkd.cache_schema.plan import (
 )
 from molkd.cache_schema.repair_copy import IntactCopy
 from molkd.cache_schema.signal import codebook_of, read_signal
+from molkd.cache_schema.untrusted import is_hollow, open_regular
 
+_BOOK_BYTES = 4 * MAX_PCA_CHANNELS**2  # of the largest file of a codebook
 _SOURCE = "give an intact copy of the store (--from)"
 
 Candidates = Iterable[tuple[str, bytes]]  # where bytes come from, and the bytes
@@ -90,7 +94,8 @@ def mend_table(root: Path, plan: Plan, copy: IntactCopy | None, outcome: Outcome
     n_needed = len(outcome.needed)
     for name, digest in plan.systems.items():
         relative = system_file(name)
-        candidates = [*_table_candidates(root, plan, name), *_copied(copy, relative)]
+        n_bytes = plan.packing.n_systems * _row_bytes(name)
+        candidates = [*_table_candidates(root, plan, name), *_copied(copy, relative, n_bytes)]
         _mend(root, relative, digest, candidates, outcome)
     generated = metadata_files(plan.packing, ())
     for name, digest in plan.metadata.items():
@@ -119,7 +124,14 @@ def mend_signals(
             digests |= codebook
             for relative, digest in digests.items():
                 own = [("the rest of the store", made[relative])] if relative in made else []
-                _mend(root, relative, digest, [*own, *_copied(copy, relative)], outcome, is_final=False)
+                _mend(
+                    root,
+                    relative,
+                    digest,
+                    [*own, *_copied(copy, relative, _BOOK_BYTES)],
+                    outcome,
+                    is_final=False,
+                )
         for relative, digest in digests.items():
             _mend(root, relative, digest, (), outcome)
         try:
@@ -209,9 +221,9 @@ def _table_candidates(root: Path, plan: Plan, name: str) -> Candidates:
     yield "the numbers of atoms", getattr(places, name).astype(dtype).tobytes()
 
 
-def _copied(copy: IntactCopy | None, relative: str) -> Candidates:
+def _copied(copy: IntactCopy | None, relative: str, max_bytes: int = MAX_JSON_BYTES) -> Candidates:
     if copy is not None:
-        for raw in copy.small_files(relative):
+        for raw in copy.small_files(relative, max_bytes):
             yield copy.name, raw
 
 
@@ -232,7 +244,12 @@ def _mend(
 def _is_there(root: Path, relative: str, digest: str) -> bool:
     try:
         path = inside(root, relative)
-        return path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() == digest
+        if not path.is_file():
+            return False
+        with os.fdopen(open_regular(path), "rb") as handle:
+            return (
+                not is_hollow(handle.fileno()) and hashlib.file_digest(handle, "sha256").hexdigest() == digest
+            )
     except (IntegrityError, OSError):
         return False
 
@@ -249,6 +266,11 @@ def _put(root: Path, relative: str, raw: bytes, source: str, outcome: Outcome) -
         write_file(path, raw, replace=True)
     except OSError as error:
         raise write_error(root / relative, error, len(raw)) from error
+
+
+def _row_bytes(name: str) -> int:
+    dtype, tail, _, _ = SYSTEM_ARRAYS[name]
+    return int(np.prod(tail, dtype=np.int64)) * np.dtype(dtype).itemsize
 
 
 def _sealed_files(root: Path) -> Iterator[dict[str, Any]]:

@@ -1,5 +1,6 @@
 """What can be wrong inside a shard's files: damaged chunks, a wrong index, other edges or atoms."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -15,6 +16,7 @@ from molkd.cache_schema.identity import system_id
 from molkd.cache_schema.layout import ArrayLayout
 from molkd.cache_schema.plan import Systems
 from molkd.cache_schema.shard_writer import index_pieces
+from molkd.cache_schema.untrusted import is_hollow, open_regular
 
 _PIECE_BYTES = 1 << 22  # in memory at a time
 
@@ -26,7 +28,10 @@ def damages_of_file(
 ) -> Iterator[tuple[int | None, str]]:
     """Yield every chunk that is not as recorded with a message; None stands for the index."""
     total, n_found = 0, 0
-    with path.open("rb") as handle:
+    with os.fdopen(open_regular(path), "rb") as handle:
+        if is_hollow(handle.fileno()):
+            yield None, f"shard {shard} of {layout.path} is hollow: it has a size, but was never written"
+            return
         for chunk, expected in enumerate(record.chunk_crc32c):
             crc = 0
             for begin in range(0, layout.chunk_bytes, _PIECE_BYTES):

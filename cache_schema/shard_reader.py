@@ -21,6 +21,7 @@ from molkd.cache_schema.mirror import damage_remedy
 from molkd.cache_schema.runs import Runs
 from molkd.cache_schema.shard_writer import index_pieces
 from molkd.cache_schema.state import GroupState
+from molkd.cache_schema.untrusted import is_hollow, open_regular
 
 _OPEN_FILES = 256
 _PIECE_BYTES = 1 << 22  # of a chunk in memory at a time
@@ -31,7 +32,7 @@ class _File:
     """An open file that closes when the last reader lets go of it, so that threads may share it."""
 
     def __init__(self, path: Path) -> None:
-        self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        self.fd = open_regular(path)
         # Else the kernel reads megabytes around each system; what is wanted ahead is announced.
         with contextlib.suppress(OSError):
             os.posix_fadvise(self.fd, 0, 0, os.POSIX_FADV_RANDOM)
@@ -61,7 +62,9 @@ class ArrayReader:
             If bytes are not what was committed.
         """
         layout = self.layout
-        out = np.empty((runs.n_rows, *layout.spec.shape), dtype=layout.dtype)
+        for shard in {run.shard for run in runs.runs}:
+            self._open(shard)  # what is not there, or no file, is known before memory is taken for it
+        out = self._room(runs.n_rows)
         if not len(out):
             return out
         target, row_bytes, chunk_rows = (
@@ -85,6 +88,16 @@ class ArrayReader:
         """Yield the files, root and path in it, that rows are read from; some more than once."""
         for shard in {run.shard for run in runs.runs}:
             yield self._root, self.layout.file(shard)
+
+    def _room(self, n_rows: int) -> NDArray[Any]:
+        layout = self.layout
+        try:
+            return np.empty((n_rows, *layout.spec.shape), dtype=layout.dtype)
+        except MemoryError as error:
+            raise CacheError(
+                f"{self._root}: {n_rows} rows of {layout.path} take {n_rows * layout.row_bytes:,} bytes of "
+                "memory, which are not there; read fewer systems at a time"
+            ) from error
 
     def announce(self, runs: Runs) -> None:
         """Tell the system which rows will be read soon, so that it fetches them meanwhile."""
@@ -135,6 +148,8 @@ class ArrayReader:
             size = os.fstat(file.fd).st_size
             if size != record.n_bytes:
                 raise self._damaged(shard, f"has {size} bytes, expected {record.n_bytes}")
+            if is_hollow(file.fd):
+                raise self._damaged(shard, "is hollow: it has a size, but was never written")
             if shard not in self._checked:
                 self._check_index(file, shard, record)
                 self._checked[shard] = bytearray(len(record.chunk_crc32c))

@@ -11,12 +11,13 @@ from numpy.typing import NDArray
 
 from molkd.cache_schema import zarr_json
 from molkd.cache_schema.checks import is_hex
-from molkd.cache_schema.codebook import Codebook, decode_rows, make_codebook
+from molkd.cache_schema.codebook import MAX_PCA_CHANNELS, Codebook, decode_rows, make_codebook
 from molkd.cache_schema.encoding import ENCODINGS, decode, is_fitted
 from molkd.cache_schema.errors import IntegrityError
 from molkd.cache_schema.fields import FieldSpec
 from molkd.cache_schema.files import inside
 from molkd.cache_schema.layout import DATA, MAX_ROW_VALUES, SCALE
+from molkd.cache_schema.untrusted import read_small
 
 _COPY = "restore the file from a copy of the store"
 _DIMENSIONS = {"step": ["code"], "bits": ["code"], "mean": ["channel"], "basis": ["code", "channel"]}
@@ -143,10 +144,11 @@ def _read_array(
     shape = table.get("shape") if isinstance(table, dict) else None
     digest = table.get("sha256") if isinstance(table, dict) else None
     dimensions = _DIMENSIONS[name]
+    most = MAX_ROW_VALUES if len(dimensions) == 1 else MAX_PCA_CHANNELS
     if (
         not isinstance(shape, list)
         or len(shape) != len(dimensions)
-        or not all(type(n) is int and 0 < n <= MAX_ROW_VALUES for n in shape)
+        or not all(type(n) is int and 0 < n <= most for n in shape)
         or not is_hex(digest, 64)
     ):
         raise IntegrityError(f"{where}: damaged description of {name}; {_COPY}")
@@ -159,7 +161,7 @@ def _read_array(
     n_bytes = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
     if not file.is_file() or file.stat().st_size != n_bytes:
         raise IntegrityError(f"{file}: missing, or not of {n_bytes} bytes; {_COPY}")
-    raw = file.read_bytes()
+    raw = read_small(file, n_bytes, _COPY)
     if hashlib.sha256(raw).hexdigest() != digest:
         raise IntegrityError(f"{file}: damaged, its sha256 is not the recorded one; {_COPY}")
     return np.frombuffer(raw, dtype).reshape(shape).astype(_TYPES[name])

@@ -25,11 +25,13 @@ from molkd.cache_schema.groups import (
     load_signal,
 )
 from molkd.cache_schema.jsonfile import read_sealed
-from molkd.cache_schema.layout import MANIFEST, MAX_MANIFEST_BYTES
+from molkd.cache_schema.layout import MANIFEST, MAX_JSON_BYTES, MAX_MANIFEST_BYTES
 from molkd.cache_schema.plan import Plan, Systems, check_format
 from molkd.cache_schema.statistics import Moments
 
 MANIFEST_KIND = "molkd cache manifest"
+_MANIFEST_BYTES_PER_ATOM = 512  # dozens of signals on edges have less
+_BYTES_PER_SHARD = 1 << 16
 _REMEDY = "delete manifest.json, the commit records hold the same and everything works without it"
 
 
@@ -140,7 +142,8 @@ def read_manifest(root: Path, plan: Plan) -> Manifest | None:
     path = root / MANIFEST
     if not path.is_file():
         return None
-    document, digest = read_sealed(inside(root, MANIFEST), max_bytes=MAX_MANIFEST_BYTES, remedy=_REMEDY)
+    max_bytes = most_manifest_bytes(plan)
+    document, digest = read_sealed(inside(root, MANIFEST), max_bytes=max_bytes, remedy=_REMEDY)
     check_format(document, MANIFEST_KIND, path)
     check = Checks(str(path))
     if document.get("plan_sha256") != plan.sha256:
@@ -152,6 +155,13 @@ def read_manifest(root: Path, plan: Plan) -> Manifest | None:
     teachers = check.table(document, "teachers")
     check.finish(_REMEDY)
     return Manifest(path, groups, metadata, teachers, digest)
+
+
+def most_manifest_bytes(plan: Plan) -> int:
+    """Return more bytes than the manifest of a store of this size can have."""
+    packing = plan.packing
+    most = MAX_JSON_BYTES + _MANIFEST_BYTES_PER_ATOM * packing.n_atoms + _BYTES_PER_SHARD * packing.n_shards
+    return min(most, MAX_MANIFEST_BYTES)
 
 
 def load_group(root: Path, plan: Plan, systems: Systems, name: str) -> Group:

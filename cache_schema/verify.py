@@ -35,6 +35,7 @@ from molkd.cache_schema.plan import (
 from molkd.cache_schema.remote import local_root
 from molkd.cache_schema.shard_checks import damages_of_file, wrong_edges, wrong_identity
 from molkd.cache_schema.state import GroupState, Manifest, load_group, read_manifest
+from molkd.cache_schema.untrusted import n_bytes_below, walk
 
 Progress = Callable[[int, int], None]  # bytes done, bytes in all
 
@@ -89,7 +90,7 @@ class _Verifier:
         except IntegrityError as error:
             self._add("plan", PLAN, str(error), "restore it from a copy, or create the store again")
             return self.report
-        self.total = sum(p.stat().st_size for p in (self.root / DATA).rglob("*") if p.is_file())
+        self.total = n_bytes_below(self.root / DATA)
         if self.mirror is not None:
             self.total = self.mirror.expected.n_bytes
         self._count((self.root / PLAN).stat().st_size)
@@ -335,9 +336,7 @@ class _Verifier:
     # -------------------------------------------------------------------------------------------------- rest
 
     def _strangers(self) -> None:
-        for path in sorted(self.root.rglob("*")):
-            if path.is_dir() and not path.is_symlink():
-                continue
+        for path in walk(self.root):
             relative = path.relative_to(self.root).as_posix()
             if path.name.startswith(TMP_PREFIX):
                 message = "left by a writer that was stopped, or one that is still at work"

@@ -20,7 +20,7 @@ from molkd.cache_schema.edges import EdgeShardWriter
 from molkd.cache_schema.encoding import is_fitted
 from molkd.cache_schema.errors import CacheError, IntegrityError
 from molkd.cache_schema.fields import N_EDGES, FieldSpec
-from molkd.cache_schema.files import sweep, write_error
+from molkd.cache_schema.files import inside, sweep, write_error
 from molkd.cache_schema.groups import (
     ATOMS,
     Group,
@@ -36,7 +36,6 @@ from molkd.cache_schema.layout import (
     DATA,
     LOG,
     MANIFEST,
-    MAX_MANIFEST_BYTES,
     PLAN,
     check_name,
     check_signal_spec,
@@ -48,6 +47,7 @@ from molkd.cache_schema.plan import Plan, Systems, read_plan, read_systems
 from molkd.cache_schema.remote import local_root, writable_root
 from molkd.cache_schema.shard_writer import ShardWriter
 from molkd.cache_schema.signal import Signal
+from molkd.cache_schema.state import most_manifest_bytes
 from molkd.cache_schema.teachers import require_same
 
 
@@ -289,8 +289,10 @@ class Store:
             return set()
         if self._manifest_groups is None:
             try:
-                document, _ = read_sealed(self.path / MANIFEST, max_bytes=MAX_MANIFEST_BYTES, remedy="")
-                self._manifest_groups = set(document.get("groups", {}))
+                document, _ = read_sealed(
+                    inside(self.path, MANIFEST), max_bytes=most_manifest_bytes(self.plan), remedy=""
+                )
+                self._manifest_groups = set(document.get("groups") or {})
             except IntegrityError:
                 self._manifest_groups = {asked}
         return self._manifest_groups
@@ -301,14 +303,14 @@ class Store:
 
     def _sweep(self) -> None:
         sweep(self.path)
-        sweep(self.path / DATA)
+        sweep(inside(self.path, DATA))
         for name in self.groups:
-            sweep(self.path / LOG / name)
-            sweep(self.path / DATA / name)
+            sweep(inside(self.path, f"{LOG}/{name}"))
+            sweep(inside(self.path, f"{DATA}/{name}"))
             group = self._load(name)
             for shard in self.missing_shards(name):
                 for layout in group.layouts.values():
-                    sweep((self.path / layout.file(shard)).parent)
+                    sweep(inside(self.path, layout.file(shard)).parent)
 
 
 def create_store(

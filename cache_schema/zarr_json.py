@@ -6,7 +6,15 @@ from typing import Any
 from molkd.cache_schema.encoding import ENCODINGS, check_signal_encoding
 from molkd.cache_schema.errors import CacheError, IntegrityError
 from molkd.cache_schema.fields import EDGE_INDEX, EDGE_SHIFT, FieldSpec
-from molkd.cache_schema.layout import CHUNK_ROWS, FORMAT, ArrayLayout, check_name, check_signal_spec
+from molkd.cache_schema.layout import (
+    CHUNK_ROWS,
+    FORMAT,
+    MAX_JSON_BYTES,
+    ArrayLayout,
+    check_name,
+    check_signal_spec,
+)
+from molkd.cache_schema.untrusted import parse_json
 
 _KEY = "molkd"  # our part of a group's attributes
 _GEOMETRY = (
@@ -119,8 +127,8 @@ def parse(raw: bytes, where: str) -> dict[str, Any]:
         If it is not one.
     """
     try:
-        document = json.loads(raw)
-    except (ValueError, RecursionError) as error:
+        document = parse_json(raw, MAX_JSON_BYTES)
+    except ValueError as error:
         raise IntegrityError(
             f"{where}: damaged, not JSON ({error}); restore it from a copy of the store"
         ) from error
