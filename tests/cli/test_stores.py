@@ -43,7 +43,7 @@ def store(teacher, tmp_path):
 def test_features_beyond_half_precision(kd, refused, loud_teacher, store):
     """The command of the refusal with the option that it names."""
     command = ("cache-teacher", store, "--teacher", loud_teacher, "--signals", "energy,node")
-    refused(*command, says=["too large for fp16", "--encoding fp32"], new=[store.name])
+    refused(*command, says=["too large for its encoding", "--encoding fp32"], new=[store.name])
     unfinished = kd("cache", "info", store)
     assert "UNFINISHED" in unfinished.out
     assert "shards missing" in unfinished.out
