@@ -23,6 +23,7 @@ from molkd.cache_schema.state import load_states, require_complete
 
 OVERLAY = "overlay.json"
 KIND = "molkd cache overlay"
+_MAX_PLACE = 2000  # characters of a path or URL
 
 
 def create_overlay(shared: str | Path, path: Path) -> Path:
@@ -95,7 +96,7 @@ def base_of(root: Path, plan: Plan) -> Path | None:
     try:
         base = local_root(text)
         found = read_plan(base)
-    except CacheError as error:
+    except (CacheError, OSError, ValueError) as error:
         raise CacheError(
             f"{root}: an overlay of {text} (fingerprint {plan.fingerprint}), which cannot be read ({error}); "
             f"mount or restore it, or {remedy}"
@@ -133,7 +134,7 @@ def _read(root: Path) -> str:
     document, _ = read_sealed(inside(root, OVERLAY), max_bytes=MAX_JSON_BYTES, remedy=remedy)
     check_format(document, KIND, root / OVERLAY)
     text = document.get("store")
-    if not isinstance(text, str) or not text:
+    if not isinstance(text, str) or not 0 < len(text) <= _MAX_PLACE:
         raise IntegrityError(f"{root / OVERLAY}: names no store; {remedy}")
     return text
 

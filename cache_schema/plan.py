@@ -31,7 +31,7 @@ from molkd.cache_schema.untrusted import brief, open_regular, read_small
 from molkd.cache_schema.zarr_json import parse
 
 KIND = "molkd cache plan"
-_CLAIM_SYSTEMS = 1 << 16  # tables of fewer systems are small
+CLAIM_SYSTEMS = 1 << 16  # tables of fewer systems are small
 _PROBE_SYSTEMS, _N_PROBES = 256, 64
 _COPY = "restore the file from a copy, or create the store again"
 
@@ -191,7 +191,7 @@ def check_format(document: dict[str, Any], kind: str, path: Path) -> None:
         )
     if type(found) is int and found > FORMAT:
         raise CacheError(f"{path}: format {brief(found)}, this molkd reads up to {FORMAT}; update molkd")
-    if found != FORMAT:
+    if type(found) is not int or found != FORMAT:
         raise IntegrityError(f"{path}: format {brief(found)}, expected {FORMAT}; {_COPY}")
 
 
@@ -265,7 +265,7 @@ def _require_ids(handle: BinaryIO, path: Path, n_systems: int) -> None:
     Ids are hashes, all different. A file that was only given a size, or is filled with anything else, is not
     worth a table: the number of systems that it stands for is a claim.
     """
-    if n_systems < _CLAIM_SYSTEMS:
+    if n_systems < CLAIM_SYSTEMS:
         return
     for begin in np.linspace(0, n_systems - _PROBE_SYSTEMS, _N_PROBES).astype(np.int64):
         handle.seek(int(begin) * ID_BYTES)

@@ -214,6 +214,7 @@ def _table_candidates(root: Path, plan: Plan, name: str) -> Candidates:
     if name not in ("shard", "row", "slot"):
         return
     try:
+        read_system_array(root, plan, "id")  # else how many there are is a claim
         _, places = pack(read_system_array(root, plan, "n_atoms"), plan.packing.rows_per_shard)
     except IntegrityError:
         return

@@ -1,6 +1,7 @@
 """Reading what anybody may have written: regular files of bounded size only, and JSON without surprises."""
 
 import contextlib
+import errno
 import json
 import os
 import stat
@@ -34,11 +35,31 @@ def open_regular(path: Path) -> int:
     OSError
         If it cannot be opened.
     """
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
-    if stat.S_ISREG(os.fstat(fd).st_mode):
-        return fd
-    os.close(fd)
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
+    except OSError as error:
+        if error.errno not in (errno.ENXIO, errno.ENODEV, errno.ELOOP):  # a socket, no such device
+            raise
+    else:
+        if stat.S_ISREG(os.fstat(fd).st_mode):
+            return fd
+        os.close(fd)
     raise IntegrityError(f"{path}: is no regular file; a store holds nothing else, restore it from a copy")
+
+
+def open_and_size(path: Path) -> int:
+    """Return the size of a regular file that can be opened.
+
+    Raises
+    ------
+    IntegrityError, OSError
+        As `open_regular`.
+    """
+    fd = open_regular(path)
+    try:
+        return os.fstat(fd).st_size
+    finally:
+        os.close(fd)
 
 
 def read_small(path: Path, max_bytes: int, remedy: str) -> bytes:

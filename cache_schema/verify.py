@@ -1,5 +1,6 @@
 """Check a store, sizes only or every byte, and say which shard of which array is wrong."""
 
+import os
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from molkd.cache_schema.manifest import group_entry
 from molkd.cache_schema.mirror import mirror_of
 from molkd.cache_schema.overlay import OVERLAY, base_of
 from molkd.cache_schema.plan import (
+    CLAIM_SYSTEMS,
     SYSTEM_ARRAYS,
     Plan,
     Systems,
@@ -35,7 +37,7 @@ from molkd.cache_schema.plan import (
 from molkd.cache_schema.remote import local_root
 from molkd.cache_schema.shard_checks import damages_of_file, wrong_edges, wrong_identity
 from molkd.cache_schema.state import GroupState, Manifest, load_group, read_manifest
-from molkd.cache_schema.untrusted import n_bytes_below, walk
+from molkd.cache_schema.untrusted import n_bytes_below, open_and_size, walk
 
 Progress = Callable[[int, int], None]  # bytes done, bytes in all
 
@@ -127,6 +129,8 @@ class _Verifier:
             except IntegrityError as error:
                 sound = False
                 self._add("systems", path, str(error), _COPY, array=f"systems/{name}")
+                if name == "id" and plan.packing.n_systems >= CLAIM_SYSTEMS:
+                    break  # how many systems there are is a claim; the other arrays may be as empty
         if not sound:
             return None
         try:
@@ -183,7 +187,6 @@ class _Verifier:
             files = listed.get(shard)
             if shard in committed:
                 self.expected.add(record)
-                self._count((self.root / record).stat().st_size)
                 commit = self._commit(plan, group, shard)
                 if commit is not None:
                     if files is not None and files != commit.files:
@@ -220,10 +223,11 @@ class _Verifier:
     def _commit(self, plan: Plan, group: Group, shard: int) -> Commit | None:
         record = record_path(group.name, shard)
         try:
+            self._count(open_and_size(inside(self.root, record)))
             commit = read_commit(self.root, plan, group.name, shard, group.layouts, group.rows_of(shard))
             if commit is not None:
                 check_origin(self.root, group, commit)
-        except CacheError as error:
+        except (CacheError, OSError) as error:
             remedy = rewrite_remedy(group.name, shard)
             self._add("record", record, str(error), remedy, array=group.name, shard=shard)
             return None
@@ -238,13 +242,13 @@ class _Verifier:
 
     def _manifest(self, plan: Plan) -> Manifest | None:
         path = self.root / MANIFEST
-        if not path.is_file():
+        if not os.path.lexists(path):
             return None
         self.expected.add(MANIFEST)
-        self._count(path.stat().st_size)
         try:
+            self._count(open_and_size(inside(self.root, MANIFEST)))
             return read_manifest(self.root, plan)
-        except CacheError as error:
+        except (CacheError, OSError) as error:
             self._add("manifest", MANIFEST, str(error), _FINISH)
             return None
 
