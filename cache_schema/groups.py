@@ -1,6 +1,7 @@
 """Groups that are committed shard by shard: ``atoms`` and every teacher's signal, as found in a store."""
 
 import hashlib
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -253,8 +254,13 @@ def _named(root: Path, folder: str) -> list[str]:
     path = inside(root, folder)
     if not path.is_dir():
         return []
-    names = sorted(p.name for p in path.iterdir() if _is_name(p.name))
-    return [name for name in names if inside(root, f"{folder}/{name}").is_dir()]
+    with os.scandir(path) as entries:
+        return sorted(
+            one.name
+            for one in entries
+            if _is_name(one.name)
+            and (inside(root, f"{folder}/{one.name}").is_dir() if one.is_symlink() else one.is_dir())
+        )
 
 
 def _is_name(name: str) -> bool:

@@ -34,7 +34,7 @@ from molkd.cache_schema.layout import (
     LOG,
     MANIFEST,
     MAX_JSON_BYTES,
-    MAX_MANIFEST_BYTES,
+    MAX_RECORD_BYTES,
     PLAN,
     pack,
     split_signal_group,
@@ -51,6 +51,7 @@ from molkd.cache_schema.plan import (
 )
 from molkd.cache_schema.repair_copy import IntactCopy
 from molkd.cache_schema.signal import codebook_of, read_signal
+from molkd.cache_schema.state import most_manifest_bytes
 from molkd.cache_schema.untrusted import is_hollow, open_regular
 
 _BOOK_BYTES = 4 * MAX_PCA_CHANNELS**2  # of the largest file of a codebook
@@ -80,7 +81,7 @@ def mend_plan(root: Path, copy: IntactCopy | None, outcome: Outcome) -> Plan | N
     if copy is None:
         outcome.needed.append(f"{reason}; {_SOURCE}")
         return None
-    known = _plans_named(root)
+    known = _plans_named(root, copy.plan)
     if known != {copy.plan.sha256}:
         why = "its records name another plan" if known else "no record is left to tell that it is one"
         outcome.needed.append(f"{reason}; {copy.name} is no copy of this store: {why}; {_SOURCE}")
@@ -155,7 +156,7 @@ def recorded_metadata(root: Path, plan: Plan) -> tuple[dict[str, dict[str, str]]
     for document in _sealed_files(root):
         if document.get("plan_sha256") == plan.sha256 and isinstance(document.get("group"), str):
             _vote(votes, document["group"], document.get("metadata"))
-    manifest = _read_sealed(root, MANIFEST, MAX_MANIFEST_BYTES)
+    manifest = _read_sealed(root, MANIFEST, most_manifest_bytes(plan))
     teachers: dict[str, Any] = {}
     if manifest is not None and manifest.get("plan_sha256") == plan.sha256:
         groups, found = manifest.get("groups"), manifest.get("teachers")
@@ -285,7 +286,7 @@ def _sealed_files(root: Path) -> Iterator[dict[str, Any]]:
         with contextlib.suppress(CacheError):
             folder = inside(root, f"{LOG}/{name}")
             for path in sorted(folder.glob("*.json")) if folder.is_dir() else ():
-                document = _read_sealed(root, f"{LOG}/{name}/{path.name}", MAX_JSON_BYTES)
+                document = _read_sealed(root, f"{LOG}/{name}/{path.name}", MAX_RECORD_BYTES)
                 if document is not None and document.get("group") == name:
                     yield document
 
@@ -298,8 +299,8 @@ def _read_sealed(root: Path, relative: str, max_bytes: int) -> dict[str, Any] | 
         return None
 
 
-def _plans_named(root: Path) -> set[str]:
-    """Return the sha256 of every plan that the sealed files of a store name."""
-    manifest = _read_sealed(root, MANIFEST, MAX_MANIFEST_BYTES)
+def _plans_named(root: Path, plan: Plan) -> set[str]:
+    """Return the sha256 of every plan that the sealed files of a store of this size name."""
+    manifest = _read_sealed(root, MANIFEST, most_manifest_bytes(plan))
     documents = [*_sealed_files(root), *([manifest] if manifest is not None else [])]
     return {str(document.get("plan_sha256")) for document in documents}

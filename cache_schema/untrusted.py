@@ -74,7 +74,7 @@ def read_small(path: Path, max_bytes: int, remedy: str) -> bytes:
         size = os.fstat(handle.fileno()).st_size
         if size > max_bytes:
             raise IntegrityError(f"{path}: {size} bytes, at most {max_bytes} expected; {remedy}")
-        return handle.read(max_bytes)
+        return handle.read(size)
 
 
 def is_hollow(fd: int) -> bool:

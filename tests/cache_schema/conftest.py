@@ -18,7 +18,8 @@ def _load(name: str) -> None:
     spec.loader.exec_module(module)
 
 
-for _name in ("cache_example", "golden_v1", "servers", "remote_example", "hostile_stores", "hostile_attempts"):
+_HELPERS = ("cache_example", "golden_v1", "servers", "remote_example", "hostile_stores", "hostile_attempts")
+for _name in _HELPERS:
     _load(_name)  # tests say: from cache_example import ...
 
 from cache_example import create, make_example, write_all  # noqa: E402

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
-from cache_example import PROVENANCE, TEACHER, add_signals, create, make_example, write_shard
+from cache_example import PROVENANCE, TEACHER, create, make_example, write_shard
 from hostile_stores import CASES, HARMLESS
 
 from molkd.cache_schema.codebook import Codebook
@@ -182,8 +182,7 @@ def _outcome(act: Callable[..., str], store: Path, work: Path, expected: Values)
         text = str(error)
         return f"refused: {text}" if len(text) < MESSAGE else f"WRONG: {len(text)} characters of message"
     except BaseException as error:
-        return f"WRONG: {type(error).__name__}: {error} {''.join(traceback.format_tb(error.__traceback__)[-3:])}"[
-            :2000
-        ]
+        place = "".join(traceback.format_tb(error.__traceback__)[-3:])
+        return f"WRONG: {type(error).__name__}: {error} {place}"[:2000]
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
