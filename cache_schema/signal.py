@@ -73,11 +73,17 @@ def attributes(signal: Signal) -> dict[str, Any]:
     return zarr_json.signal_attributes(entry)
 
 
+def codebook_dimensions(encoding: str, name: str) -> list[str]:
+    """Return names for the axes of a codebook's array; int8 has one code a channel."""
+    return ["channel"] if encoding == "int8" else _DIMENSIONS[name]
+
+
 def codebook_files(group: str, codebook: Codebook) -> dict[str, bytes]:
     """Return the files of a codebook by their paths in data.zarr: two for each array."""
     files = {}
     for name, array in codebook.arrays().items():
-        document = zarr_json.plain_document(array.shape, str(array.dtype), _DIMENSIONS[name], "1")
+        dimensions = codebook_dimensions(codebook.encoding, name)
+        document = zarr_json.plain_document(array.shape, str(array.dtype), dimensions, "1")
         files[f"{group}/{name}/zarr.json"] = zarr_json.dump(document)
         files[_chunk(f"{group}/{name}", array.ndim)] = _raw(array)
     return files
@@ -94,7 +100,8 @@ def codebook_of(group: str, entry: dict[str, Any]) -> tuple[dict[str, bytes], di
     for name, table in tables.items() if isinstance(tables, dict) else ():
         shape = table.get("shape") if isinstance(table, dict) else None
         if name in _TYPES and isinstance(shape, list) and len(shape) == len(_DIMENSIONS[name]):
-            document = zarr_json.plain_document(tuple(shape), _TYPES[name], _DIMENSIONS[name], "1")
+            dimensions = codebook_dimensions(str(entry.get("encoding")), name)
+            document = zarr_json.plain_document(tuple(shape), _TYPES[name], dimensions, "1")
             documents[f"{group}/{name}/zarr.json"] = zarr_json.dump(document)
             digests[_chunk(f"{group}/{name}", len(shape))] = str(table.get("sha256"))
     return documents, digests

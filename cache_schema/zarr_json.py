@@ -27,6 +27,7 @@ _GEOMETRY = (
     "codecs",
     "fill_value",
 )
+_ROWS = {"atom": "atom_row", "system": "system_slot", "edge": "edge_row"}
 
 
 def group_document(attributes: dict[str, Any]) -> dict[str, Any]:
@@ -62,7 +63,7 @@ def array_document(layout: ArrayLayout) -> dict[str, Any]:
         (layout.rows_per_file, *spec.shape),
         dtype,
         codecs,
-        _dimension_names(spec),
+        [_ROWS[spec.axis], *inner_dimensions(layout)],
         {"units": spec.unit, "formula": ENCODINGS[layout.encoding].formula},
     )
 
@@ -97,17 +98,19 @@ def _bytes_codec(dtype: str) -> dict[str, Any]:
     return {"name": "bytes", "configuration": {"endian": "little"}}
 
 
-def _dimension_names(spec: FieldSpec) -> list[str]:
-    rows = {"atom": "atom_row", "system": "system_slot", "edge": "edge_row"}[spec.axis]
+def inner_dimensions(layout: ArrayLayout) -> list[str]:
+    """Return names for all axes of a stored array but the first; within a group one name has one length."""
+    spec = layout.spec
     if spec in (EDGE_INDEX, EDGE_SHIFT):
-        tail = ["end"] if spec == EDGE_INDEX else ["lattice_vector"]
-    elif spec.symmetry == "vector" and spec.shape[:1] == (3,):
-        tail = ["xyz", "channel", "component"][: len(spec.shape)]
-    elif len(spec.shape) == 1:
-        tail = ["channel"]
-    else:
-        tail = [f"component_{k}" for k in range(len(spec.shape))]
-    return [rows, *tail]
+        return ["end"] if spec == EDGE_INDEX else ["lattice_vector"]
+    if not spec.shape:
+        return []
+    names = [f"component_{k}" for k in range(len(spec.shape))]
+    if spec.symmetry == "vector" and spec.shape[0] == 3:
+        names[0] = "xyz"
+    if names[-1] != "xyz":
+        names[-1] = "byte" if layout.encoding == "uint8" else "channel"  # packed codes have no channels
+    return names
 
 
 def dump(document: dict[str, Any]) -> bytes:

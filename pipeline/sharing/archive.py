@@ -13,8 +13,9 @@ from zarr.abc.codec import BytesBytesCodec
 from zarr.codecs import BloscCname, BloscCodec, BloscShuffle, GzipCodec, ZstdCodec
 
 from molkd.cache_schema.groups import ATOMS
-from molkd.cache_schema.signal import attributes
-from molkd.cache_schema.zarr_json import teacher_attributes
+from molkd.cache_schema.plan import SYSTEM_ARRAYS
+from molkd.cache_schema.signal import attributes, codebook_dimensions
+from molkd.cache_schema.zarr_json import inner_dimensions, teacher_attributes
 from molkd.pipeline.errors import ConfigError
 from molkd.pipeline.sharing.choice import ABOUT, Choice
 
@@ -68,7 +69,8 @@ def write_folder(
     )
     systems = root.create_group("systems", attributes={"source_names": list(cache.source_names)})
     for name, column in choice.systems.items():
-        _create(systems, name, column.shape, column.dtype, codecs, "system")[...] = column
+        dimensions = SYSTEM_ARRAYS[name][2] if name in SYSTEM_ARRAYS else ["bound"]  # of atom_ptr
+        _create(systems, name, column.shape, column.dtype, codecs, dimensions)[...] = column
     for group in (ATOMS, *choice.groups):
         names = choice.names(group, decode=False)
         arrays = {name: _Rows(_array(root, choice, group, name, codecs)) for name in names}
@@ -86,7 +88,8 @@ def write_folder(
         signal = choice.signal(group)
         root[group].attrs.update(attributes(signal))
         for name, values in (signal.codebook.arrays() if signal.codebook is not None else {}).items():
-            _create(root[group], name, values.shape, values.dtype, codecs, "code")[...] = values
+            dimensions = codebook_dimensions(signal.encoding, name)
+            _create(root[group], name, values.shape, values.dtype, codecs, dimensions)[...] = values
 
 
 class _Rows:
@@ -116,7 +119,8 @@ def _array(
 ) -> Any:
     layout = choice.cache.state(group).group.layouts[name]
     shape = (choice.n_rows(group, name), *layout.spec.shape)
-    return _create(root.require_group(group), name, shape, layout.dtype, codecs, layout.spec.axis)
+    dimensions = [layout.spec.axis, *inner_dimensions(layout)]
+    return _create(root.require_group(group), name, shape, layout.dtype, codecs, dimensions)
 
 
 def _create(
@@ -125,7 +129,7 @@ def _create(
     shape: tuple[int, ...],
     dtype: np.dtype[Any],
     codecs: tuple[BytesBytesCodec, ...],
-    axis: str,
+    dimension_names: list[str],
 ) -> Any:
     row_bytes = int(np.prod(shape[1:], dtype=np.int64)) * dtype.itemsize
     n_rows = max(1, min(shape[0], _MAX_CHUNK_ROWS, _CHUNK_BYTES // row_bytes))
@@ -135,7 +139,7 @@ def _create(
         dtype=dtype,
         chunks=(n_rows, *shape[1:]),
         compressors=codecs or None,
-        dimension_names=[axis, *(f"component_{k}" for k in range(len(shape) - 1))],
+        dimension_names=dimension_names,
         attributes={"about": ABOUT[name]} if name in ABOUT else {},
     )
 

@@ -7,6 +7,7 @@ import shutil
 import ase.io
 import numpy as np
 import pytest
+import xarray
 import zarr
 from stage_one_cases import files, structures, write_extxyz, write_teacher
 
@@ -284,6 +285,24 @@ def test_archive_is_read_with_zarr_alone(kd, source, tmp_path):
         np.testing.assert_array_equal(group["atoms/positions"][...], theirs["positions"])
         (codec,) = node["values"].compressors
         assert type(codec).__name__ == ("ZstdCodec" if store == tmp_path / "b.zarr" else "BloscCodec")
+
+
+def test_archive_is_opened_by_xarray(kd, source, tmp_path):
+    """Axes of one name have one length in each group, whatever the encoding."""
+    encodings = ("--encoding", "node=pca:3", "--encoding", "v2v=int8")
+    kd("cache", "copy", source, tmp_path / "i.kdcache", "--signals", "node,v2v", *encodings)
+    kd("cache", "export", tmp_path / "i.kdcache", tmp_path / "a.zarr", "--archive")
+    with Cache.open(tmp_path / "i.kdcache") as cache:
+        vectors = cache.read(np.arange(cache.n_systems), (), "teacher", ("v2v",))["teacher/v2v"]
+    opened = {
+        name: xarray.open_zarr(tmp_path / "a.zarr", group=name, consolidated=False, chunks=None)
+        for name in ("systems", "atoms", "teachers/teacher/node", "teachers/teacher/v2v")
+    }
+    assert opened["systems"].sizes["bound"] == opened["systems"].sizes["system"] + 1
+    assert opened["teachers/teacher/node"].sizes["byte"] <= 3
+    v2v = opened["teachers/teacher/v2v"]
+    decoded = v2v.scale.astype("float32") * v2v.step * v2v["values"]
+    np.testing.assert_allclose(decoded.transpose("atom", "xyz", "channel"), vectors, rtol=1e-5, atol=1e-6)
 
 
 def test_export_of_a_part(kd, source, tmp_path):
