@@ -18,7 +18,10 @@ def _load(name: str) -> None:
     spec.loader.exec_module(module)
 
 
-_HELPERS = ("cache_example", "golden_v1", "servers", "remote_example", "hostile_stores", "hostile_attempts")
+_HELPERS = (
+    "cache_example", "golden_v1", "servers", "remote_example", "hostile_edits", "hostile_stores",
+    "hostile_attempts", "operations_oracle",
+)  # fmt: skip
 for _name in _HELPERS:
     _load(_name)  # tests say: from cache_example import ...
 

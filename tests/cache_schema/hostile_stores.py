@@ -1,35 +1,50 @@
 """Stores as somebody would make them who wants to harm a reader: a small store with one thing changed.
 
-`CASES` maps a name to a function of the store and a folder outside of it. What is sealed is sealed correctly.
+`cases` yields (name, maker) pairs. A maker takes the store that `hostile_attempts.make_victim` wrote, or a copy
+of it, and an empty folder beside it, and changes the store in place; what is moved out of the store goes into
+that folder. `hostile_attempts.attempt` tries everything on one of them in a child with little memory. For
+test_hostile.py and benchmarks/fault_campaign.py, which puts this folder on sys.path: these modules import each
+other by name.
 """
 
-import contextlib
-import hashlib
-import json
-import os
-import pickle
-import shutil
-import socket
-import stat
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+from hostile_edits import (
+    LAYER,
+    NODE,
+    RECORD,
+    TEACHER,
+    TERABYTES,
+    claim_basis,
+    claim_systems,
+    codebook,
+    crowd,
+    link_out,
+    link_to,
+    nest,
+    odd_json,
+    overlay,
+    put_pickle,
+    set_manifest,
+    set_plan,
+    set_record,
+    set_signal,
+    set_table,
+    sparse,
+    special,
+    stranger,
+    write_json,
+)
 
-from molkd.cache_schema import jsonfile
-from molkd.cache_schema.crc import crc32c, crc_hex
-
-TERABYTES = 4 << 40
 ATOMS_FILE = "data.zarr/atoms/positions/c/0/0"
-NODE = "data.zarr/teachers/painn/node"
-RECORD = "log/teachers/painn/node/000000.json"
 JSON_FILES = ("plan.json", "manifest.json", RECORD, f"{NODE}/zarr.json", "data.zarr/systems/zarr.json")
 LINKED = (
     "data.zarr", "data.zarr/systems", "data.zarr/systems/id/c/0/0", "data.zarr/atoms/positions",
     "data.zarr/atoms/positions/c", "data.zarr/atoms/positions/c/0", ATOMS_FILE, "data.zarr/teachers",
-    "data.zarr/teachers/painn", NODE, f"{NODE}/zarr.json", f"{NODE}/values/c/0/0", f"{NODE}/step/c/0",
+    TEACHER, NODE, f"{NODE}/zarr.json", f"{NODE}/values/c/0/0", f"{NODE}/step/c/0",
     "log", "log/atoms", "log/teachers", "log/teachers/painn", RECORD, "plan.json", "manifest.json",
 )  # fmt: skip
 # Not what the format says, yet nothing that is read depends on it.
@@ -38,243 +53,12 @@ HARMLESS = {"stranger", "temporary", "pickle beside", "nest"}
 Case = Callable[[Path, Path], object]
 
 
-def reseal(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
-    """Change the content of a sealed file and seal it again."""
-    document, _ = jsonfile.read_sealed(path, max_bytes=1 << 30, remedy="")
-    change(document)
-    body = ("{\n" + ",\n".join(f' "{k}": {json.dumps(v)}' for k, v in sorted(document.items()))).encode()
-    path.write_bytes(sealed(body))
-
-
-def sealed(body: bytes) -> bytes:
-    return body + f',\n "sha256": "{hashlib.sha256(body).hexdigest()}"\n}}\n'.encode()
-
-
-def adopt(store: Path) -> None:
-    """Make plan and records fit the files that are there, as who made them would; the manifest goes."""
-    (store / "manifest.json").unlink(missing_ok=True)
-    data = store / "data.zarr"
-
-    def change_plan(document: dict[str, Any]) -> None:
-        for name in document["systems"]:
-            (path,) = (p for p in (data / "systems" / name / "c").rglob("*") if p.is_file())
-            document["systems"][name] = _sha256(path)
-        for name in document["metadata"]:
-            document["metadata"][name] = _sha256(data / name)
-
-    reseal(store / "plan.json", change_plan)
-    _, plan_sha256 = jsonfile.read_sealed(store / "plan.json", max_bytes=1 << 30, remedy="")
-
-    def change_record(document: dict[str, Any]) -> None:
-        document["plan_sha256"] = plan_sha256
-        document["metadata"] = {name: _sha256(data / name) for name in document["metadata"]}
-        for name, entry in document["arrays"].items():
-            file = _shard_file(data / document["group"] / name, document["shard"])
-            raw = file.read_bytes() if file.stat().st_size < 1 << 24 else b""
-            n_chunks = len(entry["chunk_crc32c"])
-            size = (len(raw) - (len(raw) % 16 and 20)) // n_chunks if n_chunks else 0
-            entry["bytes"], entry["crc32c"] = file.stat().st_size, crc_hex(crc32c(raw))
-            if size and name not in ("n_edges",):
-                entry["chunk_crc32c"] = [
-                    crc_hex(crc32c(raw[k * size : (k + 1) * size])) for k in range(n_chunks)
-                ]
-
-    for record in (store / "log").rglob("*.json"):
-        reseal(record, change_record)
-
-
-def _shard_file(array: Path, shard: int) -> Path:
-    path = array / "c" / str(shard)
-    while path.is_dir():
-        path = path / "0"
-    return path
-
-
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "0" * 64
-
-
-def edit(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
-    """Change a zarr.json; the store goes on vouching for it."""
-    document = json.loads(path.read_bytes())
-    change(document)
-    path.write_text(json.dumps(document, indent=1, sort_keys=True) + "\n")
-
-
-# ---------------------------------------------------------------------------------------------- what is done
-
-
-def link_out(name: str, relative: bool, store: Path, outside: Path) -> None:
-    path, elsewhere = store / name, outside / "moved"
-    shutil.move(path, elsewhere)
-    path.symlink_to(os.path.relpath(elsewhere, path.parent) if relative else elsewhere)
-
-
-def link_to(name: str, target: str, store: Path, outside: Path) -> None:
-    path = store / name
-    shutil.rmtree(path) if path.is_dir() else path.unlink()
-    path.symlink_to(target)
-
-
-def special(name: str, kind: str, store: Path, outside: Path) -> None:
-    """Put a pipe, a socket or a device where a file belongs."""
-    path = store / name
-    if path.is_dir():
-        shutil.rmtree(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.unlink(missing_ok=True)
-    if kind == "socket":
-        here = Path.cwd()
-        os.chdir(path.parent)  # names of sockets are short
-        socket.socket(socket.AF_UNIX).bind(path.name)
-        os.chdir(here)
-    elif kind == "device" and os.geteuid() == 0:
-        os.mknod(path, stat.S_IFCHR | 0o666, os.makedev(1, 5))  # /dev/zero
-    else:
-        os.mkfifo(path)
-
-
-def sparse(name: str, size: int, store: Path, outside: Path) -> None:
-    with (store / name).open("r+b") as handle:
-        handle.truncate(size)
-
-
-def set_plan(keys: tuple[str, ...], value: object, store: Path, outside: Path) -> None:
-    reseal(store / "plan.json", partial(_set, keys, value))
-    _follow_plan(store)
-
-
-def set_record(keys: tuple[str, ...], value: object, store: Path, outside: Path) -> None:
-    (store / "manifest.json").unlink()
-    reseal(store / RECORD, partial(_set, keys, value))
-
-
-def set_manifest(keys: tuple[str, ...], value: object, store: Path, outside: Path) -> None:
-    reseal(store / "manifest.json", partial(_set, keys, value))
-
-
-def set_signal(keys: tuple[str, ...], value: object, store: Path, outside: Path) -> None:
-    edit(store / NODE / "zarr.json", partial(_set, ("attributes", "molkd", *keys), value))
-    adopt(store)
-
-
-def _set(keys: tuple[str, ...], value: object, document: dict[str, Any]) -> None:
-    for key in keys[:-1]:
-        document = document[key]
-    document[keys[-1]] = value
-
-
-def _follow_plan(store: Path) -> None:
-    """Let records and manifest name the plan that is there now."""
-    _, digest = jsonfile.read_sealed(store / "plan.json", max_bytes=1 << 30, remedy="")
-    for path in [*(store / "log").rglob("*.json"), store / "manifest.json"]:
-        reseal(path, lambda document: document.update(plan_sha256=digest))
-
-
-def write_json(name: str, body: bytes, store: Path, outside: Path) -> None:
-    """Replace a JSON file by other text; a sealed one is sealed."""
-    path = store / name
-    path.write_bytes(body if name.endswith("zarr.json") else sealed(body))
-    if name != RECORD and name.endswith("zarr.json"):
-        with contextlib.suppress(OSError, ValueError):
-            adopt(store)
-
-
-def odd_json(name: str, change: Callable[[bytes], bytes], store: Path, outside: Path) -> None:
-    """Change the text of a JSON file, not its structure."""
-    path = store / name
-    raw = path.read_bytes()
-    if name.endswith("zarr.json"):
-        path.write_bytes(change(raw))
-        adopt(store)
-    else:
-        path.write_bytes(sealed(change(raw[: raw.rindex(b',\n "sha256"')])))
-        if name == RECORD:
-            (store / "manifest.json").unlink()
-
-
-def set_table(name: str, dtype: str, value: object, store: Path, outside: Path) -> None:
-    """Give the first system another number, and seal the plan anew."""
-    (path,) = (p for p in (store / "data.zarr/systems" / name / "c").rglob("*") if p.is_file())
-    values = np.fromfile(path, dtype)
-    values[0] = value
-    values.tofile(path)
-    adopt(store)
-
-
-def claim_systems(n_systems: int, store: Path, outside: Path) -> None:
-    """A table that is all holes, of very many systems."""
-    for folder in (store / "data.zarr/systems").iterdir():
-        if folder.is_dir():
-            (path,) = (p for p in (folder / "c").rglob("*") if p.is_file())
-            with path.open("r+b") as handle:
-                handle.truncate(path.stat().st_size // 5 * n_systems)
-    set_plan(("packing", "n_systems"), n_systems, store, outside)
-
-
-def nest(name: str, store: Path, outside: Path) -> None:
-    """Folders in folders, deeper than a path may be long."""
-    here = Path.cwd()
-    os.chdir(store / name)
-    for _ in range(2100):
-        Path("d").mkdir()
-        os.chdir("d")
-    os.chdir(here)
-
-
-def crowd(store: Path, outside: Path) -> None:
-    for k in range(3000):
-        (store / "log/teachers/painn" / f"s{k}").mkdir()
-
-
-class Payload:
-    """Whoever unpickles this makes a file."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> tuple[object, ...]:
-        return os.system, (f"touch {self.path}/pwned",)
-
-
-def put_pickle(name: str, store: Path, outside: Path) -> None:
-    (store / name).write_bytes(pickle.dumps(Payload(outside)))
-    if name.startswith("data.zarr/"):
-        adopt(store)
-
-
-def codebook(array: str, change: Callable[[np.ndarray], np.ndarray], store: Path, outside: Path) -> None:
-    """Another codebook with a hash that fits."""
-    dtype = "uint8" if array == "bits" else "float32"
-    path = _shard_file(store / NODE / array, 0)
-    raw = change(np.fromfile(path, dtype)).astype(dtype).tobytes()
-    path.write_bytes(raw)
-    keys = ("attributes", "molkd", "codebook", "arrays", array, "sha256")
-    edit(store / NODE / "zarr.json", partial(_set, keys, hashlib.sha256(raw).hexdigest()))
-    adopt(store)
-
-
-def overlay(content: object, store: Path, outside: Path) -> None:
-    plan, digest = jsonfile.read_sealed(store / "plan.json", max_bytes=1 << 30, remedy="")
-    place = {"itself": str(store), "outside": str(outside), "device": "/dev/zero"}.get(str(content), content)
-    document = {"kind": "molkd cache overlay", "format": 1, "plan_sha256": digest, "store": place}
-    (store / "overlay.json").write_bytes(jsonfile.seal(document | {"fingerprint": plan["fingerprint"]}))
-
-
-def stranger(name: str, store: Path, outside: Path) -> None:
-    (store / name).parent.mkdir(parents=True, exist_ok=True)
-    (store / name).touch()
-    sparse(name, TERABYTES, store, outside)
-
-
-# ------------------------------------------------------------------------------------------------- all cases
-
-
-def _cases() -> Iterator[tuple[str, Case]]:
+def cases() -> Iterator[tuple[str, Case]]:
+    """Yield the name of each hostile store and what makes it of a store that is as it should be."""
     for name in LINKED:
         for relative in (False, True):
             yield f"link {'..' if relative else '/'} {name}", partial(link_out, name, relative)
-    for name in ("log/teachers", "data.zarr/teachers/painn", ATOMS_FILE, RECORD, f"{NODE}/step/c/0"):
+    for name in ("log/teachers", TEACHER, ATOMS_FILE, RECORD, f"{NODE}/step/c/0"):
         for target in ("/", "/dev/zero", "/proc/self/mem", name.rsplit("/", 1)[-1], "."):
             yield f"link {name} -> {target}", partial(link_to, name, target)
     for name in (*JSON_FILES, ATOMS_FILE, "data.zarr/systems/id/c/0/0", f"{NODE}/step/c/0", "log/atoms"):
@@ -286,8 +70,8 @@ def _cases() -> Iterator[tuple[str, Case]]:
     yield from _texts()
     for n in (1 << 26, 1 << 31):
         yield f"claim {n} systems", partial(claim_systems, n)
-    for name in ("log/teachers/painn", "data.zarr/teachers/painn", "data.zarr/atoms"):
-        yield f"nest {name}", partial(nest, name)
+    yield "nest data.zarr/atoms", partial(nest, "data.zarr/atoms")
+    yield "nest log/teachers/painn", partial(nest, "log/teachers/painn")
     yield "stranger crowd", crowd
     for name in ("plan.json", "manifest.json", RECORD, ATOMS_FILE, f"{NODE}/values/c/0/0"):
         yield f"pickle {name}", partial(put_pickle, name)
@@ -299,10 +83,30 @@ def _cases() -> Iterator[tuple[str, Case]]:
         yield f"temporary {name}", partial(special, name, "pipe")
     for place in ("itself", "outside", "device", "", 7, ["x"], "../../..", "s3://", "x" * 5000):
         yield f"overlay {str(place)[:20]!r}", partial(overlay, place)
-    nan = partial(np.full_like, fill_value=np.nan)
-    for array, change in (("step", nan), ("step", np.negative), ("step", lambda a: a * 0), ("mean", nan)):
-        yield f"codebook {array} {id(change) % 97}", partial(codebook, array, change)
-    yield "codebook longer", partial(codebook, "step", lambda a: np.tile(a, 1000))
+    yield from _codebooks()
+
+
+def _codebooks() -> Iterator[tuple[str, Case]]:
+    changes: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+        "NaN": lambda array: array * np.nan,
+        "negative": np.negative,
+        "zero": np.zeros_like,
+        "infinite": lambda array: array + np.inf,
+        "longer": lambda array: np.tile(array, 1000),
+        "empty": lambda array: array[:0],
+    }
+    for what, change in changes.items():
+        yield f"codebook step {what}", partial(codebook, NODE, "step", change)
+        yield f"codebook basis {what}", partial(codebook, LAYER, "basis", change)
+    yield "codebook mean NaN", partial(codebook, NODE, "mean", changes["NaN"])
+    for bits in (0, 1, 7, 16, 255):
+        yield (
+            f"codebook bits {bits}",
+            partial(codebook, LAYER, "bits", partial(np.full_like, fill_value=bits)),
+        )
+    yield "codebook basis sheared", partial(codebook, LAYER, "basis", lambda array: array + 0.5)
+    for n_channels in (8192, 8193):
+        yield f"codebook claim {n_channels}", partial(claim_basis, n_channels)
 
 
 def _numbers() -> Iterator[tuple[str, Case]]:
@@ -389,6 +193,3 @@ def _texts() -> Iterator[tuple[str, Case]]:
         }
         for what, change in changes.items():
             yield f"json {what} {name}", partial(odd_json, name, change)
-
-
-CASES: dict[str, Case] = dict(_cases())
