@@ -46,7 +46,7 @@ def finalize(store: Store) -> Path:
     raw = seal(document)
     path = root / MANIFEST
     try:
-        if not path.is_file() or path.read_bytes() != raw:
+        if not path.is_file() or path.stat().st_size != len(raw) or path.read_bytes() != raw:
             write_file(path, raw, replace=True)
     except OSError as error:
         raise write_error(path, error, len(raw)) from error
