@@ -20,7 +20,7 @@ def _load(name: str) -> None:
 
 _HELPERS = (
     "cache_example", "golden_v1", "servers", "remote_example", "hostile_edits", "hostile_stores",
-    "hostile_attempts", "operations_oracle",
+    "hostile_attempts", "operations_oracle", "operations_children", "operations_writing",
 )  # fmt: skip
 for _name in _HELPERS:
     _load(_name)  # tests say: from cache_example import ...

@@ -9,10 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from cache_example import TEACHER, Example
+from cache_example import TEACHER, Example, make_example
 
 from molkd.cache_schema.errors import CacheError, MolkdError
 from molkd.cache_schema.fields import ATOM_FIELDS, FieldSpec, edge_spec, energy_spec, node_spec, v2v_spec
+from molkd.cache_schema.identity import system_id
 from molkd.cache_schema.reader import Cache
 from molkd.cache_schema.verify import verify
 from molkd.cache_schema.writer import Store
@@ -24,6 +25,7 @@ SIGNALS: dict[str, tuple[FieldSpec, tuple[str, ...]]] = {  # encodings from the 
     "energy": (energy_spec(), ("fp64",)),
     "edge": (edge_spec(2, max_per_atom=3), ("fp16", "int8")),
 }
+SIZES = (5, 300, 17, 1, 600, 80, 700, 33, 512, 2, 90, 400)  # atoms of all systems
 _LARGEST_CODE = {16: 32767, 8: 127, 4: 7}
 _FLOAT32 = 2e-6  # of the largest number of a row: what sums of a few products in float32 may be off
 Arrays = dict[str, np.ndarray]
@@ -80,7 +82,7 @@ class Rows:
             if self.book is None or name != "values":
                 np.testing.assert_array_equal(found[name], values)
             else:
-                unknown = np.isnan(values).reshape(len(values), -1).any(axis=1)
+                unknown = np.isnan(values).any(axis=tuple(range(1, values.ndim)))
                 assert np.isnan(found[name][unknown]).all()
                 self.book.assert_near(found[name][~unknown], values[~unknown])
         self.values, self.book = found, None
@@ -178,7 +180,7 @@ def narrowed(values: Arrays, stored: Group, *, is_bad: bool = False) -> Rows:
     return Rows(values, stored.book)
 
 
-def read_system(cache: Cache, index: np.ndarray, group: str) -> list[Arrays]:
+def read_together(cache: Cache, index: np.ndarray, group: str) -> list[Arrays]:
     """Read systems together; return the arrays of each."""
     if group == ATOMS:
         arrays = cache.read(index, tuple(ATOM_FIELDS))
@@ -198,7 +200,9 @@ def read_system(cache: Cache, index: np.ndarray, group: str) -> list[Arrays]:
 
 def _split(arrays: Arrays, counts: np.ndarray) -> list[Arrays]:
     ends = np.cumsum(counts)
-    return [{name: a[end - n : end] for name, a in arrays.items()} for end, n in zip(ends, counts, strict=True)]
+    return [
+        {name: a[end - n : end] for name, a in arrays.items()} for end, n in zip(ends, counts, strict=True)
+    ]
 
 
 def check(pool: Pool, shelf: Shelf, rng: np.random.Generator) -> None:
@@ -217,13 +221,13 @@ def check(pool: Pool, shelf: Shelf, rng: np.random.Generator) -> None:
         assert signals == shelf.groups.keys() - {ATOMS}
         for name, group in shelf.groups.items():
             there = rng.permutation([i for i, k in enumerate(who) if k in group.rows]).astype(int)
-            for i, found in zip(there, read_system(cache, there, name), strict=True):
+            for i, found in zip(there, read_together(cache, there, name), strict=True):
                 group.rows[who[i]].check(found)
             assert list(cache.state(name).missing_shards) == shelf.missing(name)
             for shard in shelf.missing(name):
                 absent = np.flatnonzero(cache.systems.shard == shard)[:1]
                 with pytest.raises(CacheError):
-                    read_system(cache, np.append(there[:1], absent), name)
+                    read_together(cache, np.append(there[:1], absent), name)
     assert (shelf.path / "manifest.json").exists() == shelf.has_manifest
     report = verify(shelf.path)
     assert report.ok, report.problems
@@ -241,8 +245,20 @@ def check_damaged(pool: Pool, shelf: Shelf) -> None:
         for name, group in shelf.groups.items():
             for i, k in enumerate(who):
                 try:
-                    (found,) = read_system(cache, np.array([i]), name)
+                    (found,) = read_together(cache, np.array([i]), name)
                 except CacheError:
                     continue
                 assert k in group.rows, f"{name} of a system that was never committed is read"
                 group.rows[k].check(found)
+
+
+def make_pool() -> Pool:
+    """Return systems as a file could hold them: no cell where nothing is periodic."""
+    example = make_example(SIZES, seed=7)
+    example.system["cell"][~example.system["pbc"].any(axis=1)] = 0
+    for k in range(len(SIZES)):
+        rows = example.atom_rows([k])
+        numbers, positions = (example.atoms[name][rows] for name in ("atomic_numbers", "positions"))
+        name = system_id(numbers, positions, example.system["cell"][k], example.system["pbc"][k])
+        example.ids[k] = np.frombuffer(name, np.uint8)
+    return Pool(example)
