@@ -5,7 +5,7 @@ import errno
 import json
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,14 @@ SHOWN = 120  # characters of a stored value in a message
 
 def brief(value: object) -> str:
     """Return a stored value as a message may show it."""
-    text = repr(value) if not isinstance(value, list | dict) else json.dumps(value)[: SHOWN + 1]
-    return text if len(text) <= SHOWN else f"{text[: SHOWN - 3]}..."
+    return shorten(
+        repr(value) if not isinstance(value, list | dict) else json.dumps(value)[: SHOWN + 1], SHOWN
+    )
+
+
+def shorten(text: str, n_characters: int) -> str:
+    """Return a text that may hold stored values, cut off where it is too long for a message."""
+    return text if len(text) <= n_characters else f"{text[: n_characters - 3]}..."
 
 
 def open_regular(path: Path) -> int:
@@ -68,12 +74,14 @@ def read_small(path: Path, max_bytes: int, remedy: str) -> bytes:
     Raises
     ------
     IntegrityError
-        If it is larger than `max_bytes`, or no regular file.
+        If it is larger than `max_bytes`, mostly holes, or no regular file.
     """
     with os.fdopen(open_regular(path), "rb") as handle:
         size = os.fstat(handle.fileno()).st_size
         if size > max_bytes:
             raise IntegrityError(f"{path}: {size} bytes, at most {max_bytes} expected; {remedy}")
+        if is_hollow(handle.fileno()):
+            raise IntegrityError(f"{path}: {size} bytes, hardly any of them written; {remedy}")
         return handle.read(size)
 
 
@@ -124,12 +132,15 @@ def n_bytes_below(folder: Path) -> int:
     return total
 
 
-def parse_json(raw: bytes, max_bytes: int | None = None) -> Any:
+def parse_json(
+    raw: bytes, max_bytes: int | None = None, on_table: Callable[[dict[str, Any]], object] = bool
+) -> Any:
     """Return what a JSON text says.
 
     Parameters
     ----------
     max_bytes : that a text of this kind can have; bounds the number of values in it. None: any
+    on_table : called with each dictionary as soon as it is read, to make something smaller of its values
 
     Raises
     ------
@@ -140,20 +151,23 @@ def parse_json(raw: bytes, max_bytes: int | None = None) -> Any:
     n_items = raw.count(b",") + raw.count(b"[") + raw.count(b"{")
     if max_bytes is not None and n_items > max_bytes // _BYTES_PER_ITEM:
         raise ValueError(f"{n_items} values")
+
+    def table(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            raise ValueError("a key twice")
+        on_table(found)
+        return found
+
     try:
-        value = json.loads(raw.decode(), object_pairs_hook=_no_key_twice, parse_constant=_no_constant)
+        value = json.loads(raw.decode(), object_pairs_hook=table, parse_constant=_no_constant)
         if b"\\ud" in raw or b"\\uD" in raw:
-            json.dumps(value, ensure_ascii=False).encode()  # half a surrogate pair is no text
+            json.dumps(
+                value, ensure_ascii=False, default=bytes.hex
+            ).encode()  # half a surrogate pair is no text
     except RecursionError as error:
         raise ValueError("nested too deeply") from error
     return value
-
-
-def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    table = dict(pairs)
-    if len(table) < len(pairs):
-        raise ValueError("a key twice")
-    return table
 
 
 def _no_constant(name: str) -> None:

@@ -14,7 +14,7 @@ from molkd.cache_schema.layout import (
     check_name,
     check_signal_spec,
 )
-from molkd.cache_schema.untrusted import parse_json
+from molkd.cache_schema.untrusted import parse_json, shorten
 
 _KEY = "molkd"  # our part of a group's attributes
 _GEOMETRY = (
@@ -27,6 +27,7 @@ _GEOMETRY = (
     "codecs",
     "fill_value",
 )
+_SHOWN = 300  # characters of what is wrong with a signal
 _ROWS = {"atom": "atom_row", "system": "system_slot", "edge": "edge_row"}
 
 
@@ -231,8 +232,13 @@ def read_signal(document: dict[str, Any], where: str) -> tuple[FieldSpec, str, d
     if not all(isinstance(t, str) for t in texts.values()) or not _is_shape(shape) or type(most) is not int:
         raise IntegrityError(f"{where}: damaged description of a signal; restore it from a copy of the store")
     spec = FieldSpec(shape=tuple(shape or ()), max_per_atom=most, **texts)  # type: ignore[arg-type]  # checked above and below
-    check_name(spec.name, "signal", parts=True)
-    check_signal_spec(spec, encoding)
+    try:
+        check_name(spec.name, "signal", parts=True)
+        check_signal_spec(spec, encoding)
+    except CacheError as error:
+        raise IntegrityError(
+            f"{where}: {shorten(str(error), _SHOWN)}; restore it from a copy of the store"
+        ) from error
     return spec, encoding, entry
 
 
