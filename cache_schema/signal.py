@@ -16,7 +16,7 @@ from molkd.cache_schema.encoding import ENCODINGS, decode, is_fitted
 from molkd.cache_schema.errors import IntegrityError
 from molkd.cache_schema.fields import FieldSpec
 from molkd.cache_schema.files import inside
-from molkd.cache_schema.layout import DATA, MAX_ROW_VALUES, SCALE
+from molkd.cache_schema.layout import DATA, SCALE
 from molkd.cache_schema.untrusted import read_small
 
 _COPY = "restore the file from a copy of the store"
@@ -139,19 +139,27 @@ def read_signal(
     n_systems = book.get("systems") if isinstance(book, dict) else None
     if not isinstance(tables, dict) or not set(tables) <= set(_TYPES) or type(n_systems) is not int:
         raise IntegrityError(f"{where}: damaged description of the encoding {encoding}; {_COPY}")
+    n_channels = spec.shape[-1]  # there are no more codes than channels
     arrays = {
-        name: _read_array(root, f"{group}/{name}", name, table, where, read) for name, table in tables.items()
+        name: _read_array(root, f"{group}/{name}", name, table, n_channels, where, read)
+        for name, table in tables.items()
     }
     return Signal(spec, encoding, make_codebook(encoding, arrays, n_systems, spec, where), recoded_from)
 
 
 def _read_array(
-    root: Path, path: str, name: str, table: object, where: str, read: Callable[[str], tuple[Any, str]]
+    root: Path,
+    path: str,
+    name: str,
+    table: object,
+    n_channels: int,
+    where: str,
+    read: Callable[[str], tuple[Any, str]],
 ) -> NDArray[Any]:
     shape = table.get("shape") if isinstance(table, dict) else None
     digest = table.get("sha256") if isinstance(table, dict) else None
     dimensions = _DIMENSIONS[name]
-    most = MAX_ROW_VALUES if len(dimensions) == 1 else MAX_PCA_CHANNELS
+    most = n_channels if len(dimensions) == 1 else min(n_channels, MAX_PCA_CHANNELS)
     if (
         not isinstance(shape, list)
         or len(shape) != len(dimensions)
