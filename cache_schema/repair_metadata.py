@@ -216,9 +216,12 @@ def _table_candidates(root: Path, plan: Plan, name: str) -> Candidates:
         return
     try:
         read_system_array(root, plan, "id")  # else how many there are is a claim
-        _, places = pack(read_system_array(root, plan, "n_atoms"), plan.packing.rows_per_shard)
+        n_atoms = read_system_array(root, plan, "n_atoms")
     except IntegrityError:
         return
+    if n_atoms.min() < 1 or n_atoms.max() > plan.packing.rows_per_shard:
+        return  # what the plan vouches for is wrong
+    _, places = pack(n_atoms, plan.packing.rows_per_shard)
     dtype = np.dtype(SYSTEM_ARRAYS[name][0]).newbyteorder("<")
     yield "the numbers of atoms", getattr(places, name).astype(dtype).tobytes()
 
