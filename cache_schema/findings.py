@@ -21,7 +21,10 @@ class Problem:
     chunk: int | None = None  # inner chunk; None if it is the index or unknown
 
     def __str__(self) -> str:
-        return f"{self.path}: {self.message}; {self.remedy}"
+        text = self.message  # of an error, which names file and remedy itself
+        if self.path not in text.partition(": ")[0]:
+            text = f"{self.path}: {text}"
+        return text if self.remedy in text else f"{text}; {self.remedy}"
 
 
 @dataclass
