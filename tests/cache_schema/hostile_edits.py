@@ -59,15 +59,8 @@ def adopt(store: Path) -> None:
         document["plan_sha256"] = plan_sha256
         document["metadata"] = {name: _sha256(data / name) for name in document["metadata"]}
         for name, entry in document["arrays"].items():
-            file = _shard_file(data / document["group"] / name, document["shard"])
-            raw = file.read_bytes() if file.stat().st_size < 1 << 24 else b""
-            n_chunks = len(entry["chunk_crc32c"])
-            size = (len(raw) - (len(raw) % 16 and 20)) // n_chunks if n_chunks else 0
-            entry["bytes"], entry["crc32c"] = file.stat().st_size, crc_hex(crc32c(raw))
-            if size and name not in ("n_edges",):
-                entry["chunk_crc32c"] = [
-                    crc_hex(crc32c(raw[k * size : (k + 1) * size])) for k in range(n_chunks)
-                ]
+            raw = _shard_file(data / document["group"] / name, document["shard"]).read_bytes()
+            entry["bytes"], entry["crc32c"] = len(raw), crc_hex(crc32c(raw))
 
     for record in (store / "log").rglob("*.json"):
         reseal(record, change_record)

@@ -1,10 +1,10 @@
 """Stores as somebody would make them who wants to harm a reader: a small store with one thing changed.
 
-`cases` yields (name, maker) pairs. A maker takes the store that `hostile_attempts.make_victim` wrote, or a copy
-of it, and an empty folder beside it, and changes the store in place; what is moved out of the store goes into
-that folder. `hostile_attempts.attempt` tries everything on one of them in a child with little memory. For
-test_hostile.py and benchmarks/fault_campaign.py, which puts this folder on sys.path: these modules import each
-other by name.
+`cases` yields (name, maker) pairs. A maker takes the store that `hostile_attempts.make_victim` wrote, or a
+copy of it, and an empty folder beside it, and changes the store in place; what is moved out of the store goes
+into that folder. `hostile_attempts.attempt` tries everything on one of them in a child with little memory.
+For test_hostile.py and benchmarks/fault_campaign.py, which puts this folder on sys.path: these modules
+import each other by name.
 """
 
 from collections.abc import Callable, Iterator
@@ -147,10 +147,11 @@ def _numbers() -> Iterator[tuple[str, Case]]:
     for key, value in (("arrays", {}), ("arrays", []), ("bad_systems", [-1]), ("metadata", {"x": "y"})):
         yield f"manifest {key} {value!r:.12}", partial(set_manifest, (*node, key), value)
     yield "manifest shards", partial(set_manifest, (*node, "arrays", "values", "shards"), [{}] * 50_000)
-    for value in ([1 << 20], [1 << 40], [-1], [True], [1.5], [[]], "4", None, [2] * 40, [1 << 18, 3]):
+    for value in ([1 << 20], [1 << 40], [-1], [True], [[]], "4", None, [2] * 40, [1] * 5000, [1 << 18, 3]):
         yield f"signal shape {value!r:.14}", partial(set_signal, ("shape",), value)
     for key, value in (
-        ("name", "../../evil"), ("name", "/etc"), ("axis", "edge"), ("axis", "bond"), ("dtype", "object"),
+        ("name", "../../evil"), ("name", "/etc"), ("name", "x" * 50_000), ("axis", "edge"),
+        ("axis", "bond" * 5000), ("dtype", "object"),
         ("encoding", "pca:99999"), ("encoding", "pca:1"), ("encoding", "pickle"), ("encoding", ["int8"]),
         ("max_per_atom", 1 << 40), ("symmetry", {}), ("unit", "x" * 200_000), ("codebook", None),
         ("recoded_from", "x"), ("kind", "teacher"),
