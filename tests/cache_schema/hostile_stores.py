@@ -97,7 +97,8 @@ def _codebooks() -> Iterator[tuple[str, Case]]:
     }
     for what, change in changes.items():
         yield f"codebook step {what}", partial(codebook, NODE, "step", change)
-        yield f"codebook basis {what}", partial(codebook, LAYER, "basis", change)
+        if what != "negative":  # which is another rotation
+            yield f"codebook basis {what}", partial(codebook, LAYER, "basis", change)
     yield "codebook mean NaN", partial(codebook, NODE, "mean", changes["NaN"])
     for bits in (0, 1, 7, 16, 255):
         yield (
