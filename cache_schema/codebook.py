@@ -19,6 +19,7 @@ from molkd.cache_schema.fields import FieldSpec
 
 LIMITS = {16: 32767, 8: 127, 4: 7}  # largest code by its bits; the smallest is its negative
 MAX_PCA_CHANNELS = 8192
+_ORTHONORMAL_TO = 1e-2  # of a combination with numbers of about 1; rotations in single precision reach 1e-5
 _MIN_SCALE = 2.0**-14  # the smallest normal number of half precision
 _ROUND_UP = 1 + 2.0**-10  # half precision keeps 11 bits: the rounded scale is not below the exact one
 
@@ -115,11 +116,19 @@ def make_codebook(
             problems.append("bits do not add up to the bytes of the encoding")
         if not all(np.isfinite(a).all() for a in arrays.values()) or not (step > 0).all():
             problems.append("values are not finite, or a step is not positive")
+        elif "basis" in arrays and not problems and not _is_orthonormal(arrays["basis"]):
+            problems.append("the rows of the basis are not orthonormal")
     if problems or bits is None:
         raise IntegrityError(
             f"{where}: damaged codebook ({'; '.join(problems)}); restore it from a copy of the store"
         )
     return Codebook(encoding, step, bits, arrays.get("mean"), arrays.get("basis"), n_systems)
+
+
+def _is_orthonormal(basis: NDArray[np.float32]) -> bool:
+    """Say whether the rows of a basis (K, C) are; a random combination shows it in K C steps, not K K C."""
+    mix = np.random.default_rng(0).standard_normal((len(basis), 4), dtype=np.float32)
+    return np.allclose(basis @ (basis.T @ mix), mix, rtol=0, atol=_ORTHONORMAL_TO)
 
 
 def pca_bytes(encoding: str) -> int:
