@@ -1,5 +1,6 @@
 """A store of made-up systems and features of a given size, for the benchmarks of reading and writing."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,11 +13,13 @@ from molkd.cache_schema.statistics import Moments
 from molkd.cache_schema.writer import Store, create_store
 
 TEACHER = "made-up"
-CHANNELS = 256
+NODE, V2V = node_spec(256), v2v_spec(256)
 
 
-def make_store(path: Path, n_systems: int, mean_atoms: int = 75, vectors: bool = True) -> Store:
-    """Write structures, labels, and node (256) and v2v (3 x 256) in int8, of random numbers; continues."""
+def make_store(
+    path: Path, n_systems: int, mean_atoms: int = 75, specs: Sequence[FieldSpec] = (NODE, V2V)
+) -> Store:
+    """Write structures, labels, and signals in int8, of random numbers; continues."""
     rng = np.random.default_rng(0)
     n_atoms = rng.integers(mean_atoms - 25, mean_atoms + 26, n_systems)
     store = create_store(
@@ -32,7 +35,6 @@ def make_store(path: Path, n_systems: int, mean_atoms: int = 75, vectors: bool =
         dataset={"licence": "CC0-1.0"},
     )
     store.add_teacher(TEACHER, {"weights_sha256": "0" * 64})
-    specs = [node_spec(CHANNELS)] + ([v2v_spec(CHANNELS)] if vectors else [])
     groups = [store.add_signal(TEACHER, spec, "int8", codebook(spec)) for spec in specs]
     for shard in store.missing_shards("atoms"):
         n = store.systems.rows_in_shard(shard)
@@ -46,22 +48,20 @@ def make_store(path: Path, n_systems: int, mean_atoms: int = 75, vectors: bool =
                     "fixed": rng.random(n) < 0.5,
                 }
             )
-    noise = rng.integers(-127, 128, (4096, 3, CHANNELS), dtype=np.int8)
     for spec, group in zip(specs, groups, strict=True):
+        noise = rng.integers(-127, 128, (4096, *spec.shape), dtype=np.int8)
         for shard in store.missing_shards(group):
             with store.shard_writer(group, shard) as writer:
                 n = store.systems.rows_in_shard(shard)
                 while (rows := min(4096, n - writer.rows_written)) > 0:
-                    codes = noise[:rows] if spec.symmetry == "vector" else noise[:rows, 0]
                     scale = np.ones(rows, np.float16)
-                    writer.write_narrowed({"values": codes, SCALE: scale}, Moments.empty(spec))
+                    writer.write_narrowed({"values": noise[:rows], SCALE: scale}, Moments.empty(spec))
     finalize(store)
     return store
 
 
 def codebook(spec: FieldSpec) -> Codebook:
     """Return a codebook of int8 as good as any."""
-    mean = None if spec.symmetry == "vector" else np.zeros(CHANNELS, np.float32)
-    return Codebook(
-        "int8", np.full(CHANNELS, 0.01, np.float32), np.full(CHANNELS, 8, np.uint8), mean, None, 1
-    )
+    n = spec.shape[-1]
+    mean = None if spec.symmetry == "vector" else np.zeros(n, np.float32)
+    return Codebook("int8", np.full(n, 0.01, np.float32), np.full(n, 8, np.uint8), mean, None, 1)

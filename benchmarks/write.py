@@ -21,9 +21,8 @@ from pathlib import Path
 
 import numpy as np
 import zarr
-from made_up_store import CHANNELS, TEACHER, codebook
+from made_up_store import NODE, TEACHER, V2V, codebook
 
-from molkd.cache_schema.fields import node_spec, v2v_spec
 from molkd.cache_schema.layout import SCALE
 from molkd.cache_schema.shard_writer import ShardWriter
 from molkd.cache_schema.statistics import Moments
@@ -31,7 +30,8 @@ from molkd.cache_schema.writer import Store, create_store
 from molkd.pipeline.prefetch import Background
 from molkd.pipeline.shard_output import Written, commit
 
-SPECS = (node_spec(CHANNELS), v2v_spec(CHANNELS))
+SPECS = (NODE, V2V)
+CHANNELS = NODE.shape[0]
 ROW_BYTES = 4 * CHANNELS + 4
 STEP_ROWS = 75 * 75
 RATE = 80e6  # bytes a second of signals

@@ -1,5 +1,6 @@
 """Validation of JSON documents that reports every problem at once, each with its place."""
 
+import re
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,7 @@ from molkd.cache_schema.errors import IntegrityError
 from molkd.cache_schema.untrusted import SHOWN, brief
 
 _HEX = frozenset("0123456789abcdef")
+_LOWER_HEX = re.compile("[0-9a-f]*")
 _MAX_PROBLEMS_SHOWN = 5
 _SHOWN_MESSAGE = 500  # characters
 
@@ -74,6 +76,15 @@ class Checks:
             return {}
         return value
 
+    def checksums(self, document: dict[str, Any], key: str, n: int, at: str = "") -> bytes:
+        """Return a list of n checksums of 8 hex digits as bytes, four each."""
+        values = document.get(key)
+        packed = values if isinstance(values, bytes) else pack_checksums(values)
+        if packed is None or len(packed) != 4 * n:
+            self.problem(f"{at}{key}", f"no list of {n} checksums")
+            return bytes(4 * n)
+        return packed
+
     def items(self, document: dict[str, Any], key: str, at: str = "") -> list[Any]:
         """Return a list."""
         value = document.get(key)
@@ -104,3 +115,15 @@ class Checks:
 def is_hex(value: object, digits: int) -> bool:
     """Say whether a value is a text of so many lower-case hex digits."""
     return isinstance(value, str) and len(value) == digits and set(value) <= _HEX
+
+
+def pack_checksums(values: object) -> bytes | None:
+    """Return a list of checksums of 8 hex digits as bytes, four each; None if it is anything else."""
+    if not isinstance(values, list):
+        return None
+    try:
+        joined = "".join(values)
+    except TypeError:
+        return None
+    is_sound = set(map(len, values)) <= {8} and _LOWER_HEX.fullmatch(joined)
+    return bytes.fromhex(joined) if is_sound else None

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from molkd.cache_schema.checks import Checks, is_hex
+from molkd.cache_schema.checks import Checks
 from molkd.cache_schema.files import inside
 from molkd.cache_schema.jsonfile import read_sealed
 from molkd.cache_schema.layout import FORMAT, MAX_RECORD_BYTES, MAX_SYSTEMS, ArrayLayout, record_path
@@ -24,7 +24,16 @@ class FileRecord:
     n_bytes: int
     rows: int
     crc32c: str  # of the whole file, 8 hex digits
-    chunk_crc32c: tuple[str, ...]  # of every inner chunk stored
+    chunk_crcs: bytes  # crc32c of every inner chunk stored, four bytes each, the highest first
+
+    @property
+    def n_chunks(self) -> int:
+        """Inner chunks stored."""
+        return len(self.chunk_crcs) // 4
+
+    def chunk_crc32c(self, chunk: int) -> str:
+        """Return the checksum of an inner chunk, 8 hex digits."""
+        return self.chunk_crcs[4 * chunk : 4 * chunk + 4].hex()
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
@@ -32,7 +41,7 @@ class FileRecord:
             "bytes": self.n_bytes,
             "rows": self.rows,
             "crc32c": self.crc32c,
-            "chunk_crc32c": list(self.chunk_crc32c),
+            "chunk_crc32c": [self.chunk_crc32c(k) for k in range(self.n_chunks)],
         }
 
 
@@ -196,14 +205,11 @@ def file_record(
     low, high = (0, layout.rows_per_file) if known is None else (known, known)
     n_rows = check.integer(entry, "rows", low, high, at)
     size, n_chunks = layout.file_bytes(n_rows), layout.stored_chunks(n_rows)
-    chunks = check.items(entry, "chunk_crc32c", at)
-    if len(chunks) != n_chunks or not all(is_hex(c, 8) for c in chunks):
-        check.problem(f"{at}chunk_crc32c", f"no list of {n_chunks} checksums")
     return FileRecord(
         n_bytes=check.integer(entry, "bytes", size, size, at),
         rows=n_rows,
         crc32c=check.hexadecimal(entry, "crc32c", 8, at),
-        chunk_crc32c=tuple(chunks),
+        chunk_crcs=check.checksums(entry, "chunk_crc32c", n_chunks, at),
     )
 
 

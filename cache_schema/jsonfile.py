@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -52,19 +53,29 @@ def bounded(raw: bytes, what: str) -> bytes:
     return raw
 
 
-def read_sealed(path: Path, *, max_bytes: int, remedy: str) -> tuple[dict[str, Any], str]:
+def read_sealed(
+    path: Path, *, max_bytes: int, remedy: str, on_table: Callable[[dict[str, Any]], object] = bool
+) -> tuple[dict[str, Any], str]:
     """Read a sealed file and return its content (without the seal) and its sha256.
+
+    Parameters
+    ----------
+    on_table : as `parse_json`
 
     Raises
     ------
     IntegrityError
         If the file is cut off, larger than `max_bytes`, not JSON, or any bit differs from what was sealed.
     """
-    return parse_sealed(read_small(path, max_bytes, remedy), str(path), remedy, max_bytes)
+    return parse_sealed(read_small(path, max_bytes, remedy), str(path), remedy, max_bytes, on_table)
 
 
 def parse_sealed(
-    raw: bytes, where: str, remedy: str, max_bytes: int | None = None
+    raw: bytes,
+    where: str,
+    remedy: str,
+    max_bytes: int | None = None,
+    on_table: Callable[[dict[str, Any]], object] = bool,
 ) -> tuple[dict[str, Any], str]:
     """Return the content (without the seal) and the sha256 of the bytes of a sealed file found at `where`.
 
@@ -80,7 +91,7 @@ def parse_sealed(
     if digest != found[1].decode():
         raise IntegrityError(f"{where}: damaged (its sha256 differs); {remedy}")
     try:
-        document = parse_json(raw, max_bytes)
+        document = parse_json(raw, max_bytes, on_table)
     except ValueError as error:
         raise IntegrityError(f"{where}: not JSON ({error}); {remedy}") from error
     if not isinstance(document, dict):

@@ -1,6 +1,7 @@
 """The plan: which systems a store holds, in which order and shard. Written once, before any shard."""
 
 import hashlib
+import mmap
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -32,6 +33,7 @@ from molkd.cache_schema.zarr_json import parse
 
 KIND = "molkd cache plan"
 CLAIM_SYSTEMS = 1 << 16  # tables of fewer systems are small
+_MAPPED_BYTES = 1 << 20
 _PROBE_SYSTEMS, _N_PROBES = 256, 64
 _COPY = "restore the file from a copy, or create the store again"
 
@@ -249,14 +251,19 @@ def read_system_array(root: Path, plan: Plan, name: str) -> NDArray[Any]:
             raise IntegrityError(f"{path}: systems/{name} has {size} bytes, expected {expected}; {_COPY}")
         if name == "id":
             _require_ids(handle, path, plan.packing.n_systems)
-        raw = handle.read(expected)
-    if hashlib.sha256(raw).hexdigest() != plan.systems[name]:
+        raw = _content(handle, expected)
+    if hashlib.sha256(raw.data).hexdigest() != plan.systems[name]:
         raise IntegrityError(f"{path}: systems/{name} is damaged (its sha256 differs from the plan); {_COPY}")
-    if dtype == "bool" and raw.strip(b"\0\1"):
+    if dtype == "bool" and raw.max() > 1:
         raise IntegrityError(f"{path}: systems/{name} holds values that are neither 0 nor 1; {_COPY}")
-    return (
-        np.frombuffer(raw, dtype=np.dtype(dtype).newbyteorder("<")).astype(dtype, copy=False).reshape(shape)
-    )
+    return raw.view(np.dtype(dtype).newbyteorder("<")).astype(dtype, copy=False).reshape(shape)
+
+
+def _content(handle: BinaryIO, n_bytes: int) -> NDArray[np.uint8]:
+    """Return the bytes of a file; those of a large one stay on disk and are shared by all processes."""
+    if n_bytes < _MAPPED_BYTES:
+        return np.frombuffer(handle.read(n_bytes), np.uint8)
+    return np.frombuffer(mmap.mmap(handle.fileno(), n_bytes, access=mmap.ACCESS_READ), np.uint8)
 
 
 def _require_ids(handle: BinaryIO, path: Path, n_systems: int) -> None:

@@ -22,7 +22,7 @@ from molkd.cache_schema.layout import (
 from molkd.cache_schema.objects import Remote
 from molkd.cache_schema.plan import Plan, read_plan, read_systems, system_file
 from molkd.cache_schema.server import BUCKETS
-from molkd.cache_schema.state import Manifest, load_group, read_manifest
+from molkd.cache_schema.state import Manifest, load_group, pack_record, read_manifest
 
 Progress = Callable[[int, int], None]  # bytes done, bytes in all
 
@@ -128,7 +128,8 @@ def _claim(root: Path, remote: Remote, plan: Plan, manifest: Manifest) -> bool:
         raise CacheError(f"{remote.url}: holds another store (its plan differs from {root}); {remedy}")
     published = remote.read(MANIFEST, MAX_MANIFEST_BYTES)
     if published is not None:
-        groups = parse_sealed(published, remote.at(MANIFEST), remedy)[0].get("groups", {})
+        there_now, _ = parse_sealed(published, remote.at(MANIFEST), remedy, on_table=pack_record)
+        groups = there_now.get("groups", {})
         lost = [name for name, entry in groups.items() if manifest.groups.get(name) != entry]
         if lost:
             raise CacheError(

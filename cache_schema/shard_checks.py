@@ -32,13 +32,13 @@ def damages_of_file(
         if is_hollow(handle.fileno()):
             yield None, f"shard {shard} of {layout.path} is hollow: it has a size, but was never written"
             return
-        for chunk, expected in enumerate(record.chunk_crc32c):
+        for chunk in range(record.n_chunks):
             crc = 0
             for begin in range(0, layout.chunk_bytes, _PIECE_BYTES):
                 data = handle.read(min(_PIECE_BYTES, layout.chunk_bytes - begin))
                 crc = crc32c(data, crc)
             total = crc32c_joined(total, crc, layout.chunk_bytes)
-            if crc_hex(crc) != expected:
+            if crc_hex(crc) != record.chunk_crc32c(chunk):
                 n_found += 1
                 yield chunk, f"chunk {chunk} of shard {shard} of {layout.path} is damaged (crc32c differs)"
         is_ours, total = _check_index(handle, layout, record.rows, total)

@@ -152,7 +152,7 @@ class ArrayReader:
                 raise self._damaged(shard, "is hollow: it has a size, but was never written")
             if shard not in self._checked:
                 self._check_index(file, shard, record)
-                self._checked[shard] = bytearray(len(record.chunk_crc32c))
+                self._checked[shard] = bytearray(record.n_chunks)
         return file
 
     def _check_index(self, file: _File, shard: int, record: FileRecord) -> None:
@@ -179,7 +179,7 @@ class ArrayReader:
                 piece = buffer[: size - begin]
                 self._pread(file, shard, [piece.data], chunk * size + begin, len(piece))
                 crc = crc32c(piece, crc)
-            if crc_hex(crc) != record.chunk_crc32c[chunk]:
+            if crc_hex(crc) != record.chunk_crc32c(chunk):
                 raise self._damaged(shard, f"is damaged in chunk {chunk}")
             checked[chunk] = 1
 

@@ -86,7 +86,8 @@ class _ArrayFile:
             whole = crc32c(piece, whole)
         self.handle.flush()
         os.fsync(self.handle.fileno())
-        return FileRecord(self.size, rows, crc_hex(whole), tuple(crc_hex(c) for c in self.chunk_crcs))
+        packed = struct.pack(f">{len(self.chunk_crcs)}I", *self.chunk_crcs)
+        return FileRecord(self.size, rows, crc_hex(whole), packed)
 
     def discard(self) -> None:
         with contextlib.suppress(OSError):  # a full disk also fails the last flush

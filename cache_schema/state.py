@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from molkd.cache_schema.checks import Checks
+from molkd.cache_schema.checks import Checks, pack_checksums
 from molkd.cache_schema.commit import (
     Commit,
     FileRecord,
@@ -89,7 +89,7 @@ class Manifest:
     """What manifest.json says; groups not taken apart yet."""
 
     path: Path
-    groups: dict[str, Any]
+    groups: dict[str, Any]  # the checksums of chunks as `pack_record` leaves them
     metadata: dict[str, dict[str, str]]  # group -> zarr.json -> sha256
     teachers: dict[str, Any]  # provenance by name
     sha256: str
@@ -143,7 +143,9 @@ def read_manifest(root: Path, plan: Plan) -> Manifest | None:
     if not path.is_file():
         return None
     max_bytes = most_manifest_bytes(plan)
-    document, digest = read_sealed(inside(root, MANIFEST), max_bytes=max_bytes, remedy=_REMEDY)
+    document, digest = read_sealed(
+        inside(root, MANIFEST), max_bytes=max_bytes, remedy=_REMEDY, on_table=pack_record
+    )
     check_format(document, MANIFEST_KIND, path)
     check = Checks(str(path))
     if document.get("plan_sha256") != plan.sha256:
@@ -155,6 +157,13 @@ def read_manifest(root: Path, plan: Plan) -> Manifest | None:
     teachers = check.table(document, "teachers")
     check.finish(_REMEDY)
     return Manifest(path, groups, metadata, teachers, digest)
+
+
+def pack_record(table: dict[str, Any]) -> None:
+    """Make bytes of a file's list of checksums: as texts those of a large store fill the memory."""
+    packed = pack_checksums(table.get("chunk_crc32c"))
+    if packed is not None:
+        table["chunk_crc32c"] = packed
 
 
 def most_manifest_bytes(plan: Plan) -> int:

@@ -36,7 +36,7 @@ from molkd.cache_schema.plan import (
 )
 from molkd.cache_schema.remote import local_root
 from molkd.cache_schema.shard_checks import damages_of_file, wrong_edges, wrong_identity
-from molkd.cache_schema.state import GroupState, Manifest, load_group, read_manifest
+from molkd.cache_schema.state import GroupState, Manifest, load_group, pack_record, read_manifest
 from molkd.cache_schema.untrusted import n_bytes_below, open_and_size, walk
 
 Progress = Callable[[int, int], None]  # bytes done, bytes in all
@@ -280,7 +280,11 @@ class _Verifier:
         name = state.group.name
         entry = self.manifest.groups.get(name) if self.manifest is not None else None
         if isinstance(entry, dict) and not state.missing_shards:
-            differs = [key for key, value in group_entry(state).items() if entry.get(key) != value]
+            recorded = group_entry(state)
+            for array in recorded["arrays"].values():
+                for one in array["shards"]:
+                    pack_record(one)
+            differs = [key for key, value in recorded.items() if entry.get(key) != value]
             if differs and not any(p.kind == "manifest" for p in self.report.problems):
                 message = f"{', '.join(differs)} of {name} differ from its commit records"
                 self._add("manifest", MANIFEST, message, _FINISH)
