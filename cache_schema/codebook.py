@@ -158,7 +158,8 @@ def encode_rows(values: Any, book: Codebook) -> tuple[Any, Any]:
     flat = xp.reshape(x, (x.shape[0], -1, x.shape[-1]))
     ratio = xp.abs(flat) / (own.step * own.limit)
     largest = xp.max(xp.max(ratio, axis=2), axis=1)
-    scale = xp.astype(xp.clip(largest * _ROUND_UP, min=_MIN_SCALE), xp.float16)
+    with np.errstate(over="ignore"):  # to infinity, as said above
+        scale = xp.astype(xp.clip(largest * _ROUND_UP, min=_MIN_SCALE), xp.float16)
     codes = xp.round(flat / (own.step * xp.astype(scale, xp.float32)[:, None, None]))
     codes = xp.where(codes > own.limit, own.limit, xp.where(codes < -own.limit, -own.limit, codes))
     scale = xp.where(known, scale, xp.full_like(scale, xp.nan))
