@@ -109,7 +109,8 @@ def special(name: str, kind: str, store: Path, outside: Path) -> None:
     if kind == "socket":
         here = Path.cwd()
         os.chdir(path.parent)  # names of sockets are short
-        socket.socket(socket.AF_UNIX).bind(path.name)
+        with socket.socket(socket.AF_UNIX) as end:
+            end.bind(path.name)
         os.chdir(here)
     elif kind == "device" and os.geteuid() == 0:
         os.mknod(path, stat.S_IFCHR | 0o666, os.makedev(1, 5))  # /dev/zero

@@ -1,4 +1,4 @@
-"""Stores that were made to harm: verify finds it, each attempt ends in one clear error, nothing outside changes."""
+"""Stores made to harm: verify finds it, each attempt is refused in one clear line, nothing else changes."""
 
 import os
 
@@ -10,7 +10,7 @@ from hostile_stores import cases
 CASES = dict(cases())
 ALWAYS = ("read", "verify")
 OTHERS = [what for what in ATTEMPTS if what not in ALWAYS]
-EACH = 3  # of the others a store; benchmarks/fault_campaign.py tries all on each
+EACH = 2  # of the others a store; benchmarks/fault_campaign.py tries all on each
 
 
 @pytest.fixture(scope="module")
@@ -20,7 +20,7 @@ def victim(tmp_path_factory):
 
 
 def some_attempts(k: int) -> list[str]:
-    """Return what is tried on the store of number `k`; each is tried on every fourth store."""
+    """Return what is tried on the store of number `k`; each is tried on every sixth store."""
     return [*ALWAYS, *(OTHERS[(EACH * k + j) % len(OTHERS)] for j in range(EACH))]
 
 
