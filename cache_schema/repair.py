@@ -7,7 +7,7 @@ from pathlib import Path
 
 from molkd.cache_schema.commit import Commit
 from molkd.cache_schema.damage import Damage, DamagedStore, Healer, Outcome
-from molkd.cache_schema.errors import CacheError
+from molkd.cache_schema.errors import CacheError, IntegrityError
 from molkd.cache_schema.files import sweep
 from molkd.cache_schema.findings import Report
 from molkd.cache_schema.groups import (
@@ -157,10 +157,13 @@ def _finish(store: DamagedStore, report: Report, outcome: Outcome) -> None:
     is_stale = any(problem.kind == "manifest" for problem in report.problems)
     is_absent = not (store.root / MANIFEST).exists()
     if not outcome.is_dry and not outcome.needed:
-        is_complete = finalize_if_complete(Store.open(store.root, "a"))
-        if is_stale and not is_complete:
-            (store.root / MANIFEST).unlink()
-        is_stale |= is_absent and is_complete
+        try:
+            is_complete = finalize_if_complete(Store.open(store.root, "a"))
+            if is_stale and not is_complete:
+                (store.root / MANIFEST).unlink()
+            is_stale |= is_absent and is_complete
+        except IntegrityError:  # of metadata that nothing vouches for, which `verify` finds again
+            is_stale = False
     if is_stale:
         outcome.did(MANIFEST, "the commit records")
     if outcome.is_dry:

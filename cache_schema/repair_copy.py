@@ -8,13 +8,13 @@ from molkd.cache_schema.commit import Commit, FileRecord, check_commit
 from molkd.cache_schema.damage import Damage, DamagedStore, Outcome
 from molkd.cache_schema.errors import CacheError
 from molkd.cache_schema.files import exclusive, inside, make_folder, write_error, write_file
-from molkd.cache_schema.groups import Group
+from molkd.cache_schema.groups import Group, list_signal_groups, list_teachers, load_signal
 from molkd.cache_schema.jsonfile import parse_sealed
 from molkd.cache_schema.layout import MAX_RECORD_BYTES, PLAN, record_path
 from molkd.cache_schema.mending import Replacement, clear_way, forget_shard, is_whole
 from molkd.cache_schema.mirror import mirror_of
 from molkd.cache_schema.overlay import base_of
-from molkd.cache_schema.plan import Plan, read_plan
+from molkd.cache_schema.plan import Plan, Systems, read_plan
 from molkd.cache_schema.remote import local_root
 from molkd.cache_schema.untrusted import read_small
 
@@ -64,6 +64,17 @@ class IntactCopy:
                     yield read_small(path, max_bytes, "")
             except (CacheError, OSError):  # then this is not where it comes from
                 continue
+
+    def signals(self, systems: Systems) -> dict[str, dict[str, str]]:
+        """Return the signals that the copy itself describes, and the sha256 of the zarr.json files of each.
+
+        Raises
+        ------
+        CacheError
+            If the copy is damaged there.
+        """
+        groups = [g for name in list_teachers(self._root) for g in list_signal_groups(self._root, name)]
+        return {name: load_signal(self._root, self.plan, systems, name).metadata for name in groups}
 
     def shard(self, group: Group, shard: int) -> "CopiedShard":
         """Return a shard of the copy that fits a group of the store.

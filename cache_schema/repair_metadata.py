@@ -8,7 +8,7 @@ import contextlib
 import hashlib
 import os
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -27,6 +27,7 @@ from molkd.cache_schema.groups import (
     list_logged_teachers,
     load_signal,
     read_zarr_json,
+    teacher_provenance,
 )
 from molkd.cache_schema.jsonfile import read_sealed
 from molkd.cache_schema.layout import (
@@ -117,6 +118,7 @@ def mend_signals(
 ) -> list[str]:
     """Put metadata and codebooks of all signals in place and return the groups that can be looked into."""
     recorded, teachers = recorded_metadata(root, plan)
+    recorded |= _unrecorded(root, plan, systems, copy, recorded)
     readable = []
     for group in sorted(recorded):
         digests = {f"{DATA}/{name}": digest for name, digest in recorded[group].items()}
@@ -142,6 +144,35 @@ def mend_signals(
             if all(_is_there(root, relative, digest) for relative, digest in digests.items()):
                 outcome.needed.append(f"{group}: {error}")
     return readable
+
+
+def _unrecorded(
+    root: Path, plan: Plan, systems: Systems, copy: IntactCopy | None, recorded: Collection[str]
+) -> dict[str, dict[str, str]]:
+    """Return what the copy says about signals without a value, whose description here is damaged.
+
+    No record vouches for these; as nothing depends on them either, the copy is believed.
+    """
+    found = {}
+    for group, digests in copy.signals(systems).items() if copy is not None else ():
+        teacher = f"teachers/{split_signal_group(group)[0]}"
+        with contextlib.suppress(CacheError):
+            if group in recorded or not inside(root, f"{DATA}/{group}").is_dir():
+                continue
+        try:
+            load_signal(root, plan, systems, group)
+        except CacheError:
+            described = f"{teacher}/zarr.json"
+            if not _is_described(root, teacher) or _is_there(root, f"{DATA}/{described}", digests[described]):
+                found[group] = digests
+    return found
+
+
+def _is_described(root: Path, teacher: str) -> bool:
+    try:
+        return teacher_provenance(root, teacher.rpartition("/")[2]) is not None
+    except CacheError:
+        return False
 
 
 def recorded_metadata(root: Path, plan: Plan) -> tuple[dict[str, dict[str, str]], dict[str, Any]]:
