@@ -149,6 +149,15 @@ class Operations(Writing):
         else:
             path.write_bytes(raw)
 
+    @rule(which=number, places=st.lists(st.tuples(number, number), min_size=1, max_size=4), at=kill_at)
+    def accident(self, which: int, places: list[tuple[int, int]], at: int | None) -> None:
+        """Several files are damaged, and mended before anything else happens."""
+        for file, place in places:
+            self.damage(which, file, place, ("flip", "cut", "remove")[place % 3])
+        if any(shelf.backup for shelf in self.shelves):
+            self.everything_is_as_it_should_be()
+            self.mend(0, 0, at)
+
     @precondition(lambda self: any(shelf.backup for shelf in self.shelves))
     @rule(which=number, source=number, at=kill_at)
     def mend(self, which: int, source: int, at: int | None) -> None:
