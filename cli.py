@@ -84,7 +84,7 @@ def ingest(as_json: bool, **flags: Any) -> None:
     "--encoding",
     multiple=True,
     metavar="[SIGNAL=]ENCODING",
-    help="Of features: fp32, fp16 (default), int8 or pca:BYTES a row; may be repeated.",
+    help="Of features: fp32, fp16, int8 (default) or pca:BYTES a row; may be repeated.",
 )
 @click.option("--max-error", type=float, help="Take the smallest encoding within this relative rms error.")
 @click.option("--batch-atoms", type=int, help="Atoms a batch; default by device.")

@@ -15,6 +15,7 @@ _LEFT = {0: 1.0} | {bits: 3.0**2 / limit**2 / 12 for bits, limit in LIMITS.items
 _STEPS = ((0, 4), (4, 8), (8, 16))
 _MOST_ATOMS = 16_384
 _FEWEST_ATOMS = 2048
+ENOUGH_ATOMS = 2 * _FEWEST_ATOMS  # in a store: half of them to fit to, half to measure the error on
 _SHARE = 16  # one in so many atoms is enough where that is more than the fewest
 
 

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from molkd.cache_schema.codebook import Codebook, decode_rows, encode_rows, pca_bytes
 from molkd.cache_schema.encoding import ENCODINGS, encoding_for, is_fitted
 from molkd.cache_schema.fields import FieldSpec
-from molkd.cache_schema.fitting import calibration_systems, fit_codebook
+from molkd.cache_schema.fitting import ENOUGH_ATOMS, calibration_systems, fit_codebook
 from molkd.cache_schema.writer import Store
 from molkd.pipeline.config import CacheConfig
 from molkd.pipeline.encoding_options import parse_encodings
@@ -29,10 +29,18 @@ class Fitted:
     codebook: Codebook | None
 
 
-def asked_encodings(specs: Mapping[str, FieldSpec], config: CacheConfig) -> dict[str, str]:
+def asked_encodings(
+    specs: Mapping[str, FieldSpec], config: CacheConfig, n_atoms: int, known: Mapping[str, str]
+) -> dict[str, str]:
     """Return signal -> encoding as asked for, `CHOOSE` where --max-error is to choose.
 
-    Energies and forces keep their precision, whatever is asked for the rest.
+    Energies and forces keep their precision, whatever is asked for the rest. What nothing is said about is
+    stored as it is declared, or else in int8; in half precision if there is too little to fit a codebook to.
+
+    Parameters
+    ----------
+    n_atoms : of the store
+    known : signal -> encoding, of signals that the store has already
 
     Raises
     ------
@@ -40,8 +48,13 @@ def asked_encodings(specs: Mapping[str, FieldSpec], config: CacheConfig) -> dict
         If an encoding is unknown, or named for a signal that is not stored.
     """
     general, named = parse_encodings(config.encoding, specs)
-    default = general or (CHOOSE if config.max_error is not None else "fp16")
-    return {name: encoding_for(spec, named.get(name, default)) for name, spec in specs.items()}
+    default = general or (CHOOSE if config.max_error is not None else None)
+    encodings = {}
+    for name, spec in specs.items():
+        usual = known.get(name, "int8" if spec.shape and n_atoms >= ENOUGH_ATOMS else "fp16")
+        asked = named.get(name, default)
+        encodings[name] = encoding_for(spec, usual if asked is None else asked)
+    return encodings
 
 
 def settle_encodings(

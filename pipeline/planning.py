@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 
 from molkd.cache_schema.layout import PLAN
-from molkd.pipeline.caching import asked_signals, check_place, open_teacher, scope_of
+from molkd.cache_schema.writer import Store
+from molkd.pipeline.caching import asked_signals, check_place, declared_encodings, open_teacher, scope_of
 from molkd.pipeline.config import CacheConfig
 from molkd.pipeline.data.sources import open_source
 from molkd.pipeline.encodings import asked_encodings
@@ -49,14 +50,18 @@ def plan_teacher(
     for system in sample:
         scope_of(teacher).check(system)
     specs = {s: teacher.signals[s] for s in asked_signals(teacher, config)}
+    name = config.name or teacher.info.name
+    n_atoms = round(n_systems * float(np.mean([system.n_atoms for system in sample])))
+    is_new = not (config.store / PLAN).exists()
+    declared = {} if is_new else declared_encodings(Store.open(config.store), name, specs)
     return forecast(
         config.store,
         teacher,
         sample,
         n_systems,
-        asked_encodings(specs, config),
+        asked_encodings(specs, config, n_atoms, declared),
         config,
-        new_store=not (config.store / PLAN).exists(),
+        new_store=is_new,
         budget=budget,
     )
 

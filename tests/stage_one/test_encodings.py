@@ -1,11 +1,13 @@
 """Fitted encodings in stage one: chosen, fitted once, on the device or beside it, forecast, verified."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from stage_one_cases import assert_same_files, make_store, structures, write_extxyz, write_teacher
 
-from molkd.cache_schema.fields import energy_spec, node_spec, v2v_spec
+from molkd.cache_schema.fields import energy_spec, forces_spec, node_spec, v2v_spec
 from molkd.cache_schema.fitting import calibration_systems, fit_codebook
 from molkd.cache_schema.layout import SCALE
 from molkd.cache_schema.manifest import finalize
@@ -17,7 +19,7 @@ from molkd.pipeline.caching import cache_teacher
 from molkd.pipeline.config import CacheConfig, make_config
 from molkd.pipeline.deep_verify import deep_verify
 from molkd.pipeline.device_narrowing import BROKEN, narrow_on_device, sums_of
-from molkd.pipeline.encodings import choose_encoding, relative_error
+from molkd.pipeline.encodings import CHOOSE, asked_encodings, choose_encoding, relative_error
 from molkd.pipeline.errors import CacheError, ConfigError
 from molkd.pipeline.planning import parse_bytes, plan_teacher
 from molkd.pipeline.shard_output import edge_rows
@@ -225,6 +227,27 @@ def test_forecast_of_fitted_encodings(done, tmp_path):
     text = price.text()
     assert "v2v" in text
     assert "fits" in text
+
+
+@pytest.mark.parametrize(
+    ("n_atoms", "given", "expected"),
+    [
+        (4096, {}, {"energy": "fp64", "forces": "fp32", "node": "int8", "v2v": "fp32"}),
+        (4095, {}, {"energy": "fp64", "forces": "fp32", "node": "fp16", "v2v": "fp32"}),
+        (10**9, {"encoding": ("fp16",)}, {"energy": "fp64", "forces": "fp32", "node": "fp16", "v2v": "fp16"}),
+        (
+            9999,
+            {"encoding": ("node=pca:4",)},
+            {"energy": "fp64", "forces": "fp32", "node": "pca:4", "v2v": "fp32"},
+        ),
+        (9999, {"max_error": 0.1}, {"energy": "fp64", "forces": "fp32", "node": CHOOSE, "v2v": CHOOSE}),
+    ],
+)
+def test_what_is_taken_if_nothing_is_said(n_atoms, given, expected):
+    """A store has v2v in fp32 already, node is new."""
+    specs = {"energy": energy_spec(), "forces": forces_spec(), "node": node_spec(8), "v2v": v2v_spec(8)}
+    config = CacheConfig(store=Path("x.kdcache"), teacher="t", signals=tuple(specs), **given)
+    assert asked_encodings(specs, config, n_atoms, {"v2v": "fp32"}) == expected
 
 
 @pytest.mark.parametrize(
