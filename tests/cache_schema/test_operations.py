@@ -33,7 +33,7 @@ from molkd.pipeline.sharing.copying import copy_store
 from molkd.pipeline.sharing.merging import merge_stores
 from molkd.pipeline.sharing.selection import Selection, select_systems
 
-SEQUENCES = int(os.environ.get("MOLKD_SEQUENCES", "8"))
+SEQUENCES = int(os.environ.get("MOLKD_SEQUENCES", "6"))
 STEPS = int(os.environ.get("MOLKD_STEPS", "20"))
 kill_at = st.none() | st.integers(1, 40)
 
