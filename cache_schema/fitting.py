@@ -25,9 +25,13 @@ def calibration_systems(n_atoms: NDArray[np.int32]) -> NDArray[np.int64]:
     At least half of the atoms are left to measure the error on, unless there is but one system.
     """
     ends = np.cumsum(n_atoms, dtype=np.int64)
-    n = int(ends[-1])
-    wanted = min(max(n // _SHARE, _FEWEST_ATOMS), _MOST_ATOMS, n // 2)
+    wanted = calibration_atoms(int(ends[-1]))
     return np.arange(max(1, int(np.searchsorted(ends, wanted, side="right"))))
+
+
+def calibration_atoms(n_atoms: int) -> int:
+    """Return how many atoms of a store codebooks are fitted to, about."""
+    return min(max(n_atoms // _SHARE, _FEWEST_ATOMS), _MOST_ATOMS, n_atoms // 2)
 
 
 def fit_codebook(values: NDArray[Any], spec: FieldSpec, encoding: str, n_systems: int) -> Codebook:

@@ -11,8 +11,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from molkd.cache_schema.encoding import encoding_for, exact_encoding
+from molkd.cache_schema.encoding import encoding_for, exact_encoding, is_fitted
 from molkd.cache_schema.fields import ATOM_FIELDS, EDGE_INDEX, EDGE_SHIFT, N_EDGES, FieldSpec
+from molkd.cache_schema.fitting import calibration_atoms
+from molkd.cache_schema.layout import CHUNK_ROWS, choose_rows_per_shard
 from molkd.pipeline.budget import Proposal, propose
 from molkd.pipeline.config import CacheConfig
 from molkd.pipeline.data.system import System
@@ -130,7 +132,12 @@ def forecast(
     per_atom = ({"structures": structures} if new_store else {}) | {
         name: _bytes_per_atom(specs[name], e, rows) for name, e in chosen.items()
     }
-    total = round(sum(per_atom.values()) * n_atoms)
+    rows_per_shard = choose_rows_per_shard(np.resize([s.n_atoms for s in sample], n_systems))
+    # Shards are filled up to whole chunks, by half of one on average.
+    n_rows = n_atoms + -(-n_atoms // rows_per_shard) * CHUNK_ROWS // 2
+    total = round(sum(per_atom.values()) * n_rows)
+    n_fitted = calibration_atoms(n_atoms) / atoms_per_system if any(map(is_fitted, chosen.values())) else 0
+    n_passed = n_systems + n_fitted  # systems that the teacher sees
     folder = next(p for p in [store, *store.absolute().parents] if p.is_dir())
     bandwidth = _write_bandwidth(folder)
     free = shutil.disk_usage(folder).free
@@ -158,7 +165,7 @@ def forecast(
         teacher_systems_per_second=probe.teacher_rate,
         graph_systems_per_second=probe.graph_rate,
         write_bytes_per_second=bandwidth,
-        seconds=max(n_systems / probe.teacher_rate, n_systems / probe.graph_rate, total / bandwidth),
+        seconds=max(n_passed / probe.teacher_rate, n_passed / probe.graph_rate, total / bandwidth),
         proposal=proposal,
     )
 
