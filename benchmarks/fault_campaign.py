@@ -116,7 +116,7 @@ def kills(folder: Path, n_kills: int, rng: np.random.Generator) -> list[Row]:
         rows.append(
             {
                 "of": command.name,
-                "kills": found.kills + found.second_kills,
+                "killed": found.kills + found.second_kills,
                 "commands survived": found.survived,
                 "wrong": found.wrong,
             }
@@ -148,12 +148,12 @@ def flips(folder: Path, n_flips: int, rng: np.random.Generator) -> list[Row]:
         path.write_bytes(changed)
         outcome, complaint = met(store, expected)
         path.write_bytes(raw)
-        counts.setdefault(kind, Counter()).update(["flips", *outcome])
+        counts.setdefault(kind, Counter()).update(["flipped", *outcome])
         where = f"bit {bit} of {path.relative_to(store)}"
         wrong.setdefault(kind, []).extend(f"{where}: {one}" for one in complaint)
     if not verify(store).ok or not same(read_everything(store), expected):
         wrong.setdefault("all", []).append("the store is not what it was")
-    keys = ("flips", "found by verify", "refused when read", "read the same")
+    keys = ("flipped", "found by verify", "refused when read", "read the same")
     return [
         {"of": kind} | {key: found[key] for key in keys} | {"wrong": wrong.get(kind, [])}
         for kind, found in sorted(counts.items())
