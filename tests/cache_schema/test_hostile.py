@@ -10,7 +10,8 @@ from hostile_stores import cases
 CASES = dict(cases())
 ALWAYS = ("read", "verify")
 OTHERS = [what for what in ATTEMPTS if what not in ALWAYS]
-EACH = 2  # of the others a store; benchmarks/fault_campaign.py tries all on each
+EACH = 3  # of the others a store
+TRIED = {name: k for k, name in enumerate(CASES) if k % 5 in (0, 3)}  # the fault campaign takes all of them
 
 
 @pytest.fixture(scope="module")
@@ -20,17 +21,17 @@ def victim(tmp_path_factory):
 
 
 def some_attempts(k: int) -> list[str]:
-    """Return what is tried on the store of number `k`; each is tried on every sixth store."""
+    """Return what is tried on the store of number `k`."""
     return [*ALWAYS, *(OTHERS[(EACH * k + j) % len(OTHERS)] for j in range(EACH))]
 
 
-@pytest.mark.parametrize("family", sorted({name.split(" ")[0] for name in CASES}))
+@pytest.mark.parametrize("family", sorted({name.split(" ")[0] for name in TRIED}))
 def test_hostile_store_is_met_with_one_clear_error(family, victim, tmp_path):
     store, expected = victim
     wrong, n_tried = [], 0
-    for k, (name, make) in enumerate(CASES.items()):
+    for name, k in TRIED.items():
         if name.split(" ")[0] == family:
-            results = attempt(make, store, expected, tmp_path / "case", some_attempts(k))
+            results = attempt(CASES[name], store, expected, tmp_path / "case", some_attempts(k))
             wrong += complaints(name, results)
             n_tried += len(results)
     assert n_tried
@@ -39,6 +40,8 @@ def test_hostile_store_is_met_with_one_clear_error(family, victim, tmp_path):
 
 def test_there_are_many_of_them():
     assert len(CASES) == len(list(cases())) > 300  # no two of one name
+    assert len(TRIED) > 100
+    assert {name.split(" ")[0] for name in TRIED} == {name.split(" ")[0] for name in CASES}
 
 
 def test_a_good_store_passes_every_attempt(victim, tmp_path):
