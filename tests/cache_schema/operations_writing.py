@@ -256,7 +256,7 @@ class Writing(RuleBasedStateMachine):
         stored = Group(encoding, self._book(shelf, group, encoding))
         for k, one in rows.items():
             values = dict(one.values)
-            stored.rows[k] = Rows(values) if as_stored else narrowed(values, stored)
+            stored.rows[k] = Rows(values, stored.book, True) if as_stored else narrowed(values, stored)
         shelf.groups[group] = stored
 
     def _let_go(self) -> None:

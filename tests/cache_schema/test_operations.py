@@ -304,7 +304,7 @@ class Operations(Writing):
                 if shard in there and k not in ours.rows:
                     assert other is not None
                     ours.encoding, ours.book = other.groups[group].encoding, other.groups[group].book
-                    ours.rows[k] = Rows(dict(other.groups[group].rows[k].values))
+                    ours.rows[k] = Rows(dict(other.groups[group].rows[k].values), ours.book, True)
         shelf.has_teacher = TEACHER in store.teachers
 
 
