@@ -9,7 +9,7 @@ from pathlib import Path
 from molkd.cache_schema.commit import Commit, FileRecord
 from molkd.cache_schema.crc import crc32c, crc_hex
 from molkd.cache_schema.edges import EdgeShardWriter
-from molkd.cache_schema.errors import CacheError, IntegrityError
+from molkd.cache_schema.errors import CacheError, ConflictError, IntegrityError
 from molkd.cache_schema.fields import N_EDGES
 from molkd.cache_schema.files import (
     fsync_folder,
@@ -35,7 +35,7 @@ _PIECE_BYTES = 1 << 22
 _NAME_BYTES = 255
 
 
-class OtherValuesError(CacheError):
+class OtherValuesError(ConflictError):
     """Values that would have to be those that a shard had, and are not."""
 
 
@@ -132,12 +132,14 @@ class _Mending(ShardWriter):
 
     reference: dict[str, str] | None = None  # array -> crc32c that the shard had
     is_exact = False  # whether other values than those of `reference` are refused
+    refused: set[tuple[str, int]]  # (group, shard) of those that were
 
     def _place(self, commit: Commit, record: Path) -> None:
         known = self._intact()
         require_unchanged(self._root, self._group)
         if self.reference not in (None, commit.checksums):
             if self.is_exact:
+                self.refused.add((self._group.name, self.shard))
                 raise OtherValuesError(f"{self._where}: the values given are not those that were stored")
             log.warning(
                 "%s: the values computed now differ from those stored before, as on another device or with "
@@ -174,10 +176,12 @@ class MendingStore(Store):
     ----------
     references : (group, shard) -> array -> crc32c of the files that the shard had, where that is known
     exact : groups of which other values are refused
+    refused : (group, shard) of which other values were refused
     """
 
     references: Mapping[tuple[str, int], dict[str, str]]
     exact: frozenset[str] = frozenset()
+    refused: set[tuple[str, int]]
 
     @classmethod
     def of(
@@ -186,7 +190,7 @@ class MendingStore(Store):
         """Open the store in a folder; nothing but plan and systems table has to be whole."""
         plan = read_plan(root)
         store = cls(root, "a", plan, read_systems(root, plan), None, base_of(root, plan))
-        store.references, store.exact = references, frozenset(exact)
+        store.references, store.exact, store.refused = references, frozenset(exact), set()
         return store
 
     def shard_writer(self, group: str, shard: int) -> ShardWriter:
@@ -198,7 +202,7 @@ class MendingStore(Store):
         kind = _EdgeShardMender if N_EDGES.name in loaded.layouts else _ShardMender
         writer = kind(self.path, self.plan, self.systems, loaded, shard)
         writer.reference = self.references.get((group, shard))
-        writer.is_exact = group in self.exact
+        writer.is_exact, writer.refused = group in self.exact, self.refused
         return writer
 
 

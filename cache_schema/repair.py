@@ -164,7 +164,7 @@ def _finish(store: DamagedStore, report: Report, outcome: Outcome) -> None:
             is_stale |= is_absent and is_complete
         except IntegrityError:  # of metadata that nothing vouches for, which `verify` finds again
             is_stale = False
-    if is_stale:
+    if is_stale and not outcome.needed:
         outcome.did(MANIFEST, "the commit records")
     if outcome.is_dry:
         return

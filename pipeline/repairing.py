@@ -51,12 +51,16 @@ class RepairSummary:
         verb = "would mend" if self.is_dry_run else "mended"
         lines = [f"{verb} {line}" for line in self.mended] + [f"still broken: {line}" for line in self.needed]
         if self.needed:
-            verdict = f"{len(self.needed)} things are still broken"
+            verdict = f"{_things(self.needed)} {'is' if len(self.needed) == 1 else 'are'} still broken"
         elif self.mended:
-            verdict = f"ok: {verb} {len(self.mended)} things, {self.bytes_written:,} bytes"
+            verdict = f"ok: {verb} {_things(self.mended)}, {self.bytes_written:,} bytes"
         else:
             verdict = "ok: nothing is broken or missing"
         return "\n".join([*lines, f"{self.store}: {verdict}"])
+
+
+def _things(lines: Sequence[str]) -> str:
+    return f"{len(lines)} thing{'' if len(lines) == 1 else 's'}"
 
 
 def repair_store(
@@ -72,6 +76,7 @@ def repair_store(
     batch_atoms: int = 0,
     batch_edges: int = 0,
     skip_bad: bool = False,
+    accept_other_values: bool = False,
     dry_run: bool = False,
 ) -> RepairSummary:
     """Put back what is broken or missing in a store, and touch nothing else; the same call continues.
@@ -83,6 +88,8 @@ def repair_store(
     data : what the store was made of, for structures and labels
     energy_key, forces_key : names of the labels in `data`
     scale_file, device, batch_atoms, batch_edges, skip_bad : of the teacher, as for `cache_teacher`
+    accept_other_values : whether a shard is written anew with what the teacher gives now if that is not what
+        it held, as far as an intact record says; otherwise it is left as it is
     dry_run : look and say what would be done
 
     Raises
@@ -106,7 +113,7 @@ def repair_store(
             batch_edges=batch_edges,
             skip_bad=skip_bad,
         )
-        healers.append(TeacherHealer(config))
+        healers.append(TeacherHealer(config, accept_other_values))
     with Progress(0, "verify", "byte") as progress:
         outcome = repair(store, copy, healers, dry_run=dry_run, progress=progress.advance_to)
     return RepairSummary(
@@ -121,9 +128,11 @@ class TeacherHealer:
     Attributes
     ----------
     config : the teacher, and how it runs
+    accept_other_values : whether values other than those stored before take their place
     """
 
     config: CacheConfig
+    accept_other_values: bool = False
 
     def mend(
         self, store: DamagedStore, damages: Sequence[Damage], outcome: Outcome
@@ -201,7 +210,8 @@ class TeacherHealer:
             skip_bad = self.config.skip_bad or any(d.bad_systems for d in mine)
             config = self.config.model_copy(update={"skip_bad": skip_bad})
             groups = {signal: group for wanted in todo.values() for signal, group in wanted.items()}
-            mending = MendingStore.of(store.root, store.references())
+            exact = () if self.accept_other_values else groups.values()
+            mending = MendingStore.of(store.root, store.references(), exact)
             stage = Stage(config, mending, TeacherPass(teacher, _structures(store, todo)), name, groups)
             n_systems = sum(len(store.systems.in_shard(shard)) for shard in todo)
             with (
@@ -210,8 +220,14 @@ class TeacherHealer:
             ):
                 for shard, wanted in sorted(todo.items()):
                     compute_shard(stage, shard, wanted, writing, written, done.update)
+            reasons |= dict.fromkeys(
+                mending.refused,
+                f"{self.config.teacher} gives other values here than were stored, as on another device or "
+                "with another --batch-atoms; --accept-other-values takes them",
+            )
         for damage in mine:
-            outcome.did_shard(damage, self.config.teacher)
+            if damage.key not in reasons:
+                outcome.did_shard(damage, self.config.teacher)
         outcome.n_bytes += written.n_bytes
         return reasons
 

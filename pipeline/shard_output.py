@@ -90,12 +90,12 @@ def commit(writers: Mapping[str, ShardWriter], written: Written) -> None:
     """
     with ExitStack() as stack:
         for writer in writers.values():
-            stack.push(partial(_leave, writer))
-    written.n_bytes += sum(writer.n_bytes for writer in writers.values())
+            stack.push(partial(_leave, writer, written))
 
 
 def _leave(
     writer: ShardWriter,
+    written: Written,
     kind: type[BaseException] | None,
     error: BaseException | None,
     trace: TracebackType | None,
@@ -104,6 +104,8 @@ def _leave(
         writer.__exit__(kind, error, trace)
     except ConflictError as conflict:
         log.warning("%s", conflict)
+    else:
+        written.n_bytes += writer.n_bytes if error is None else 0
 
 
 def edge_rows(

@@ -21,14 +21,21 @@ from molkd.pipeline.commands.output import NEW_STORE, PATH, STORE, as_json, give
 @click.option("--batch-edges", type=click.IntRange(min=0), help="As kd cache-teacher had it.")
 @click.option("--device", help="Of the teacher: auto, cpu, cuda, cuda:1.")
 @click.option("--skip-bad", is_flag=True, default=None, help="Quarantine systems with non-finite output.")
+@click.option(
+    "--accept-other-values",
+    is_flag=True,
+    default=None,
+    help="Where the teacher gives other values than were stored, write the whole shard anew with these.",
+)
 @click.option("--dry-run", is_flag=True, help="Only say what is broken and what would mend it.")
 @as_json
 def repair(as_json: bool, store: Path, dry_run: bool, **flags: Any) -> None:
     """Find every broken or missing shard of STORE and put exactly these back; nothing intact is touched.
 
     A file is taken from a copy if its checksum is the recorded one; signals are computed again by the
-    teacher, structures read again from the data they came from. The same command continues after an
-    interruption. Exit code 3 if something is still broken.
+    teacher, structures read again from the data they came from. A shard whose other values a record
+    contradicts is left as it is. The same command continues after an interruption. Exit code 3 if something
+    is still broken, or in a dry run would be.
 
     \b
     Example:
@@ -39,5 +46,5 @@ def repair(as_json: bool, store: Path, dry_run: bool, **flags: Any) -> None:
 
     summary = repair_store(store, dry_run=dry_run, **given(flags))
     show(summary, as_json)
-    if not summary.ok and not dry_run:
+    if not summary.ok:
         sys.exit(3)

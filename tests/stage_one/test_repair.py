@@ -243,7 +243,7 @@ def test_another_teacher_is_refused(broken, tmp_path):
     assert re.search(r"its teacher teacher is another one \(weights_sha256 \w+\.\.\., given", needed)
 
 
-def test_other_rounding_writes_the_whole_shard_anew(broken, whole, teacher_file, caplog):
+def test_other_rounding_is_refused_until_it_is_accepted(broken, whole, teacher_file, caplog):
     """As on other hardware; here the store's own record is made to tell of other bytes."""
     from molkd.cache_schema import jsonfile
 
@@ -251,7 +251,23 @@ def test_other_rounding_writes_the_whole_shard_anew(broken, whole, teacher_file,
     document, _ = jsonfile.read_sealed(record, max_bytes=1 << 30, remedy="")
     document["arrays"]["values"] |= {"crc32c": "00000000"}
     record.write_bytes(jsonfile.seal(document))
+    (broken / "manifest.json").unlink()
+    flip(broken / VALUES.format("node/values", "1/0"))  # this one can be mended all the same
+    before = files(broken)
     summary = repair_store(broken, teacher=str(teacher_file))
+    assert summary.mended == [f"shard 1 of teachers/teacher/node: from {teacher_file}"]
+    assert (
+        summary.bytes_written
+        == (broken / VALUES.format("node/values", "1/0")).stat().st_size
+        + (broken / VALUES.format("node/scale", "1")).stat().st_size
+    )
+    (needed,) = summary.needed
+    assert "gives other values here than were stored" in needed
+    assert "--accept-other-values takes them; give an intact copy of the store (--from)" in needed
+    assert "1 thing is still broken" in summary.text()
+    changed = {name for name, raw in files(broken).items() if raw != before.get(name)}
+    assert changed == {VALUES.format("node/values", "1/0")}
+    summary = repair_store(broken, teacher=str(teacher_file), accept_other_values=True)
     assert summary.ok
     assert "differ from those stored before" in caplog.text
     assert_whole(broken, whole)
@@ -332,7 +348,8 @@ def test_the_command(broken, whole, tmp_path):
     asked = run(["cache", "repair", broken, "--json"], log)
     assert asked.wait() == 3
     assert json.loads(asked.out)["needed"][0].startswith("shard 1 of teachers/teacher/node: ")
-    assert run(["cache", "repair", broken, "--dry-run"], log).wait() == 0
+    assert run(["cache", "repair", broken, "--dry-run"], log).wait() == 3
+    assert run(["cache", "repair", broken, "--dry-run", "--from", whole], log).wait() == 0
     mended = run(["cache", "repair", broken, "--from", whole], log)
     assert mended.wait() == 0
     assert f"mended shard 1 of teachers/teacher/node: from {whole}" in mended.out
