@@ -49,6 +49,8 @@ def rotated_bases(cache: Cache, teacher: str | None, terms: tuple[KDTerm, ...]) 
         known = cache.teachers[teacher].signals
         if term.teacher_tap not in known:
             continue  # reported where heads are made
+        if known[term.teacher_tap].spec.axis == "edge":
+            continue  # decoded on the host, where edges are put in the student's order
         book = cache.signal(teacher, term.teacher_tap).codebook
         if book is None or book.basis is None:
             continue
@@ -60,7 +62,7 @@ def rotated_bases(cache: Cache, teacher: str | None, terms: tuple[KDTerm, ...]) 
         found[term.teacher_tap] = book
     if not found:
         raise ConfigError(
-            "rotated_targets: no feature loss reads a signal in the encoding pca:BYTES; leave it out"
+            "rotated_targets: no loss on features of atoms reads a signal in the encoding pca:BYTES; leave it out"
         )
     return found
 

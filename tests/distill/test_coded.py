@@ -3,7 +3,16 @@
 import numpy as np
 import pytest
 import torch
-from distill_cases import COLL, GEMNET_TEACHER, add_teacher, column, make_store, save_teacher, train_config
+from distill_cases import (
+    COLL,
+    GEMNET_TEACHER,
+    PAINN,
+    add_teacher,
+    column,
+    make_store,
+    save_teacher,
+    train_config,
+)
 
 from molkd.cache_schema.codebook import decode_rows, encode_rows
 from molkd.cache_schema.fields import node_spec, v2v_spec
@@ -119,14 +128,27 @@ def test_shapes_in_the_basis(stores):
     [
         ("pca:6", {"name": "n2n", "head": "mlp"}, "needs a linear head and the MSE, this term has head mlp"),
         ("pca:6", {"name": "n2n", "loss": "mae"}, "head linear and loss mae"),
-        ("int8", {"name": "n2n"}, "no feature loss reads a signal in the encoding pca"),
-        ("pca:6", {"name": "vanilla1"}, "no feature loss reads a signal in the encoding pca"),
+        ("int8", {"name": "n2n"}, "no loss on features of atoms reads a signal in the encoding pca"),
+        ("pca:6", {"name": "vanilla1"}, "no loss on features of atoms reads a signal in the encoding pca"),
     ],
 )
 def test_where_there_is_no_basis_to_learn_in(stores, tmp_path, encoding, term, message):
     config = train_config(stores[encoding], tmp_path / "run", kd=[term], rotated_targets=True)
     with pytest.raises(ConfigError, match=message):
         train_student(config)
+
+
+def test_edges_are_learnt_decoded_beside_rotated_features(stores, tmp_path):
+    """Edges are put in the student's order on the host; their head has the teacher's channels."""
+    kd = [{"name": "n2n"}, {"name": "e2e"}]
+    model = PAINN | {"cutoff": 5.0}
+    out = tmp_path / "run"
+    config = train_config(
+        stores["pca:6"], out, kd=kd, model=model, rotated_targets=True, training={"max_steps": 3}
+    )
+    train_student(config)
+    assert len(column(out, "train_e2e")) == 3
+    assert np.isfinite(column(out, "train_e2e") + column(out, "train_n2n")).all()
 
 
 @pytest.mark.parametrize("rotated", [False, True])
