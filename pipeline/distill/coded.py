@@ -62,7 +62,7 @@ def rotated_bases(cache: Cache, teacher: str | None, terms: tuple[KDTerm, ...]) 
         found[term.teacher_tap] = book
     if not found:
         raise ConfigError(
-            "rotated_targets: no loss on features of atoms reads a signal in the encoding pca:BYTES; leave it out"
+            "rotated_targets: no loss on features of atoms reads a signal stored as pca:BYTES; leave it out"
         )
     return found
 

@@ -128,8 +128,8 @@ def test_shapes_in_the_basis(stores):
     [
         ("pca:6", {"name": "n2n", "head": "mlp"}, "needs a linear head and the MSE, this term has head mlp"),
         ("pca:6", {"name": "n2n", "loss": "mae"}, "head linear and loss mae"),
-        ("int8", {"name": "n2n"}, "no loss on features of atoms reads a signal in the encoding pca"),
-        ("pca:6", {"name": "vanilla1"}, "no loss on features of atoms reads a signal in the encoding pca"),
+        ("int8", {"name": "n2n"}, "no loss on features of atoms reads a signal stored as pca"),
+        ("pca:6", {"name": "vanilla1"}, "no loss on features of atoms reads a signal stored as pca"),
     ],
 )
 def test_where_there_is_no_basis_to_learn_in(stores, tmp_path, encoding, term, message):
