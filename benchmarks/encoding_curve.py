@@ -3,10 +3,10 @@
     python benchmarks/encoding_curve.py acac OUT --teacher RUN_OR_MODEL [--kd n2n] [--seeds 3] [--steps 2500]
         [--encodings fp32 fp16 int8 1/4 1/8 1/16 1/32] [--set model.max_neighbors=16 ...]
 
-1/8 stands for pca with so many bytes that a row takes an eighth of float32. Each encoding gets a store of
-its own in OUT; the runs are those of `gap_closed.py`. The same command continues. Ends with a table: bytes an
-atom of the features, their error on systems that were not fitted, the loss floor, and the student's errors
-on the test files, mean and sample standard deviation over seeds.
+1/8 stands for pca whose codes take an eighth of float32; each row has a scale of 2 bytes more. Each encoding
+gets a store of its own in OUT; the runs are those of `gap_closed.py`. The same command continues. Ends with a
+table: bytes an atom of the features, their error on systems that were not fitted, the loss floor, and the
+student's errors on the test files, mean and sample standard deviation over seeds.
 """
 
 import argparse
