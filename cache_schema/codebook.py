@@ -159,7 +159,11 @@ def encode_rows(values: Any, book: Codebook) -> tuple[Any, Any]:
     ratio = xp.abs(flat) / (own.step * own.limit)
     largest = xp.max(xp.max(ratio, axis=2), axis=1)
     with np.errstate(over="ignore"):  # to infinity, as said above
-        scale = xp.astype(xp.clip(largest * _ROUND_UP, min=_MIN_SCALE), xp.float16)
+        scale = largest * _ROUND_UP
+        scale = xp.where(
+            scale < _MIN_SCALE, xp.full_like(scale, _MIN_SCALE), scale
+        )  # clip may wait for a GPU
+        scale = xp.astype(scale, xp.float16)
     codes = xp.round(flat / (own.step * xp.astype(scale, xp.float32)[:, None, None]))
     codes = xp.where(codes > own.limit, own.limit, xp.where(codes < -own.limit, -own.limit, codes))
     scale = xp.where(known, scale, xp.full_like(scale, xp.nan))

@@ -42,10 +42,11 @@ def narrow_on_device(
     owner = {"system": torch.arange(len(work.indices), device=device), "atom": of_atoms}
     if "edge_index" in out:
         owner["edge"] = of_atoms[out["edge_index"][1]]
-    sound = torch.ones(len(work.indices), dtype=torch.bool, device=device)
+    n_broken = torch.zeros(len(work.indices), dtype=torch.int32, device=device)  # rows of each system
     for name, signal in signals.items():
-        finite = out[name].isfinite().reshape(len(out[name]), -1).all(dim=1)
-        sound.scatter_reduce_(0, owner[signal.spec.axis], finite, "amin")
+        broken = ~out[name].isfinite().reshape(len(out[name]), -1).all(dim=1)
+        n_broken.index_add_(0, owner[signal.spec.axis], broken.int())
+    sound = n_broken == 0
     tensors = {BROKEN: ~sound} | {k: out[k] for k in ("edge_index", "edge_shift") if k in out}
     for name, signal in signals.items():
         rows = owner[signal.spec.axis]
@@ -57,8 +58,10 @@ def narrow_on_device(
         if SCALE in stored:
             tensors[f"{name}/{SCALE}"] = stored[SCALE]
         for one in fields(Moments):
-            value = torch.as_tensor(getattr(sums, one.name), dtype=torch.float64)
-            tensors[f"{_SUMS}{name}:{one.name}"] = value
+            value = getattr(sums, one.name)
+            if not isinstance(value, Tensor):  # nothing was measured; made on the device, nothing waits
+                value = torch.full((), value, device=device)
+            tensors[f"{_SUMS}{name}:{one.name}"] = value.to(torch.float64)
     return tensors
 
 
