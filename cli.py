@@ -10,7 +10,7 @@ import click
 
 from molkd.cache_schema.errors import MolkdError
 from molkd.pipeline.allocator import keep_freed_memory
-from molkd.pipeline.commands.output import NEW_STORE, PATH, STORE, as_json, given, show
+from molkd.pipeline.commands.output import NEW_PATH, NEW_STORE, PATH, STORE, as_json, given, show
 from molkd.pipeline.commands.plan import plan
 from molkd.pipeline.commands.repair import repair
 from molkd.pipeline.commands.sharing import COMMANDS
@@ -224,7 +224,7 @@ def teacher_info(as_json: bool, teacher: str, scale_file: Path | None) -> None:
     metavar="LOSS[:TAPS][=LAMBDA]",
     help="none, n2n, e2n, v2v, e2e, vanilla1 or vanilla2; TAPS are U4, U2+U4 or 'H3->U4'.",
 )
-@click.option("--out", required=True, type=PATH, help="Run folder.")
+@click.option("--out", required=True, type=NEW_PATH, help="Run folder.")
 @click.option(
     "--kd-head", type=click.Choice(["identity", "linear", "mlp"]), default="linear", show_default=True
 )
@@ -279,7 +279,7 @@ def train_student(
 @click.argument("model")
 @click.argument("data", type=STORE)
 @scale_file
-@click.option("--predictions", type=PATH, help="Write structures, labels and predictions as extxyz.")
+@click.option("--predictions", type=NEW_PATH, help="Write structures, labels and predictions as extxyz.")
 @click.option("--energy-key", help="Name of the energy in the files (eV).")
 @click.option("--forces-key", help="Name of the forces in the files (eV/A).")
 @click.option("--batch-size", type=click.IntRange(min=1), default=32, show_default=True)
@@ -299,7 +299,7 @@ def evaluate(as_json: bool, **flags: Any) -> None:
 
 @kd.command()
 @click.argument("runs", nargs=-1, required=True, type=PATH)
-@click.option("--out", required=True, type=PATH, help="Folder for report.md, tables and pictures.")
+@click.option("--out", required=True, type=NEW_PATH, help="Folder for report.md, tables and pictures.")
 @click.option("--teacher", help="Evaluated too; needed for the share of the gap closed.")
 @scale_file
 @click.option("--test", multiple=True, type=STORE, help="More data that runs and teacher are measured on.")
@@ -335,7 +335,9 @@ def doctor(as_json: bool, folder: Path) -> None:
 
 
 @kd.command()
-@click.option("--out", type=PATH, default=Path("kd-demo"), show_default=True, help="Folder for everything.")
+@click.option(
+    "--out", type=NEW_PATH, default=Path("kd-demo"), show_default=True, help="Folder for everything."
+)
 @as_json
 def demo(as_json: bool, out: Path) -> None:
     """Run both stages on bundled molecules in under three minutes and write a report.

@@ -35,7 +35,25 @@ class NewStoreType(click.ParamType):  # type: ignore[type-arg]
         return writable_root(value)
 
 
-STORE, NEW_STORE = StoreType(), NewStoreType()
+class NewPathType(click.ParamType):  # type: ignore[type-arg]
+    """A file or folder that is written and is no store."""
+
+    name = "path"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:  # noqa: ARG002
+        """Return a path; refuse a URL, of which a path would make folders."""
+        from molkd.cache_schema.remote import is_url
+        from molkd.pipeline.errors import ConfigError
+
+        if is_url(value):
+            raise ConfigError(
+                f"{value}: only stores are written to servers (kd cache copy); give a local path, "
+                "then upload what is there"
+            )
+        return Path(value)
+
+
+STORE, NEW_STORE, NEW_PATH = StoreType(), NewStoreType(), NewPathType()
 as_json = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 
 

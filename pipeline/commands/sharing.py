@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import click
 
-from molkd.pipeline.commands.output import NEW_STORE, PATH, STORE, as_json, given, show
+from molkd.pipeline.commands.output import NEW_PATH, NEW_STORE, PATH, STORE, as_json, given, show
 
 _CONDITIONS = (
     click.option("--systems", type=PATH, help="File of ids, as kd cache select writes it."),
@@ -88,7 +88,7 @@ def copy(
 
 @click.command("select")
 @click.argument("store", type=STORE)
-@click.argument("out", type=PATH)
+@click.argument("out", type=NEW_PATH)
 @conditions
 @as_json
 def select(as_json: bool, store: str | Path, out: Path, **flags: Any) -> None:
@@ -140,8 +140,8 @@ def merge(
 
 @click.command("add")
 @click.argument("store", type=STORE)
-@click.argument("data", type=PATH)
-@click.argument("out", type=PATH)
+@click.argument("data", type=STORE)
+@click.argument("out", type=NEW_STORE)
 @click.option("--teacher", help="The teacher of STORE: model file, run folder, checkpoint or name.")
 @click.option("--name", help="Of the teacher in STORE, if there are several.")
 @click.option("--scale-file", type=PATH, help="Scale factors, for an OCP checkpoint that holds none.")
@@ -160,7 +160,7 @@ def merge(
 def add(
     as_json: bool,
     store: str | Path,
-    data: Path,
+    data: str | Path,
     out: Path,
     teacher: str | None,
     name: str | None,
@@ -196,7 +196,7 @@ def add(
 
 @click.command("overlay")
 @click.argument("shared", type=STORE)
-@click.argument("mine", type=PATH)
+@click.argument("mine", type=NEW_STORE)
 @as_json
 def overlay(as_json: bool, shared: str | Path, mine: Path) -> None:
     """Make the store MINE for signals of your own over SHARED, which is only ever read.
@@ -215,7 +215,7 @@ def overlay(as_json: bool, shared: str | Path, mine: Path) -> None:
 
 @click.command("card")
 @click.argument("store", type=STORE)
-@click.option("--out", type=PATH, help="Markdown file to write; default: print it.")
+@click.option("--out", type=NEW_PATH, help="Markdown file to write; default: print it.")
 @as_json
 def card(as_json: bool, store: str | Path, out: Path | None) -> None:
     """Describe STORE in Markdown: systems, labels, teachers, signals and their errors, licence, use.
@@ -252,7 +252,7 @@ def ls(as_json: bool, root: str | Path) -> None:
 
 @click.command("export")
 @click.argument("store", type=STORE)
-@click.argument("out", type=PATH)
+@click.argument("out", type=NEW_PATH)
 @click.option(
     "--format",
     "form",

@@ -32,7 +32,7 @@ class AddSummary:
 
 def add_systems(
     store: str | Path,
-    data: Path,
+    data: str | Path,
     out: Path,
     *,
     teacher: str | None = None,

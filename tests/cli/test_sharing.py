@@ -141,6 +141,26 @@ def test_copy_to_a_url_takes_a_whole_store(kd, source):
     assert "to a URL goes a whole store" in result.err
 
 
+@pytest.mark.parametrize(
+    ("command", "says"),
+    [
+        (("cache", "select", "SOURCE", "URL", "--elements", "C,H,O"), "give a local path"),
+        (("cache", "card", "SOURCE", "--out", "URL"), "give a local path"),
+        (("cache", "export", "SOURCE", "URL", "--format", "npz"), "give a local path"),
+        (("evaluate", "any", "SOURCE", "--predictions", "URL"), "give a local path"),
+        (("train-student", "SOURCE", "--out", "URL"), "give a local path"),
+        (("cache", "overlay", "SOURCE", "URL"), "copy it to a local folder first"),
+        (("cache", "add", "SOURCE", "more.extxyz", "URL"), "copy it to a local folder first"),
+    ],
+    ids=lambda value: "-".join(value[:2]) if isinstance(value, tuple) else "",
+)
+def test_an_output_on_a_server_is_refused(refused, source, tmp_path, monkeypatch, command, says):
+    """As a path it would be a local folder named s3: instead."""
+    monkeypatch.chdir(tmp_path)
+    places = {"SOURCE": source, "URL": "s3://bucket/of/somebody"}
+    refused(*(places.get(word, word) for word in command), says=("s3://bucket/of/somebody", says))
+
+
 # ---------------------------------------------------------------------------------- merge, add, overlay
 
 
