@@ -187,8 +187,11 @@ def new_folder(root: Path) -> Iterator[Path]:
     Raises
     ------
     CacheError
-        If `root` exists and is not an empty folder.
+        If `root` exists and is not an empty folder, or lies in a store.
     """
+    for folder in root.resolve().parents:
+        if (folder / PLAN).exists() and (folder / DATA).exists():
+            raise CacheError(f"{root}: lies in the store {folder}; choose a place outside of it")
     if root.exists() and (not root.is_dir() or any(root.iterdir())):
         raise CacheError(
             f"{root}: exists and is not a store (no {PLAN} in it); choose another name, or remove it"

@@ -69,6 +69,21 @@ def test_both_are_read_as_one(shared, example, tmp_path):
     assert info(mine)["finished"]
 
 
+def test_no_store_is_made_in_a_store(shared, tmp_path):
+    """Its files would belong to nothing there, and be named as such by verify."""
+    (tmp_path / "link").symlink_to(shared)
+    (tmp_path / "plan.json").touch()  # of some other program
+    before = tree_digest(shared)
+    for make in (lambda path: create_overlay(shared, path), lambda path: copy_store(shared, path)):
+        for place in (shared / "inner.kdcache", tmp_path / "link" / "data.zarr" / "new" / "inner.kdcache"):
+            with pytest.raises(
+                CacheError, match=r"inner.kdcache: lies in the store \S+shared.kdcache; choose"
+            ):
+                make(place)
+    assert tree_digest(shared) == before
+    assert create_overlay(shared, tmp_path / "mine.kdcache").exists()
+
+
 def test_more_signals_of_the_shared_teacher(shared, example, tmp_path):
     mine = create_overlay(shared, tmp_path / "mine.kdcache")
     with pytest.raises(CacheError, match=r"shared.kdcache: its teacher painn is another one"):
