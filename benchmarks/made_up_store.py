@@ -9,7 +9,6 @@ from molkd.cache_schema.codebook import Codebook
 from molkd.cache_schema.fields import FieldSpec, node_spec, v2v_spec
 from molkd.cache_schema.layout import SCALE
 from molkd.cache_schema.manifest import finalize
-from molkd.cache_schema.statistics import Moments
 from molkd.cache_schema.writer import Store, create_store
 
 TEACHER = "made-up"
@@ -55,7 +54,7 @@ def make_store(
                 n = store.systems.rows_in_shard(shard)
                 while (rows := min(4096, n - writer.rows_written)) > 0:
                     scale = np.ones(rows, np.float16)
-                    writer.write_narrowed({"values": noise[:rows], SCALE: scale}, Moments.empty(spec))
+                    writer.write_narrowed({"values": noise[:rows], SCALE: scale}, {})
     finalize(store)
     return store
 

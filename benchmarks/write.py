@@ -25,7 +25,6 @@ from made_up_store import NODE, TEACHER, V2V, codebook
 
 from molkd.cache_schema.layout import SCALE
 from molkd.cache_schema.shard_writer import ShardWriter
-from molkd.cache_schema.statistics import Moments
 from molkd.cache_schema.writer import Store, create_store
 from molkd.pipeline.prefetch import Background
 from molkd.pipeline.shard_output import Written, commit
@@ -155,8 +154,8 @@ def write_shards(store: Store, first: int, stride: int) -> float:
 
 def append(writers: list[ShardWriter], pieces: list[dict[str, np.ndarray]], n: int) -> None:
     """Append n rows to both signals."""
-    for spec, writer, piece in zip(SPECS, writers, pieces, strict=True):
-        writer.write_narrowed({name: rows[:n] for name, rows in piece.items()}, Moments.empty(spec))
+    for writer, piece in zip(writers, pieces, strict=True):
+        writer.write_narrowed({name: rows[:n] for name, rows in piece.items()}, {})
 
 
 def fill(path: Path, first: int, stride: int) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from molkd.cache_schema.crc import crc32c, crc_hex
 from molkd.cache_schema.errors import CacheError, IntegrityError
@@ -130,13 +131,20 @@ def _claim(root: Path, remote: Remote, plan: Plan, manifest: Manifest) -> bool:
     if published is not None:
         there_now, _ = parse_sealed(published, remote.at(MANIFEST), remedy, on_table=pack_record)
         groups = there_now.get("groups", {})
-        lost = [name for name, entry in groups.items() if manifest.groups.get(name) != entry]
+        lost = [n for n, entry in groups.items() if _stored(manifest.groups.get(n)) != _stored(entry)]
         if lost:
             raise CacheError(
                 f"{remote.url}: holds {', '.join(lost)}, which {root} lacks or has with other values; "
                 f"{remedy}, or merge the two first (kd cache merge)"
             )
     return False
+
+
+def _stored(entry: Any) -> Any:
+    """Return what a manifest says about a group without sums and errors, which copies may estimate anew."""
+    if not isinstance(entry, dict):
+        return entry
+    return {name: _stored(value) for name, value in entry.items() if name != "sums"}
 
 
 def _send(root: Path, remote: Remote, item: _Item, is_new: bool) -> bool:

@@ -1,6 +1,6 @@
 """Rows of other stores into the shards of a new one, as stored or decoded; every chunk is checked."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from molkd.cache_schema.codebook import Codebook
-from molkd.cache_schema.fields import ATOM_FIELDS, EDGE_INDEX, N_EDGES
+from molkd.cache_schema.fields import ATOM_FIELDS, EDGE_INDEX, N_EDGES, FieldSpec
 from molkd.cache_schema.groups import ATOMS, load_commit
 from molkd.cache_schema.layout import split_signal_group
 from molkd.cache_schema.reader import Cache
@@ -76,16 +76,16 @@ def fill_group(
     n_bytes = 0
     for shard in store.missing_shards(group):
         systems = np.asarray(store.systems_of_shard(shard), dtype=np.int64)
-        sums = None if decode else _recorded_sums(store, shard, origins, names)
+        recorded = None if decode else _recorded_sums(store, shard, origins, names)
         with store.shard_writer(group, shard) as writer:
             for part in pieces(systems, store.systems.n_atoms, origins, names):
                 bad = bad_systems(origins, names, part)
                 rows = read_rows(origins, names, part, decode=decode)
-                if group == ATOMS or decode:
+                if decode:
                     writer.write(rows, bad)
-                elif sums is not None:
-                    writer.write_narrowed(rows, sums, bad)
-                    sums = Moments.empty(store.signal(group).spec)  # those of the shard are in
+                elif recorded is not None:
+                    writer.write_narrowed(rows, recorded, bad)
+                    recorded = {}  # those of the whole shard are in
                 else:
                     writer.write_narrowed(rows, _carried_sums(store, group, part, rows, origins, names), bad)
                 if on_systems is not None:
@@ -209,14 +209,20 @@ def _read(
     return arrays, counts
 
 
-def _recorded_sums(store: Store, shard: int, origins: Origins, names: Sequence[str]) -> Moments | None:
-    """Return the sums of a shard that another store of the same plan has committed."""
-    cache = origins.caches[0]
-    if len(origins.caches) > 1 or cache.plan.sha256 != store.plan.sha256 or names[0] == ATOMS:
+def _recorded_sums(
+    store: Store, shard: int, origins: Origins, names: Sequence[str]
+) -> Mapping[str, Moments] | None:
+    """Return the sums of a shard, by array, that a store of the same plan has committed.
+
+    None if its systems come from several stores, or if there is no record, as in the mirror of a URL.
+    """
+    owner = origins.cache[store.systems_of_shard(shard)]
+    cache, name = origins.caches[owner[0]], names[owner[0]]
+    if cache.plan.sha256 != store.plan.sha256 or (owner != owner[0]).any():
         return None
-    state = cache.state(names[0])
+    state = cache.state(name)
     commit = load_commit(state.root, cache.plan, state.group, shard)
-    return None if commit is None else commit.moments["values"]
+    return None if commit is None else commit.moments
 
 
 def _carried_sums(
@@ -226,26 +232,44 @@ def _carried_sums(
     rows: Arrays,
     origins: Origins,
     names: Sequence[str],
+) -> dict[str, Moments]:
+    """Return sums over rows as stored, by array; their errors are a share of those that the stores know."""
+    states = [cache.state(name) for cache, name in zip(origins.caches, names, strict=True)]
+    signal = None if group == ATOMS else store.signal(group)
+    carried = {}
+    for name, layout in states[0].group.layouts.items():
+        if layout.values is None:
+            continue
+        known = Moments.empty(layout.values)
+        for state in states:
+            known.merge(state.moments[name])
+        values = rows[name] if signal is None else signal.decode(rows)
+        held_out = None
+        if signal is not None and signal.codebook is not None:
+            n_atoms = store.systems.n_atoms[systems]
+            count = {
+                "system": np.ones_like(n_atoms),
+                "atom": n_atoms,
+                "edge": rows.get(N_EDGES.name, n_atoms),
+            }
+            held_out = np.repeat(systems >= signal.codebook.n_systems, count[layout.values.axis])
+        carried[name] = _with_errors_of(known, values, held_out, layout.values)
+    return carried
+
+
+def _with_errors_of(
+    known: Moments, values: NDArray[Any], held_out: NDArray[np.bool_] | None, spec: FieldSpec
 ) -> Moments:
-    """Return sums over rows as stored; their error is taken to be that of the stores they come from."""
-    signal = store.signal(group)
-    values = signal.decode(rows)
+    """Return sums over rows (n, *shape) as stored, their errors a share of the known ones."""
     if not len(values):
-        return Moments.empty(signal.spec)
+        return Moments.empty(spec)
     keep = np.isfinite(values).reshape(len(values), -1).all(axis=1)
-    sums = measure(values, values, keep, None, n_channels(signal.spec))
-    known = Moments.empty(signal.spec)
-    for cache, name in zip(origins.caches, names, strict=True):
-        known.merge(cache.state(name).moments["values"])
+    sums = measure(values, values, keep, None, n_channels(spec))
     if known.count:
         sums.error_max_abs = known.error_max_abs
         sums.error_sum_squares = known.error_sum_squares * (int(sums.count) / known.count)
-    if signal.codebook is not None and known.held_out_count:
-        n_atoms = store.systems.n_atoms[systems]
-        count = {"system": np.ones_like(n_atoms), "atom": n_atoms, "edge": rows.get(N_EDGES.name, n_atoms)}
-        held_out = np.repeat(systems >= signal.codebook.n_systems, count[signal.spec.axis])
-        per_row = values[0].size // n_channels(signal.spec)
-        sums.held_out_count = int((keep & held_out).sum()) * per_row
+    if held_out is not None and known.held_out_count:
+        sums.held_out_count = int((keep & held_out).sum()) * (values[0].size // n_channels(spec))
         sums.held_out_error_max_abs = known.held_out_error_max_abs
         share = sums.held_out_count / known.held_out_count
         sums.held_out_error_sum_squares = known.held_out_error_sum_squares * share

@@ -3,7 +3,7 @@
 import contextlib
 import os
 import struct
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
@@ -199,15 +199,15 @@ class ShardWriter:
             self._append(name, stored, bad_rows)
 
     def write_narrowed(
-        self, arrays: dict[str, NDArray[Any]], sums: Moments, bad_systems: Collection[int] = ()
+        self, arrays: dict[str, NDArray[Any]], sums: Mapping[str, Moments], bad_systems: Collection[int] = ()
     ) -> None:
-        """Append rows that `narrowing.narrow` made of a signal's values, wherever that was.
+        """Append rows as they are stored: what `narrowing.narrow` made of a signal, wherever that was.
 
         Parameters
         ----------
         arrays : name -> (n, *stored shape), of every array of the group; those beside values and scale, as in
             `write`
-        sums : over the same rows, without those of bad systems
+        sums : of each array that has them, over the same rows, without those of bad systems
 
         Raises
         ------
@@ -216,7 +216,8 @@ class ShardWriter:
         """
         n = self._check(arrays, {name: x.spec for name, x in self._group.layouts.items()})
         self._bad.update(self._check_bad(bad_systems))
-        self._moments["values"].merge(sums)
+        for name, own in sums.items():
+            self._moments[name].merge(own)
         bad_rows = self._bad_rows(self.rows_written, n)
         for name, layout in self._group.layouts.items():
             stored = np.asarray(arrays[name])

@@ -77,7 +77,7 @@ def write(
         if specs[name].axis == "edge":
             rows = edge_rows(rows, arrays["edge_index"], arrays["edge_shift"], work)
         if narrowed:
-            writer.write_narrowed(rows, sums_of(name, arrays), bad_systems=broken.tolist())
+            writer.write_narrowed(rows, {"values": sums_of(name, arrays)}, bad_systems=broken.tolist())
         else:
             writer.write(rows, bad_systems=broken.tolist())
 

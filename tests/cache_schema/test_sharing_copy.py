@@ -1,5 +1,6 @@
 """Stores copied whole, in part and in a narrower encoding: what goes over is what was there."""
 
+import dataclasses
 import json
 import shutil
 
@@ -11,6 +12,7 @@ from molkd.cache_schema.codebook import decode_rows, encode_rows
 from molkd.cache_schema.errors import CacheError, IntegrityError
 from molkd.cache_schema.fields import node_spec
 from molkd.cache_schema.fitting import fit_codebook
+from molkd.cache_schema.manifest import finalize
 from molkd.cache_schema.overlay import create_overlay
 from molkd.cache_schema.reader import Cache
 from molkd.cache_schema.verify import verify
@@ -78,6 +80,64 @@ def test_whole_copy_is_the_same_store(whole, tmp_path):
     assert summary.encoded_anew == []
     again = copy_store(whole, tmp_path / "b.kdcache")
     assert again.bytes_written == 0
+
+
+@pytest.fixture(scope="module")
+def rounded(tmp_path_factory, example):
+    """The same data from float64, as most files give it: float32 in the store loses something."""
+    atoms = {
+        name: values.astype(np.float64) * (1 + 2e-8) if values.dtype.kind == "f" else values
+        for name, values in example.atoms.items()
+    }
+    path = tmp_path_factory.mktemp("rounded") / "r.kdcache"
+    write_all(path, dataclasses.replace(example, atoms=atoms))
+    return path
+
+
+def figures(path):
+    """Mean and errors of every array of atoms and signal."""
+    with Cache.open(path) as cache:
+        entries = {**cache.fields, **cache.teachers[TEACHER].signals}
+    found = {
+        n: [e.error_rms, e.error_max_abs, *e.statistics.mean] for n, e in entries.items() if e.statistics
+    }
+    assert found["positions"][0] > 0
+    return found
+
+
+def test_whole_copy_keeps_every_figure(rounded, tmp_path):
+    copy_store(rounded, tmp_path / "b.kdcache")
+    assert (tmp_path / "b.kdcache" / "manifest.json").read_bytes() == (rounded / "manifest.json").read_bytes()
+
+
+@pytest.mark.parametrize("through", ["folder", "bucket"])
+def test_a_copy_goes_back_to_where_the_store_is_published(rounded, s3, tmp_path, through):
+    """Somebody copies a published store, adds a signal, and publishes it in the same place."""
+    url = s3.url(f"{through}.kdcache")
+    send_store(rounded, url)
+    copy = tmp_path / "b.kdcache"
+    copy_store(url if through == "bucket" else rounded, copy)
+    for name, values in figures(rounded).items():
+        assert figures(copy)[name] == pytest.approx(values, rel=1e-12), name
+    assert send_store(copy, url).files_sent <= len(list((copy / "log").rglob("*.json")))  # no values
+    store = Store.open(copy, "a")
+    group = store.add_signal(TEACHER, node_spec(2, "layer/U5"), "fp32")
+    for shard in range(store.plan.n_shards):
+        with Cache.open(copy) as cache, store.shard_writer(group, shard) as writer:
+            rows = cache.read(store.systems_of_shard(shard), (), TEACHER, ("layer/U4",))["teacher/layer/U4"]
+            writer.write({"values": rows})
+    finalize(store)
+    send_store(copy, url)
+    with Cache.open(url, complete=True) as cache:
+        assert "layer/U5" in cache.teachers[TEACHER].signals
+    assert verify(url).ok
+
+
+def test_errors_of_a_part_are_those_measured_before(rounded, tmp_path):
+    copy_store(rounded, tmp_path / "b.kdcache", selection=Selection(max_atoms=90))
+    with Cache.open(tmp_path / "b.kdcache") as ours, Cache.open(rounded) as theirs:
+        for name in ("positions", "forces"):
+            assert ours.fields[name].error_rms == pytest.approx(theirs.fields[name].error_rms)
 
 
 def test_coded_rows_go_over_without_decoding(coded, tmp_path):

@@ -121,7 +121,7 @@ def test_narrowing_on_the_device_gives_the_same_store(done, tmp_path):
                         rows[SCALE] = arrays[f"{s}/{SCALE}"]
                     if s == "edge":
                         rows = edge_rows(rows, arrays["edge_index"], arrays["edge_shift"], work)
-                    writer.write_narrowed(rows, sums_of(s, arrays))
+                    writer.write_narrowed(rows, {"values": sums_of(s, arrays)})
             for writer in writers.values():
                 writer.__exit__(None, None, None)
         finalize(out)
