@@ -18,6 +18,7 @@ from molkd.cache_schema.layout import (
     MAX_JSON_BYTES,
     MAX_MANIFEST_BYTES,
     PLAN,
+    SUFFIX,
     record_path,
 )
 from molkd.cache_schema.objects import Remote
@@ -75,6 +76,10 @@ def publish(store: str | Path, url: str, progress: Progress | None = None) -> Pu
         raise CacheError(
             f"{url}: nothing can be written over {remote.scheme}; publish to {', '.join(BUCKETS)}, or put a "
             "copy of the store's folder where the web server finds it"
+        )
+    if remote.url == f"{remote.scheme}://{remote.host}":
+        raise CacheError(
+            f"{url}: is the bucket itself; give the store a name in it, {remote.url}/NAME{SUFFIX}"
         )
     plan = read_plan(root)
     manifest = _finished(root, read_manifest(root, plan))

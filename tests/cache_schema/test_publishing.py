@@ -42,6 +42,15 @@ def test_what_is_published_is_the_store_file_by_file(s3, url, store_path):
     assert [done for done, _ in steps] == sorted(done for done, _ in steps)
 
 
+@pytest.mark.parametrize("end", ["", "/"])
+def test_a_bucket_is_not_made_a_store(s3, store_path, end):
+    """Nobody would find the others in it any more."""
+    before = s3.objects("plan.json")
+    with pytest.raises(CacheError, match=rf"{BUCKET}/?: is the bucket itself; .*{BUCKET}/NAME.kdcache"):
+        publish(store_path, f"s3://{BUCKET}{end}")
+    assert s3.objects("plan.json") == before
+
+
 def test_publishing_again_sends_nothing(s3, url, store_path):
     publish(store_path, url)
     before = s3.objects(prefix(url))
