@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +25,7 @@ from molkd.cache_schema.regroup import Origins
 from molkd.cache_schema.teachers import identity
 from molkd.cache_schema.writer import Store
 from molkd.pipeline.encoding_options import parse_encodings
-from molkd.pipeline.sharing.copying import encoding_of, fill, wanted_signals
+from molkd.pipeline.sharing.copying import NO_SIGNALS, encoding_of, fill, wanted_signals
 from molkd.pipeline.sharing.duplicates import one_of_each, places_of
 
 log = logging.getLogger(__name__)
@@ -64,7 +64,8 @@ def merge_stores(
 
     Parameters
     ----------
-    teacher, signals, encoding : as `copy_store`; a signal named here must be there for every system
+    teacher : whose signals, whatever its name in other stores; None takes those of all
+    signals, encoding : as `copy_store`; a signal named here must be there for every system
     on_conflict : what to do where labels of the same system differ
 
     Raises
@@ -124,35 +125,53 @@ def merge_stores(
 def _offers(
     caches: Sequence[Cache], teacher: str | None, signals: Sequence[str]
 ) -> dict[tuple[str, str], dict[int, str]]:
-    """Return (teacher, signal) -> number of each store that has it -> its group there.
-
-    Teachers are the same if their weights and the like are; the name is that in the first store.
-    """
-    known: dict[str, str] = {}  # identity -> name
+    """Return (teacher, signal) -> number of each store that has it -> its group there."""
+    if tuple(signals) == (NO_SIGNALS,):
+        return {}
     offers: dict[tuple[str, str], dict[int, str]] = {}
-    names = {name for cache in caches for name in cache.teachers}
-    if teacher is not None and teacher not in names:
-        raise CacheError(
-            f"{_paths(caches)}: no teacher {teacher}; they have {', '.join(sorted(names)) or 'none'}"
-        )
-    for k, cache in enumerate(caches):
-        for owner in cache.teachers if teacher is None else [n for n in cache.teachers if n == teacher]:
-            provenance = cache.teachers[owner].provenance
-            name = known.setdefault(identity(provenance), owner)
-            if list(known.values()).count(name) > 1:
-                raise CacheError(
-                    f"{cache.path}: its teacher {owner} is another one than {owner} in a store before "
-                    f"(weights {str(provenance.get('weights_sha256'))[:16]}...); cache one of them under "
-                    "another name (kd cache-teacher --name), or leave signals out (--signals none)"
-                )
-            for group in wanted_signals(cache, owner, ()) if signals != ("none",) else []:
-                signal = group.split("/", 2)[2]
-                if not signals or signal in signals:
-                    offers.setdefault((name, signal), {})[k] = group
-    absent = [s for s in signals if s != "none" and s not in {signal for _, signal in offers}]
+    for k, owner, name in _owners(caches, teacher):
+        for group in wanted_signals(caches[k], owner, ()):
+            signal = group.split("/", 2)[2]
+            if not signals or signal in signals:
+                offers.setdefault((name, signal), {})[k] = group
+    absent = [s for s in signals if s not in {signal for _, signal in offers}]
     if absent:
         raise CacheError(f"{_paths(caches)}: no signal {', '.join(absent)} in any of them")
     return offers
+
+
+def _owners(caches: Sequence[Cache], teacher: str | None) -> Iterator[tuple[int, str, str]]:
+    """Yield the number of a store, the name of a teacher there, and the name it gets.
+
+    Teachers are the same if their weights and the like are. Then the name is the one asked for, or that in
+    the first store; but two that one store tells apart stay two.
+    """
+    known: dict[str, str] = {}  # name -> identity
+    if teacher is not None:
+        holders = [cache for cache in caches if teacher in cache.teachers]
+        if not holders:
+            names = sorted({name for cache in caches for name in cache.teachers})
+            raise CacheError(
+                f"{_paths(caches)}: no teacher {teacher}; they have {', '.join(names) or 'none'}"
+            )
+        known[teacher] = identity(holders[0].teachers[teacher].provenance)
+    for k, cache in enumerate(caches):
+        taken = set(cache.teachers)
+        for owner, entry in cache.teachers.items():
+            own = identity(entry.provenance)
+            same = [name for name, other in known.items() if other == own and name not in taken]
+            name = same[0] if same and owner not in known else owner
+            if teacher not in (None, name):
+                continue
+            if known.setdefault(name, own) != own:
+                weights = str(entry.provenance.get("weights_sha256"))[:16]
+                raise CacheError(
+                    f"{cache.path}: its teacher {owner} is another one than {owner} in a store before "
+                    f"(weights {weights}...); cache one of them under another name "
+                    "(kd cache-teacher --name), or leave signals out (--signals none)"
+                )
+            taken.add(name)
+            yield k, owner, name
 
 
 def _create(target: Path, caches: tuple[Cache, ...], chosen: Origins) -> tuple[Store, Origins]:

@@ -150,19 +150,48 @@ def test_teachers_of_one_name_with_other_weights(example, tmp_path):
         merge_stores(parts, tmp_path / "m.kdcache")
     assert not (tmp_path / "m.kdcache").exists()
     merge_stores(parts, tmp_path / "m.kdcache", teacher=TEACHER)  # the one that both have
+    assert merge_stores(parts, tmp_path / "bare.kdcache", signals=("none",)).signals == {}
 
 
-def test_the_same_teacher_under_two_names(example, tmp_path):
-    for k, name in enumerate(("painn", "painn-again")):
-        data = make_example([5 + k, 30], seed=k)
-        store = create(tmp_path / f"{k}.kdcache", data)
+def named_store(path, seed, **encodings):
+    """Two systems, and the same teacher's `node` under each of some names."""
+    data = make_example([5 + seed, 30], seed=seed)
+    store = create(path, data)
+    write_shard(store, data, "atoms", 0)
+    for name, encoding in encodings.items():
         store.add_teacher(name, PROVENANCE)
-        group = store.add_signal(name, node_spec(4), "fp16")
-        for one in ("atoms", group):
-            write_shard(store, data, one, 0)
-    summary = merge_stores([tmp_path / "0.kdcache", tmp_path / "1.kdcache"], tmp_path / "m.kdcache")
-    assert summary.signals == {"painn/node": "fp16"}
-    assert summary.n_systems == 4
+        write_shard(store, data, store.add_signal(name, node_spec(4), encoding), 0)
+    return path
+
+
+@pytest.mark.parametrize("teacher", [None, "painn", "again"])
+def test_the_same_teacher_under_two_names(tmp_path, teacher):
+    parts = [
+        named_store(tmp_path / "0.kdcache", 0, painn="fp16"),
+        named_store(tmp_path / "1.kdcache", 1, again="fp16"),
+    ]
+    summary = merge_stores(parts, tmp_path / "m.kdcache", teacher=teacher)
+    assert summary.signals == {f"{teacher or 'painn'}/node": "fp16"}
+    assert (summary.n_systems, summary.left_out) == (4, [])
+
+
+def test_a_store_with_one_teacher_under_two_names(tmp_path):
+    """What one store tells apart is not mixed, and nothing goes unsaid."""
+    first = named_store(tmp_path / "0.kdcache", 0, one="fp32", two="fp16")
+    alike = named_store(tmp_path / "1.kdcache", 1, one="fp32", two="fp16")
+    other = named_store(tmp_path / "2.kdcache", 2, three="fp32")
+    summary = merge_stores([first, alike], tmp_path / "a.kdcache")
+    assert summary.signals == {"one/node": "fp32", "two/node": "fp16"}
+    for parts in ([first, other], [other, first]):
+        name = "three" if parts[0] == other else "one"
+        target = tmp_path / f"{name}.kdcache"
+        summary = merge_stores(parts, target)
+        assert summary.signals == {f"{name}/node": "fp32"}
+        (left_out,) = summary.left_out
+        assert left_out == f"two/node: missing for 2 of the systems of {other}"
+    # Named, it is the only one that counts in a store that has it.
+    summary = merge_stores([other, first], tmp_path / "t.kdcache", teacher="two", encoding=("node=fp16",))
+    assert (summary.signals, summary.left_out) == ({"two/node": "fp16"}, [])
 
 
 @pytest.mark.parametrize("field", ["energy", "forces", "tags", "fixed"])
