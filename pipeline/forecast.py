@@ -1,15 +1,11 @@
 """What a teacher pass will cost, from a short measured probe: disk, seconds, and whether it fits."""
 
-import os
 import shutil
-import time
-import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
 from molkd.cache_schema.encoding import encoding_for, exact_encoding, is_fitted
 from molkd.cache_schema.fields import ATOM_FIELDS, EDGE_INDEX, EDGE_SHIFT, N_EDGES, FieldSpec
@@ -18,13 +14,10 @@ from molkd.cache_schema.layout import CHUNK_ROWS, choose_rows_per_shard
 from molkd.pipeline.budget import Proposal, propose
 from molkd.pipeline.config import CacheConfig
 from molkd.pipeline.data.system import System
-from molkd.pipeline.device import synchronize
 from molkd.pipeline.encodings import CHOOSE, choose_encoding, ladder, row_bytes
-from molkd.pipeline.graphs.batch import batch_from_systems, to_device
+from molkd.pipeline.probing import probe_teacher, write_bandwidth
 from molkd.pipeline.teachers.interface import Teacher
 
-_PROBE_SECONDS = 3.0
-_PROBE_BYTES = 32 * 2**20
 _SYSTEM_BYTES = 13 + 36 + 8 + 16 + 4 * 4 + 8 * 3  # a row of the systems' arrays, about
 
 
@@ -45,7 +38,7 @@ class Forecast:
     fits: bool
     teacher_systems_per_second: float
     graph_systems_per_second: float  # neighbour lists and batches, in one thread beside the teacher
-    write_bytes_per_second: float
+    write_bytes_per_second: float | None  # None: nothing can be written beside the store
     seconds: float  # of teacher, graphs or writing on one device, whichever is slowest: they overlap
     proposal: Proposal | None = None  # where a budget was given
 
@@ -67,17 +60,15 @@ class Forecast:
                 f"{_size(size * self.n_atoms):>10}   {others}".rstrip()
             )
         verdict = "fits" if self.fits else "DOES NOT FIT"
-        rate = self.teacher_systems_per_second
+        rate, speed = self.teacher_systems_per_second, self.write_bytes_per_second
+        disk = f"the disk takes {speed / 1e6:.3g} MB/s" if speed else "the disk's speed is unknown"
         lines += [
             f"{'total':<24} {'':<10} {self.total_bytes / self.n_atoms:>10.1f} {_size(self.total_bytes):>10}",
             "",
             f"disk      {_size(self.free_bytes)} free: {verdict}",
             f"teacher   {rate:.3g} systems/s",
             f"graphs    {self.graph_systems_per_second:.3g} systems/s, beside the teacher",
-            (
-                f"writing   {self.total_bytes / max(self.seconds, 1e-9) / 1e6:.3g} MB/s needed, "
-                f"the disk takes {self.write_bytes_per_second / 1e6:.3g} MB/s"
-            ),
+            f"writing   {self.total_bytes / max(self.seconds, 1e-9) / 1e6:.3g} MB/s needed, {disk}",
             f"time      {_time(self.seconds)} on one device; n devices take a n-th",
         ]
         if self.proposal is not None:
@@ -108,8 +99,9 @@ def forecast(
     """
     atoms_per_system = float(np.mean([s.n_atoms for s in sample]))
     n_atoms = round(atoms_per_system * n_systems)
-    most_atoms, _ = config.budget(teacher.device.type)
-    probe = _probe(teacher, sample, tuple(encodings), max(1, int(most_atoms / atoms_per_system)))
+    to_choose = [name for name, encoding in encodings.items() if encoding == CHOOSE]
+    budgets = config.budget(teacher.device.type)
+    probe = probe_teacher(teacher, sample, tuple(encodings), to_choose, *budgets)
     specs = {name: teacher.signals[name] for name in encodings}
     chosen = {
         name: choose_encoding(probe.features[name], specs[name], config.max_error or 0.0)
@@ -139,8 +131,11 @@ def forecast(
     n_fitted = calibration_atoms(n_atoms) / atoms_per_system if any(map(is_fitted, chosen.values())) else 0
     n_passed = n_systems + n_fitted  # systems that the teacher sees
     folder = next(p for p in [store, *store.absolute().parents] if p.is_dir())
-    bandwidth = _write_bandwidth(folder)
+    bandwidth = write_bandwidth(folder)
     free = shutil.disk_usage(folder).free
+    seconds = [n_passed / probe.teacher_rate, n_passed / probe.graph_rate]
+    if bandwidth is not None:
+        seconds.append(total / bandwidth)
     proposal = None
     if budget is not None:
         known = alternatives | {
@@ -165,7 +160,7 @@ def forecast(
         teacher_systems_per_second=probe.teacher_rate,
         graph_systems_per_second=probe.graph_rate,
         write_bytes_per_second=bandwidth,
-        seconds=max(n_passed / probe.teacher_rate, n_passed / probe.graph_rate, total / bandwidth),
+        seconds=max(seconds),
         proposal=proposal,
     )
 
@@ -197,63 +192,3 @@ def _bytes_per_atom(spec: FieldSpec, encoding: str, rows: Mapping[str, float]) -
     if spec.axis == "edge":
         size += sum(row_bytes(f, exact_encoding(f)) * rows[f.axis] for f in (EDGE_INDEX, EDGE_SHIFT, N_EDGES))
     return float(size)
-
-
-@dataclass(frozen=True)
-class _Probe:
-    """What a few batches of the sample told."""
-
-    teacher_rate: float  # systems per second
-    graph_rate: float
-    edges_per_atom: float  # of the teacher's signal on edges; 0 if it was not asked for
-    features: dict[str, NDArray[np.float32]]  # finite rows of each signal
-
-
-def _probe(teacher: Teacher, sample: Sequence[System], signals: tuple[str, ...], batch_size: int) -> _Probe:
-    """Run and time the teacher, and the building of graphs, after one warm-up batch."""
-    done, n_atoms, n_edges, computing, building = 0, 0, 0, 0.0, 0.0
-    rows: dict[str, list[NDArray[np.float32]]] = {s: [] for s in signals}
-    starts = range(0, len(sample), batch_size)
-    for k, start in enumerate([0, *starts]):
-        part = sample[start : start + batch_size]
-        began = time.perf_counter()
-        batch = batch_from_systems(part, teacher.neighbor_rule, teacher.dtype)
-        built = time.perf_counter()
-        batch = to_device(batch, teacher.device)
-        synchronize(teacher.device)
-        moved = time.perf_counter()
-        out = teacher.compute(batch, signals)
-        synchronize(teacher.device)
-        if k > 0:
-            done += len(part)
-            n_atoms += batch.n_atoms
-            n_edges += out["edge_index"].shape[1] if "edge_index" in out else 0
-            building += built - began
-            for s in signals:
-                rows[s].append(out[s].float().cpu().numpy())
-            computing += time.perf_counter() - moved
-        if computing + building > _PROBE_SECONDS:
-            break
-    features = {s: np.concatenate(parts) for s, parts in rows.items()}
-    return _Probe(
-        done / computing,
-        done / building,
-        n_edges / n_atoms,
-        {s: x[np.isfinite(x).reshape(len(x), -1).all(axis=1)] for s, x in features.items()},
-    )
-
-
-def _write_bandwidth(folder: Path) -> float:
-    """Bytes per second of one file written and forced to disk."""
-    probe = folder / f".tmp-kd-probe-{uuid.uuid4().hex[:8]}"
-    block = np.random.default_rng(0).bytes(2**20)
-    try:
-        began = time.perf_counter()
-        with probe.open("wb") as file:
-            for _ in range(_PROBE_BYTES // len(block)):
-                file.write(block)
-            file.flush()
-            os.fsync(file.fileno())
-        return _PROBE_BYTES / (time.perf_counter() - began)
-    finally:
-        probe.unlink(missing_ok=True)
