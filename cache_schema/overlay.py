@@ -112,6 +112,18 @@ def base_of(root: Path, plan: Plan) -> Path | None:
     return base
 
 
+def distant_base(root: Path) -> str:
+    """Return the URL of the shared store that an overlay refers to; empty if that is a folder, or none.
+
+    Raises
+    ------
+    IntegrityError
+        If overlay.json is damaged.
+    """
+    text = _read(root) if (root / OVERLAY).is_file() else ""
+    return text if is_url(text) else ""
+
+
 def locate_groups(root: Path, plan: Plan) -> dict[str, Path]:
     """Return every group with the folder of the store that holds it; what an overlay holds itself wins.
 

@@ -22,7 +22,7 @@ from molkd.cache_schema.groups import (
 from molkd.cache_schema.layout import DATA, LOG, MANIFEST, PLAN, record_path
 from molkd.cache_schema.manifest import group_entry
 from molkd.cache_schema.mirror import mirror_of
-from molkd.cache_schema.overlay import OVERLAY, base_of
+from molkd.cache_schema.overlay import OVERLAY, base_of, distant_base
 from molkd.cache_schema.plan import (
     CLAIM_SYSTEMS,
     SYSTEM_ARRAYS,
@@ -53,7 +53,8 @@ def verify(
 ) -> Report:
     """Check a store and report every problem.
 
-    Of a store on a server every file is fetched and checked; a quick check asks for sizes only.
+    Of a store on a server every file is fetched and checked; a quick check asks for sizes only. A quick check
+    of an overlay asks no server that the overlay names.
 
     Parameters
     ----------
@@ -146,7 +147,8 @@ class _Verifier:
         self.expected.add(OVERLAY)
         self._count((self.root / OVERLAY).stat().st_size)
         try:
-            message = f"structures and other signals lie in {base_of(self.root, plan)}"
+            place = (distant_base(self.root) if self.quick else "") or base_of(self.root, plan)
+            message = f"structures and other signals lie in {place}"
             self._add("base", OVERLAY, message, "verify that store too")
         except CacheError as error:
             remedy = "restore that store, or say where it is with kd cache overlay"

@@ -1,5 +1,6 @@
 """`kd cache ls`: every store below a folder or in a bucket, what it holds and whether it is sound."""
 
+import logging
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -7,14 +8,21 @@ from pathlib import Path
 
 from molkd.cache_schema import remote
 from molkd.cache_schema.errors import CacheError
-from molkd.cache_schema.layout import PLAN
+from molkd.cache_schema.groups import list_signal_groups, list_teachers, load_signal
+from molkd.cache_schema.layout import PLAN, split_signal_group
 from molkd.cache_schema.manifest import info
+from molkd.cache_schema.overlay import distant_base
+from molkd.cache_schema.plan import read_plan, read_systems
 from molkd.cache_schema.remote import is_url
+from molkd.cache_schema.untrusted import n_bytes_below
 from molkd.cache_schema.verify import verify
 from molkd.pipeline.errors import DataError
 from molkd.pipeline.evaluation.tables import Column, format_table
 
+log = logging.getLogger(__name__)
+
 _MAX_PROBLEMS = 3
+_UNFINISHED = "unfinished: the command that writes it has to be run again"
 _COLUMNS = (
     Column("store", "store"),
     Column("systems", "systems"),
@@ -92,8 +100,22 @@ def list_stores(root: str | Path) -> Listing:
 
 
 def find_stores(root: Path) -> Iterator[Path]:
-    """Yield the folders that hold a plan, sorted; stores are not looked into, links not followed."""
-    for folder, subfolders, files in os.walk(root):
+    """Yield the folders that hold a plan, sorted; stores are not looked into, links not followed.
+
+    Raises
+    ------
+    DataError
+        If the root cannot be read; a folder below that cannot is only warned of.
+    """
+
+    def refuse(error: OSError) -> None:
+        if Path(error.filename) == root:
+            raise DataError(f"{root}: cannot be looked into ({error.strerror}); ask its owner") from error
+        log.warning(
+            "%s: cannot be looked into (%s); stores there are not listed", error.filename, error.strerror
+        )
+
+    for folder, subfolders, files in os.walk(root, onerror=refuse):
         if PLAN in files:
             subfolders.clear()
             yield Path(folder)
@@ -109,13 +131,17 @@ def _look(path: str | Path) -> Listed:
             health = f"damaged: {len(report.problems)} problems ({shown})"
         else:
             health = "ok"
+        if isinstance(path, Path) and (url := distant_base(path)):
+            if health == "ok" and any(note.kind == "unfinished" for note in report.notes):
+                health = _UNFINISHED
+            return _own_part(path, url, health)
         facts = info(path)
     except (CacheError, OSError) as error:
         return Listed(
             str(path), f"damaged: {error}" if isinstance(error, CacheError) else f"unreadable: {error}"
         )
     if health == "ok" and not facts["finished"]:
-        health = "unfinished: the command that writes it has to be run again"
+        health = _UNFINISHED
     return Listed(
         store=str(path),
         health=health,
@@ -128,6 +154,27 @@ def _look(path: str | Path) -> Listed:
             name: {signal: one["encoding"] for signal, one in entry["signals"].items()}
             for name, entry in facts["teachers"].items()
         },
+    )
+
+
+def _own_part(root: Path, url: str, health: str) -> Listed:
+    """Describe an overlay by its own files; the server that it names, as anybody may, is not asked."""
+    plan = read_plan(root)
+    systems = read_systems(root, plan)
+    groups = [name for teacher in list_teachers(root) for name in list_signal_groups(root, teacher)]
+    teachers: dict[str, dict[str, str]] = {}
+    for name in groups:
+        teacher, signal = split_signal_group(name)
+        encoding = load_signal(root, plan, systems, name).signal.encoding
+        teachers.setdefault(teacher, {})[signal] = encoding
+    return Listed(
+        store=str(root),
+        health=f"{health}; an overlay of {url}, which was not asked (kd cache info does)",
+        systems=plan.packing.n_systems,
+        atoms=plan.packing.n_atoms,
+        bytes=n_bytes_below(root),
+        fingerprint=plan.fingerprint,
+        teachers=teachers,
     )
 
 

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import socket
 from pathlib import Path
 
 import numpy as np
@@ -10,12 +11,14 @@ from cache_example import PROVENANCE, TEACHER, make_example, tree_digest, write_
 
 from molkd.cache_schema.errors import CacheError, IntegrityError
 from molkd.cache_schema.fields import node_spec
+from molkd.cache_schema.jsonfile import read_sealed, seal
 from molkd.cache_schema.manifest import finalize_if_complete, info
 from molkd.cache_schema.overlay import OVERLAY, create_overlay
 from molkd.cache_schema.reader import Cache
 from molkd.cache_schema.verify import verify
 from molkd.cache_schema.writer import Store
 from molkd.pipeline.sharing.copying import copy_store, send_store
+from molkd.pipeline.sharing.listing import list_stores
 
 ATOMS_FILE = Path("data.zarr", "atoms", "positions", "c", "0", "0")
 EVERYTHING = np.arange(12)
@@ -174,6 +177,25 @@ def test_what_an_overlay_cannot_be_over(shared, example, tmp_path):
     with pytest.raises(CacheError, match="atoms is not finished"):
         create_overlay(shared, tmp_path / "third.kdcache")
     assert not (tmp_path / "third.kdcache").exists()
+
+
+def test_looking_around_asks_no_server_that_an_overlay_names(shared, example, tmp_path):
+    """Anybody may have made it, and who lists a folder has not chosen to open it."""
+    mine = create_overlay(shared, tmp_path / "mine.kdcache")
+    add_own(mine, example)
+    document, _ = read_sealed(mine / OVERLAY, max_bytes=1 << 20, remedy="")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        url = f"http://127.0.0.1:{server.getsockname()[1]}/shared.kdcache"
+        (mine / OVERLAY).write_bytes(seal(document | {"store": url}))
+        report = verify(mine, quick=True)
+        (listed,) = (one for one in list_stores(tmp_path).stores if one.store == str(mine))
+        server.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            server.accept()
+    assert report.ok
+    assert [note.message for note in report.notes] == [f"structures and other signals lie in {url}"]
+    assert listed.health == f"ok; an overlay of {url}, which was not asked (kd cache info does)"
+    assert (listed.systems, listed.teachers) == (len(example.n_atoms), {"mine": {"layer/X1": "fp32"}})
 
 
 def test_damaged_reference(shared, tmp_path):

@@ -1,6 +1,8 @@
 """Stores copied, chosen from, merged, extended, overlaid, exported, described and listed by commands."""
 
+import errno
 import json
+import os
 import re
 import shutil
 
@@ -393,6 +395,30 @@ def test_card_says_what_a_colleague_must_know(kd, everything, source, tmp_path):
     kd("cache", "card", tmp_path / "a.kdcache", "--out", tmp_path / "card.md")
     assert (tmp_path / "card.md").read_text() == text
     assert "not stated" in kd("cache", "card", source).out
+
+
+def test_ls_tells_what_it_may_not_read(kd, source, tmp_path, monkeypatch, caplog):
+    """Root may read anything, so the system is made to refuse."""
+    root = tmp_path / "root"
+    shutil.copytree(source, root / "good.kdcache")
+    (root / "secret").mkdir()
+    scandir = os.scandir
+
+    def scan(path):
+        if str(path) in closed:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scandir(path)
+
+    closed = [str(root / "secret")]
+    monkeypatch.setattr(os, "scandir", scan)
+    listed = kd("cache", "ls", root)
+    assert listed.code == 0
+    assert "good.kdcache" in listed.out
+    assert f"{root / 'secret'}: cannot be looked into (Permission denied)" in caplog.text
+    closed = [str(root)]
+    result = kd("cache", "ls", root)
+    assert result.code == 1
+    assert result.err == f"error: {root}: cannot be looked into (Permission denied); ask its owner\n"
 
 
 def test_ls_tells_health(kd, source, everything, tmp_path):
