@@ -8,6 +8,7 @@ The arithmetic is that of the array it is given, NumPy or torch, on whichever de
 
 from dataclasses import dataclass
 from functools import cached_property
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -149,20 +150,19 @@ def encode_rows(values: Any, book: Codebook) -> tuple[Any, Any]:
     xp = array_namespace(values)
     own = _on(xp, values, book)
     x = xp.astype(values, xp.float32)
-    known = xp.all(xp.reshape(xp.isfinite(x), (x.shape[0], -1)), axis=1)
+    known = xp.all(xp.reshape(xp.isfinite(x), (x.shape[0], prod(x.shape[1:]))), axis=1)
     if own.mean is not None:
         x = x - own.mean
     x = xp.where(xp.reshape(known, (-1, *[1] * (len(x.shape) - 1))), x, xp.zeros_like(x))
     if own.basis is not None:
         x = x @ own.basis.T
-    flat = xp.reshape(x, (x.shape[0], -1, x.shape[-1]))
+    flat = xp.reshape(x, (x.shape[0], prod(x.shape[1:-1]), x.shape[-1]))
     ratio = xp.abs(flat) / (own.step * own.limit)
     largest = xp.max(xp.max(ratio, axis=2), axis=1)
     with np.errstate(over="ignore"):  # to infinity, as said above
         scale = largest * _ROUND_UP
-        scale = xp.where(
-            scale < _MIN_SCALE, xp.full_like(scale, _MIN_SCALE), scale
-        )  # clip may wait for a GPU
+        # Not xp.clip, which may wait for a GPU.
+        scale = xp.where(scale < _MIN_SCALE, xp.full_like(scale, _MIN_SCALE), scale)
         scale = xp.astype(scale, xp.float16)
     codes = xp.round(flat / (own.step * xp.astype(scale, xp.float32)[:, None, None]))
     codes = xp.where(codes > own.limit, own.limit, xp.where(codes < -own.limit, -own.limit, codes))

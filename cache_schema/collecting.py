@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from molkd.cache_schema.codebook import Codebook, pca_bytes
 from molkd.cache_schema.creation import LABELS_SHA256
-from molkd.cache_schema.encoding import ENCODINGS, is_fitted
+from molkd.cache_schema.encoding import ENCODINGS, finite_rows, is_fitted
 from molkd.cache_schema.errors import CacheError
 from molkd.cache_schema.fields import FieldSpec
 from molkd.cache_schema.fitting import calibration_systems, fit_codebook
@@ -209,7 +209,7 @@ def _codebook(
     rows, n_bytes, n_systems = [], 0, 0
     for part in pieces(calibration_systems(n_atoms), n_atoms, origins, names):
         values = read_rows(origins, names, part, decode=True)["values"]
-        rows.append(values[np.isfinite(values).reshape(len(values), -1).all(axis=1)])
+        rows.append(values[finite_rows(values)])
         n_bytes += values.nbytes
         n_systems = int(part[-1]) + 1
         if n_bytes > _MOST_FIT_BYTES:

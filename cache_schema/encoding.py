@@ -142,6 +142,12 @@ def all_finite(stored: NDArray[Any]) -> bool:
     return bool(np.isfinite(stored).all())
 
 
+def finite_rows(values: NDArray[Any]) -> NDArray[np.bool_]:
+    """Say of rows (n, ...), of which there may be none, in which every value is finite; (n,)."""
+    finite: NDArray[np.bool_] = np.isfinite(values).all(axis=tuple(range(1, values.ndim)))
+    return finite
+
+
 def decode(stored: NDArray[Any], spec: FieldSpec) -> NDArray[Any]:
     """Return stored values in the field's dtype in memory; no copy where they agree."""
     return stored.astype(spec.dtype, copy=False)

@@ -1,6 +1,7 @@
 """Sums over stored values, added up shard by shard, and the means they give."""
 
 from dataclasses import dataclass, fields
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -97,7 +98,7 @@ def measure(given: Any, decoded: Any, keep: Any, held_out: Any | None, channels:
     xp = array_namespace(decoded)
     n = decoded.shape[0]
     mask = xp.reshape(keep, (n, 1, 1))
-    read = xp.reshape(decoded, (n, -1, channels))
+    read = xp.reshape(decoded, (n, prod(decoded.shape[1:]) // channels, channels))
     zero = xp.zeros_like(read)
     read = xp.where(mask, read, zero)
     per_row = read.shape[1]
@@ -106,9 +107,10 @@ def measure(given: Any, decoded: Any, keep: Any, held_out: Any | None, channels:
         "count": xp.sum(xp.astype(keep, xp.int64)) * per_row,
         "sum": xp.sum(wide, axis=(0, 1)),
         "sum_squares": xp.sum(wide * wide, axis=(0, 1)),
-        "max_abs": xp.max(xp.abs(read)),
     }
-    if decoded is not given:
+    if n:  # no rows have no largest value
+        found["max_abs"] = xp.max(xp.abs(read))
+    if n and decoded is not given:
         error = xp.where(mask, read - xp.reshape(given, read.shape), zero)
         found |= _errors(xp, error, "")
         if held_out is not None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import fields
+from math import prod
 
 import torch
 from torch import Tensor
@@ -44,7 +45,8 @@ def narrow_on_device(
         owner["edge"] = of_atoms[out["edge_index"][1]]
     n_broken = torch.zeros(len(work.indices), dtype=torch.int32, device=device)  # rows of each system
     for name, signal in signals.items():
-        broken = ~out[name].isfinite().reshape(len(out[name]), -1).all(dim=1)
+        rows = out[name].reshape(len(out[name]), prod(signal.spec.shape))  # a batch may have no edges
+        broken = ~rows.isfinite().all(dim=1)
         n_broken.index_add_(0, owner[signal.spec.axis], broken.int())
     sound = n_broken == 0
     tensors = {BROKEN: ~sound} | {k: out[k] for k in ("edge_index", "edge_shift") if k in out}

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from molkd.cache_schema.codebook import Codebook, decode_rows, encode_rows, pca_bytes
-from molkd.cache_schema.encoding import ENCODINGS, encoding_for, is_fitted
+from molkd.cache_schema.encoding import ENCODINGS, encoding_for, finite_rows, is_fitted
 from molkd.cache_schema.fields import FieldSpec
 from molkd.cache_schema.fitting import ENOUGH_ATOMS, calibration_systems, fit_codebook
 from molkd.cache_schema.writer import Store
@@ -109,7 +109,7 @@ def _compute(
                 axis = teacher.signals[s].axis
                 of_edges = out["edge_index"][1].cpu().numpy() if axis == "edge" else slice(None)
                 owner = part.indices if axis == "system" else per_atom[of_edges]
-                finite = np.isfinite(values).reshape(len(values), -1).all(axis=1)
+                finite = finite_rows(values)
                 rows[s].append(values[finite])
                 owners[s].append(owner[finite])
     return (

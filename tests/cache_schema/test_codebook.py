@@ -213,3 +213,14 @@ def test_edges_may_be_coded_too():
     rows = features(100)
     book = fit_codebook(rows, edge_spec(C), "int8", 3)
     assert np.abs(decode_rows(*encode_rows(rows, book), book) - rows).max() < 0.1 * rows.std()
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+@pytest.mark.parametrize("vectors", [False, True])
+def test_no_rows(encoding, vectors):
+    rows = features(50, vectors=vectors)
+    book = fit_codebook(rows, v2v_spec(C) if vectors else node_spec(C), encoding, 3)
+    for none in (rows[:0], torch.from_numpy(rows[:0])):
+        codes, scale = encode_rows(none, book)
+        assert codes.shape == (0, *rows.shape[1:-1], book.row_bytes)
+        assert decode_rows(codes, scale, book).shape == none.shape

@@ -1,13 +1,12 @@
-"""Narrowing on the device: nothing strays to the host, whatever is measured and however few rows there are."""
+"""Narrowing on the device: nothing strays to the host, whatever is measured, however few rows there are."""
 
 import numpy as np
-import pytest
 import torch
 
 from molkd.cache_schema.fields import edge_spec, energy_spec, forces_spec, node_spec, v2v_spec
 from molkd.cache_schema.fitting import fit_codebook
 from molkd.cache_schema.signal import Signal
-from molkd.pipeline.device_narrowing import narrow_on_device
+from molkd.pipeline.device_narrowing import BROKEN, narrow_on_device, sums_of
 from molkd.pipeline.graphs.batch import make_batch
 from molkd.pipeline.graphs.neighbors import NeighborRule
 from molkd.pipeline.teacher_pass import Work
@@ -58,3 +57,12 @@ def test_everything_stays_on_the_device():
     narrowed = narrow_on_device(given(work, 4, "meta"), SIGNALS, work)
     assert {name for name, tensor in narrowed.items() if tensor.device.type != "meta"} == set()
     assert {"energy", "forces", "node", "v2v/scale", "edge_shift"} <= set(narrowed)
+
+
+def test_a_batch_without_edges():
+    work = work_of([1, 1])
+    arrays = {k: v.numpy() for k, v in narrow_on_device(given(work, 0, "cpu"), SIGNALS, work).items()}
+    assert arrays["edge"].shape == (0, C)
+    assert not arrays[BROKEN].any()
+    assert sums_of("edge", arrays).count == 0
+    assert sums_of("node", arrays).count == 2
