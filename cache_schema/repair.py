@@ -172,12 +172,14 @@ def _finish(store: DamagedStore, report: Report, outcome: Outcome) -> None:
         if note.kind == "temporary":  # of a repair, or another writer, that was killed
             sweep((store.root / note.path).parent)
     known = " ".join(outcome.needed)
+    named = [f"{store.root / line.partition(': ')[0]}: " for line in outcome.needed]  # of files
     for problem in verify(store.root, shards=outcome.shards).problems:
         key = (
             problem.array if problem.array in store.groups else problem.array.rpartition("/")[0],
             problem.shard,
         )
         is_named = bool(problem.array) and problem.array in known
+        is_named |= any(file in problem.message for file in named)  # several signals may need it
         if key not in {damage.key for damage in store.damages} and not is_named:
             outcome.needed.append(str(problem))
 

@@ -273,7 +273,7 @@ def _mend(
         if hashlib.sha256(raw).hexdigest() == digest:
             _put(root, relative, raw, source, outcome)
             return
-    if is_final and not any(one.startswith(f"{relative}: ") for one in outcome.done):
+    if is_final and not any(one.startswith(f"{relative}: ") for one in (*outcome.done, *outcome.needed)):
         outcome.needed.append(f"{relative}: damaged or missing; {_SOURCE}")
 
 

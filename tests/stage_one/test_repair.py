@@ -131,6 +131,13 @@ def test_a_teachers_description_comes_from_the_manifest(broken, whole):
     assert_whole(broken, whole)
 
 
+def test_a_file_that_several_signals_need_is_named_once(broken):
+    (broken / "data.zarr/teachers/teacher/zarr.json").unlink()
+    (broken / "manifest.json").unlink()
+    (needed,) = repair_store(broken).needed
+    assert needed.startswith("data.zarr/teachers/teacher/zarr.json: damaged or missing; give an intact copy")
+
+
 @pytest.mark.parametrize("kind", ["file", "record", "record and manifest"])
 def test_structures_come_from_the_data(broken, whole, made, kind):
     if kind == "file":
