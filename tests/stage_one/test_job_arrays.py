@@ -48,6 +48,8 @@ def test_jobs_of_an_array_do_not_each_make_the_store(many, teacher, tmp_path):
     asked = config(tmp_path / "new.kdcache", teacher, worker="0/2")
     with pytest.raises(ConfigError, match=r"new\.kdcache: no store yet, .*kd ingest \S+train\.extxyz \S+new"):
         cache_teacher(asked, many / "train.extxyz")
+    with pytest.raises(ConfigError, match=r"first run kd ingest DATA \S+new\.kdcache, then"):
+        cache_teacher(asked, asked.store)
     assert not asked.store.exists()
 
 
