@@ -9,7 +9,6 @@ from typing import Any, Literal
 from molkd.cache_schema.errors import CacheError
 from molkd.cache_schema.layout import PLAN
 from molkd.cache_schema.reader import Cache
-from molkd.cache_schema.signal import Signal
 from molkd.cache_schema.writer import Store
 from molkd.pipeline.caching import cache_teacher
 from molkd.pipeline.config import CacheConfig, IngestConfig, make_config
@@ -57,29 +56,34 @@ def add_systems(
     Raises
     ------
     ConfigError
-        If a teacher or its name is missing.
+        If a teacher or its name is missing, or a teacher is given though `store` holds no signals.
+    CacheError
+        If `out` is `store` or something else than this call makes; before the teacher runs.
     CacheError, DataError, ModelError, TeacherError
-        As `ingest`, `cache_teacher` and `merge_stores`.
+        As `ingest`, `cache_teacher` and `merge_stores`; what an unfinished call left is named then.
     """
     part = out.with_name(f"{out.stem}.adding{out.suffix}")
+    if Path(store).resolve() in (out.resolve(), part.resolve()):
+        raise CacheError(f"{out}: {store} is never changed; choose another name for the new store")
     with Cache.open(store, complete=True) as cache:
         name = _teacher_name(cache, teacher, name)
-        before, fingerprint = cache.n_systems, cache.fingerprint
-        entry = cache.teachers[name] if name is not None else None
-        signals = {s: cache.signal(name, s) for s in entry.signals} if name is not None and entry else {}
-        provenance = entry.provenance if entry else {}
-    ingest(make_config(IngestConfig, {**(reading or {}), "data": (data,), "store": part}))
-    if name is not None and teacher is not None and not _is_done(out, fingerprint, part):
-        _declare(part, name, provenance, signals)
-        features = [f"{s}={one.encoding}" for s, one in signals.items() if one.spec.unit == "1"]
-        config = {
-            "store": part,
-            "teacher": teacher,
-            "name": name,
-            "signals": list(signals),
-            "encoding": features,
-        }
-        cache_teacher(make_config(CacheConfig, {**(running or {}), **config}))
+        before = cache.n_systems
+        _is_done(out, cache)
+        leftover = (part / PLAN).exists()
+        try:
+            ingest(make_config(IngestConfig, {**(reading or {}), "data": (data,), "store": part}))
+            with Cache.open(part) as new:
+                is_done = _is_done(out, cache, new)
+            if name is not None and teacher is not None and not is_done:
+                _declare(part, cache, name)
+                cache_teacher(_config(part, cache, name, teacher, running or {}))
+        except CacheError as error:
+            if not leftover:
+                raise
+            raise type(error)(
+                f"{error}. An unfinished kd cache add left {part}; if that was with other data or another "
+                "store, remove it"
+            ) from error
     summary = merge_stores([store, part], out, on_conflict=on_conflict)
     shutil.rmtree(part)
     return _summarize(summary, before)
@@ -88,6 +92,11 @@ def add_systems(
 def _teacher_name(cache: Cache, teacher: str | None, name: str | None) -> str | None:
     """Return the name of the teacher whose signals the new systems need; None if there are no signals."""
     names = [one for one, entry in cache.teachers.items() if entry.signals]
+    if not names and teacher is not None:
+        raise ConfigError(
+            f"{cache.path}: holds no signals that --teacher could be run for; put the structures together "
+            f"with kd ingest {cache.path} DATA OUT, then run kd cache-teacher OUT --teacher {teacher}"
+        )
     if not names:
         return None
     if teacher is None:
@@ -104,25 +113,56 @@ def _teacher_name(cache: Cache, teacher: str | None, name: str | None) -> str | 
     return name or names[0]
 
 
-def _is_done(out: Path, fingerprint: str, part: Path) -> bool:
-    """Say whether the merge of these very stores is there and complete; then nothing is computed."""
-    if not (out / PLAN).exists():
+def _is_done(out: Path, *parts: Cache) -> bool:
+    """Say whether the merge of these stores is there and complete; then nothing is computed.
+
+    Parameters
+    ----------
+    parts : the store, and that of the new systems if it is there already
+
+    Raises
+    ------
+    CacheError
+        If something else is there.
+    """
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return False
-    with Cache.open(out) as merged, Cache.open(part) as new:
-        entries = [one for entry in merged.teachers.values() for one in entry.signals.values()]
-        made_of = merged.dataset.get("merged_from")
-        return (
-            made_of == [fingerprint, new.fingerprint] and bool(entries) and all(e.complete for e in entries)
-        )
+    if (out / PLAN).exists():
+        with Cache.open(out) as merged:
+            of = merged.dataset.get("merged_from")
+            given = [one.fingerprint for one in parts]
+            same_plan = all(one.plan.sha256 == merged.plan.sha256 for one in parts)
+            if same_plan or (isinstance(of, list) and len(of) == 2 and of[: len(given)] == given):
+                entries = [one for entry in merged.teachers.values() for one in entry.signals.values()]
+                return bool(entries) and all(e.complete for e in entries)
+    raise CacheError(
+        f"{out}: exists, and is not {parts[0].path} with the systems given; choose another name, or remove it"
+    )
 
 
-def _declare(part: Path, name: str, provenance: dict[str, Any], signals: Mapping[str, Signal]) -> None:
+def _declare(part: Path, cache: Cache, name: str) -> None:
     """Prepare the store of the new systems for the same teacher, signals and codebooks."""
+    entry = cache.teachers[name]
     store = Store.open(part, "a")
-    store.add_teacher(name, provenance)
-    for signal in signals.values():
+    store.add_teacher(name, entry.provenance)
+    for signal in (cache.signal(name, s) for s in entry.signals):
         book = None if signal.codebook is None else replace(signal.codebook, n_systems=0)  # fitted elsewhere
         store.add_signal(name, signal.spec, signal.encoding, book)
+
+
+def _config(part: Path, cache: Cache, name: str, teacher: str, running: Mapping[str, Any]) -> CacheConfig:
+    """Return how the teacher runs over the new systems: as it did over those of the store."""
+    entry = cache.teachers[name]
+    signals = {s: cache.signal(name, s) for s in entry.signals}
+    config = {
+        "store": part,
+        "teacher": teacher,
+        "name": name,
+        "signals": list(signals),
+        "encoding": [f"{s}={one.encoding}" for s, one in signals.items() if one.spec.unit == "1"],
+        "precision": entry.provenance.get("precision", "float32"),
+    }
+    return make_config(CacheConfig, {**running, **config})
 
 
 def _summarize(merged: MergeSummary, before: int) -> AddSummary:
