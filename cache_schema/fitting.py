@@ -10,6 +10,9 @@ from molkd.cache_schema.errors import CacheError
 from molkd.cache_schema.fields import FieldSpec
 
 _FLOOR = 0.003  # of the largest: a channel that hardly varies here may vary in systems still to come
+_EQUAL_TO = 2.0**-12  # of the mean: rows that differ less are taken for equal
+_USUAL_SIZE = 1.0  # of features, if all rows are zero
+_TINY = float(np.finfo(np.float32).tiny) * 2**20
 # What a code of so many bits leaves of a variance, if the largest component of a row is about 3 deviations.
 _LEFT = {0: 1.0} | {bits: 3.0**2 / limit**2 / 12 for bits, limit in LIMITS.items()}
 _STEPS = ((0, 4), (4, 8), (8, 16))
@@ -22,11 +25,14 @@ _SHARE = 16  # one in so many atoms is enough where that is more than the fewest
 def calibration_systems(n_atoms: NDArray[np.int32]) -> NDArray[np.int64]:
     """Return the systems that codebooks are fitted to, the first in stored order; `n_atoms` is (S,).
 
-    At least half of the atoms are left to measure the error on, unless there is but one system.
+    A system is left to measure the error on, unless the others hold less than half of the atoms wanted.
     """
     ends = np.cumsum(n_atoms, dtype=np.int64)
     wanted = calibration_atoms(int(ends[-1]))
-    return np.arange(max(1, int(np.searchsorted(ends, wanted, side="right"))))
+    n_systems = int(np.searchsorted(ends, wanted)) + 1
+    if n_systems == len(ends) > 1 and 2 * ends[-2] >= wanted:
+        n_systems -= 1
+    return np.arange(n_systems)
 
 
 def calibration_atoms(n_atoms: int) -> int:
@@ -71,10 +77,22 @@ def fit_codebook(values: NDArray[Any], spec: FieldSpec, encoding: str, n_systems
         bits = allocate_bits(variance, pca_bytes(encoding))
         deviation = np.sqrt(variance[: len(bits)])
         basis = np.ascontiguousarray(vectors[:, ::-1].T[: len(bits)], dtype=np.float32)
-    floor = max(_FLOOR * float(deviation.max()), float(np.finfo(np.float32).tiny) * 2**20)
     limit = np.array([LIMITS[int(b)] for b in bits], dtype=np.float64)
-    step = (np.maximum(deviation, floor) / limit).astype(np.float32)
+    step = (_widths(deviation, mean) / limit).astype(np.float32)
     return Codebook(encoding, step, bits, mean, basis, n_systems)
+
+
+def _widths(deviation: NDArray[np.float64], mean: NDArray[np.float32] | None) -> NDArray[np.float64]:
+    """Return what the largest code of each component (K,) stands for at scale 1, from their deviations.
+
+    Scales reach from 2^-14 to 65504. Rows that hardly vary do not tell how others will: then widths are
+    equal, and leave room for 16 times the mean, while a unit of a code can be as small as float32's.
+    """
+    largest = float(deviation.max())
+    size = 0.0 if mean is None else float(np.abs(mean).max())
+    if largest <= _EQUAL_TO * size:
+        return np.full(len(deviation), max(_EQUAL_TO * size, _TINY) if size else _USUAL_SIZE)
+    return np.maximum(deviation, max(_FLOOR * largest, _TINY))
 
 
 def allocate_bits(variance: NDArray[np.float64], n_bytes: int) -> NDArray[np.uint8]:

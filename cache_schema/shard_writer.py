@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from molkd.cache_schema.commit import Commit, FileRecord, rewrite_remedy
 from molkd.cache_schema.crc import crc32c, crc32c_joined, crc_hex
-from molkd.cache_schema.encoding import ENCODINGS, all_finite, encode, too_large
+from molkd.cache_schema.encoding import ENCODINGS, all_finite, encode, scale_too_large, too_large
 from molkd.cache_schema.errors import CacheError, ConflictError
 from molkd.cache_schema.fields import FieldSpec
 from molkd.cache_schema.files import (
@@ -328,8 +328,9 @@ class ShardWriter:
             raise CacheError(
                 f"{where}: NaN in row {row}, which is stored system {system}; nothing is committed"
             )
-        value = np.inf if given is None or given.shape != stored.shape else given[place]
-        raise too_large(where, place, row, value)
+        if name == SCALE and (declared := self._group.declared) is not None:
+            raise scale_too_large(where, row, declared.spec.name, declared.encoding)
+        raise too_large(where, place, row, np.inf if given is None else given[place])
 
     def _check_complete(self) -> None:
         if self.rows_written != self._ptr[-1]:

@@ -224,3 +224,26 @@ def test_no_rows(encoding, vectors):
         codes, scale = encode_rows(none, book)
         assert codes.shape == (0, *rows.shape[1:-1], book.row_bytes)
         assert decode_rows(codes, scale, book).shape == none.shape
+
+
+@pytest.mark.parametrize("size", [1e-6, 1.0, 1e4])
+def test_rows_that_did_not_vary_when_fitted_may_vary_later(size):
+    """One row, or rows that differ by rounding: others keep 7 bits and a sign, near the mean or far."""
+    rng = np.random.default_rng(0)
+    one = (size * rng.normal(size=(1, C))).astype(np.float32)
+    noise = one * (1 + 1e-7 * rng.normal(size=(20, C))).astype(np.float32)
+    for fitted in (one, np.tile(one, (20, 1)), noise):
+        book = fit_codebook(fitted, node_spec(C), "int8", 1)
+        for away in (1e-4, 1.0, 8.0):
+            rows = (one + away * size * rng.normal(size=(50, C))).astype(np.float32)
+            error = decode_rows(*encode_rows(rows, book), book).astype(np.float64) - rows
+            unit = 1.01 / 127 * np.abs(rows - book.mean).max()
+            assert np.abs(error).max() < unit / 2 + 1e-6 * np.abs(rows).max()
+
+
+@pytest.mark.parametrize("vectors", [False, True])
+def test_rows_that_are_zero_tell_nothing(vectors):
+    rows = features(100, vectors=vectors)
+    book = fit_codebook(np.zeros_like(rows), v2v_spec(C) if vectors else node_spec(C), "int8", 1)
+    error = np.abs(decode_rows(*encode_rows(rows, book), book) - rows)
+    assert error.max() <= 0.51 / 127 * np.abs(rows).max()

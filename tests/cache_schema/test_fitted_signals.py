@@ -238,3 +238,18 @@ def test_any_sizes(tmp_path_factory, sizes, pieces):
         read = cache.read(np.arange(len(sizes)), (), TEACHER, ("node",))["teacher/node"]
         assert np.isnan(cache.teachers[TEACHER].signals["node"].held_out_error_rms)  # all were fitted
     assert np.abs(read - rows).max() < 1e-3 * max(1.0, np.abs(rows).max())
+
+
+def test_a_row_too_large_for_its_codebook_names_the_remedy(example, tmp_path):
+    store = create(tmp_path / "x.kdcache", example)
+    for shard in store.missing_shards("atoms"):
+        write_shard(store, example, "atoms", shard)
+    store.add_teacher(TEACHER, PROVENANCE)
+    book = fit_codebook(1e-20 * np.eye(4, dtype=np.float32), node_spec(4), "int8", 1)
+    group = store.add_signal(TEACHER, node_spec(4), "int8", book)
+    message = r"node/scale, shard 0: row 0 is too large for int8, .* fitted to .* --encoding node=fp32, and with another"
+    with pytest.raises(CacheError, match=message):
+        write_shard(store, example, group, 0)
+    group = store.add_signal(TEACHER, node_spec(4), "fp32")
+    write_shard(store, example, group, 0)
+    assert 0 not in store.missing_shards(group)

@@ -29,3 +29,10 @@ def test_atoms_without_edges(gemnet, tmp_path):
     with pytest.raises(CacheError, match="edge: no finite row to fit int8 to; choose fp16"):
         cache("node", "edge", encoding=("fp16", "edge=int8"))
     assert cache("node", "edge", encoding="fp16").signals == {"node": "fp16", "edge": "fp16"}
+
+
+def test_systems_that_differ_in_size_are_stored_as_usual(gemnet, tmp_path):
+    """The first system has one row: nothing varies in it."""
+    settings = {"teacher": str(gemnet), "signals": ("node", "v2v"), "encoding": "int8"}
+    summary = cache_teacher(CacheConfig(store=lonely(tmp_path), **settings))
+    assert summary.signals == {"node": "int8", "v2v": "int8"}
