@@ -53,7 +53,20 @@ class NewPathType(click.ParamType):  # type: ignore[type-arg]
         return Path(value)
 
 
+class WordsType(click.ParamType):  # type: ignore[type-arg]
+    """Text that says something."""
+
+    name = "text"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """Return it; refuse what is empty, as of a variable that is not set, and would ask for everything."""
+        if not value.replace(",", " ").strip():
+            self.fail("is empty; say what is meant, or leave the option out", param, ctx)
+        return str(value)
+
+
 STORE, NEW_STORE, NEW_PATH = StoreType(), NewStoreType(), NewPathType()
+WORDS = WordsType()
 as_json = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 
 

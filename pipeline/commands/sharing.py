@@ -6,25 +6,32 @@ from typing import Any, Literal
 
 import click
 
-from molkd.pipeline.commands.output import NEW_PATH, NEW_STORE, PATH, STORE, as_json, given, show
+from molkd.pipeline.commands.output import NEW_PATH, NEW_STORE, PATH, STORE, WORDS, as_json, given, show
 
 _CONDITIONS = (
     click.option("--systems", type=PATH, help="File of ids, as kd cache select writes it."),
-    click.option("--elements", metavar="Pt,C,O", help="Nothing but these elements."),
-    click.option("--contains", metavar="C,O", help="All of these elements."),
-    click.option("--formula", metavar="PATTERN", help="Hill formula: C2H6O, or a pattern such as '*O2'."),
-    click.option("--adsorbate", metavar="PATTERN", help="Hill formula of the atoms with tag 2."),
+    click.option("--elements", type=WORDS, metavar="Pt,C,O", help="Nothing but these elements."),
+    click.option("--contains", type=WORDS, metavar="C,O", help="All of these elements."),
+    click.option(
+        "--formula", type=WORDS, metavar="PATTERN", help="Hill formula: C2H6O, or a pattern such as '*O2'."
+    ),
+    click.option("--adsorbate", type=WORDS, metavar="PATTERN", help="Hill formula of the atoms with tag 2."),
     click.option("--min-atoms", type=click.IntRange(min=1), help="Size at least."),
     click.option("--max-atoms", type=click.IntRange(min=1), help="Size at most."),
     click.option("--periodic/--not-periodic", default=None, help="Along any axis, or along none."),
-    click.option("--source", metavar="PATTERN", help="Name of the source, as kd cache info shows it."),
+    click.option(
+        "--source", type=WORDS, metavar="PATTERN", help="Name of the source, as kd cache info shows it."
+    ),
     click.option("--with-energy/--without-energy", "has_energy", default=None, help="Label known, or not."),
     click.option("--random", type=click.IntRange(min=1), help="So many of these, chosen at random."),
     click.option("--seed", type=click.IntRange(min=0), help="Of --random; default 0."),
 )
-_signals = click.option("--signals", help="Comma-separated; default all. none: structures and labels only.")
+_signals = click.option(
+    "--signals", type=WORDS, help="Comma-separated; default all. none: structures and labels only."
+)
 _encoding = click.option(
     "--encoding",
+    type=WORDS,
     multiple=True,
     metavar="[SIGNAL=]ENCODING",
     help="Encode features anew, narrower: fp16, int8 or pca:BYTES a row; may be repeated.",
@@ -42,7 +49,7 @@ def conditions(command: Callable[..., None]) -> Callable[..., None]:
 @click.argument("source_store", metavar="SRC", type=STORE)
 @click.argument("target", metavar="DST", type=STORE)
 @_signals
-@click.option("--teacher", help="Only this teacher's signals.")
+@click.option("--teacher", type=WORDS, help="Only this teacher's signals.")
 @_encoding
 @conditions
 @as_json
@@ -110,7 +117,7 @@ def select(as_json: bool, store: str | Path, out: Path, **flags: Any) -> None:
 @click.argument("stores", nargs=-1, required=True, type=STORE)
 @click.argument("out", type=NEW_STORE)
 @_signals
-@click.option("--teacher", help="Only this teacher's signals.")
+@click.option("--teacher", type=WORDS, help="Only this teacher's signals.")
 @_encoding
 @click.option(
     "--on-conflict",
@@ -224,12 +231,11 @@ def card(as_json: bool, store: str | Path, out: Path | None) -> None:
     Example:
       kd cache card oc20.kdcache --out oc20.md
     """
-    from molkd.pipeline.files import write_atomic
-    from molkd.pipeline.sharing.card import describe_store, store_card
+    from molkd.pipeline.sharing.card import describe_store, store_card, write_card
 
     facts = describe_store(store)
     if out is not None:
-        write_atomic(out, store_card(facts) + "\n")
+        write_card(facts, out)
     show({"card": str(out)} if out is not None else facts, as_json, None if out is not None else store_card)
 
 
@@ -264,12 +270,10 @@ def ls(as_json: bool, root: str | Path) -> None:
 )
 @click.option(
     "--compressor",
-    default="blosc:zstd:5",
-    show_default=True,
-    help="Of an archive: blosc:CNAME:LEVEL, zstd:LEVEL, gzip:LEVEL or none.",
+    help="Of an archive: blosc:CNAME:LEVEL, zstd:LEVEL, gzip:LEVEL or none; default blosc:zstd:5.",
 )
 @_signals
-@click.option("--teacher", help="Only this teacher's signals.")
+@click.option("--teacher", type=WORDS, help="Only this teacher's signals.")
 @conditions
 @as_json
 def export(
@@ -278,7 +282,7 @@ def export(
     out: Path,
     form: str | None,
     archive: bool,
-    compressor: str,
+    compressor: str | None,
     signals: str | None,
     teacher: str | None,
     **flags: Any,
@@ -295,6 +299,8 @@ def export(
     """
     from molkd.pipeline.sharing.exporting import export_store
 
+    if archive and form in ("npz", "extxyz"):
+        raise click.UsageError(f"--archive makes zarr, zip or tar, not {form}; leave one of the two out")
     if archive and form is None:
         form = out.suffix[1:] if out.suffix in (".zip", ".tar") else "zarr"
     summary = export_store(

@@ -10,7 +10,9 @@ from ase.data import chemical_symbols
 
 from molkd.cache_schema.manifest import info
 from molkd.cache_schema.reader import Cache
+from molkd.pipeline.errors import DataError
 from molkd.pipeline.evaluation.tables import Column, markdown_table
+from molkd.pipeline.files import write_atomic
 
 _SYSTEMS_PER_READ = 10_000
 _MAX_SOURCES = 20
@@ -81,6 +83,19 @@ def store_card(facts: Mapping[str, Any]) -> str:
     """Return the Markdown of what `describe_store` found; nothing in it can steer a terminal."""
     lines = "\n".join(_lines(facts)).split("\n")
     return "\n".join("".join(c if c.isprintable() else " " for c in line) for line in lines)
+
+
+def write_card(facts: Mapping[str, Any], out: Path) -> None:
+    """Write the Markdown to a new file.
+
+    Raises
+    ------
+    DataError
+        If there is a file already, or it cannot be written.
+    """
+    if out.exists():
+        raise DataError(f"{out}: exists; remove it, or choose another name")
+    write_atomic(out, store_card(facts) + "\n")
 
 
 def _lines(facts: Mapping[str, Any]) -> Iterator[str]:

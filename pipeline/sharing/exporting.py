@@ -37,7 +37,9 @@ from molkd.pipeline.sharing.selection import Selection
 
 log = logging.getLogger(__name__)
 
-FORMATS = ("npz", "extxyz", "zarr", "zip", "tar")
+ARCHIVES = ("zarr", "zip", "tar")
+FORMATS = ("npz", "extxyz", *ARCHIVES)
+_COMPRESSOR = "blosc:zstd:5"
 _SUFFIXES = {f".{name}": name for name in FORMATS} | {".xyz": "extxyz"}
 
 
@@ -62,7 +64,7 @@ def export_store(
     teacher: str | None = None,
     signals: Sequence[str] = (),
     selection: Selection | None = None,
-    compressor: str = "blosc:zstd:5",
+    compressor: str | None = None,
 ) -> ExportSummary:
     """Write a store, or a part of it, in a format that others read; `out` appears whole or not at all.
 
@@ -70,12 +72,14 @@ def export_store(
     ----------
     form : one of `FORMATS`; None goes by the suffix of `out`
     teacher, signals, selection : as `copying.copy_store`
-    compressor : of an archive: blosc[:CNAME[:LEVEL]], zstd[:LEVEL], gzip[:LEVEL] or none
+    compressor : of an archive: blosc[:CNAME[:LEVEL]], zstd[:LEVEL], gzip[:LEVEL] or none; None takes
+        blosc:zstd:5
 
     Raises
     ------
     CacheError
-        If `out` exists, no format is named, the store lacks something, or the disk is full.
+        If `out` exists, no format is named, a compressor is but for no archive, the store lacks something, or
+        the disk is full.
     IntegrityError
         If the store is damaged.
     """
@@ -84,6 +88,11 @@ def export_store(
     if form not in FORMATS:
         raise CacheError(
             f"{out}: name a format with --format ({', '.join(FORMATS)}), or a file of that suffix"
+        )
+    if compressor is not None and form not in ARCHIVES:
+        raise CacheError(
+            f"{out}: {form} takes no --compressor; leave it out, or choose an archive with --format "
+            f"({', '.join(ARCHIVES)})"
         )
     if out.exists():
         raise CacheError(f"{out}: exists; remove it, or choose another name")
@@ -102,7 +111,7 @@ def export_store(
         choice = Choice(cache, Origins((cache,), np.zeros_like(systems), systems), tuple(groups))
         n_passes = 1 if form == "extxyz" else 1 + len(groups)
         with Progress(n_passes * len(systems), "export", "system") as progress:
-            _write(out, form, choice, compressor, progress.update)
+            _write(out, form, choice, compressor or _COMPRESSOR, progress.update)
         n_atoms = int(choice.n_atoms.sum())
     n_bytes = (
         sum(f.stat().st_size for f in out.rglob("*") if f.is_file()) if out.is_dir() else out.stat().st_size

@@ -357,6 +357,31 @@ def test_exports_that_cannot_be(refused, source, tmp_path):
         "lzma",
         says=["--compressor lzma: choose"],
     )
+    refused("cache", "export", source, tmp_path / "a.npz", "--compressor", "none", says=["npz takes no"])
+
+
+def test_an_archive_of_no_archive(kd, source, tmp_path):
+    result = kd("cache", "export", source, tmp_path / "a", "--format", "npz", "--archive")
+    assert result.code == 2
+    assert "--archive makes zarr, zip or tar, not npz" in result.err
+
+
+@pytest.mark.parametrize("option", ["--elements", "--contains", "--formula", "--adsorbate", "--signals"])
+@pytest.mark.parametrize("value", ["", " , "])
+def test_a_variable_that_is_not_set_does_not_ask_for_everything(kd, source, tmp_path, option, value):
+    result = kd("cache", "copy", source, tmp_path / "part.kdcache", option, value)
+    assert result.code == 2
+    assert "is empty; say what is meant, or leave the option out" in result.err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_files_that_cannot_be_written_are_named(refused, source, tmp_path):
+    (tmp_path / "file").write_text("precious")
+    select = ("cache", "select", source, tmp_path / "file" / "ids.txt", "--elements", "C,H,O")
+    refused(*select, says=[r"file/ids.txt: cannot be written \(", "check the path"])
+    card = ("cache", "card", source, "--out")
+    refused(*card, tmp_path / "file" / "card.md", says=[r"file/card.md: cannot be written \("])
+    refused(*card, tmp_path / "file", says=["file: exists; remove it, or choose another name"])
 
 
 # ------------------------------------------------------------------------------------------------ card, ls
