@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from molkd.cache_schema.encoding import encoding_for
 from molkd.cache_schema.fields import FieldSpec
 from molkd.pipeline.encodings import narrower
 
@@ -41,8 +40,8 @@ def propose(
     Parameters
     ----------
     specs, encodings : of the signals asked for
-    sizes : signal -> encoding -> bytes in all
-    fixed_bytes : of structures and labels, which are always stored
+    sizes : signal -> encoding -> bytes in all; a signal with one encoding only stays as it is
+    fixed_bytes : of what is stored in any case: structures, labels, what the store holds already
     """
     chosen, dropped = dict(encodings), []
 
@@ -50,7 +49,7 @@ def propose(
         return fixed_bytes + sum(sizes[s][e] for s, e in chosen.items())
 
     while total() > budget:
-        options = {s: narrower(specs[s], e) for s, e in chosen.items() if encoding_for(specs[s], "") == ""}
+        options = {s: narrower(specs[s], e) for s, e in chosen.items() if len(sizes[s]) > 1}
         savings = {s: sizes[s][chosen[s]] - sizes[s][e] for s, e in options.items() if e is not None}
         if savings:
             widest = max(savings, key=lambda s: sizes[s][chosen[s]])
@@ -58,7 +57,7 @@ def propose(
             assert narrow is not None
             chosen[widest] = narrow
             continue
-        droppable = [s for prefix in _DROPPED for s in chosen if s.startswith(prefix)]
+        droppable = [s for prefix in _DROPPED for s in chosen if s.startswith(prefix) and len(sizes[s]) > 1]
         if not droppable:
             break
         dropped.append(droppable[0])

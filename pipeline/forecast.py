@@ -3,22 +3,25 @@
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
+from molkd.cache_schema.codebook import pca_bytes
 from molkd.cache_schema.encoding import encoding_for, exact_encoding, is_fitted
 from molkd.cache_schema.fields import ATOM_FIELDS, EDGE_INDEX, EDGE_SHIFT, N_EDGES, FieldSpec
 from molkd.cache_schema.fitting import calibration_atoms
-from molkd.cache_schema.layout import CHUNK_ROWS, choose_rows_per_shard
+from molkd.cache_schema.plan import SYSTEM_ARRAYS
 from molkd.pipeline.budget import Proposal, propose
 from molkd.pipeline.config import CacheConfig
 from molkd.pipeline.data.system import System
 from molkd.pipeline.encodings import CHOOSE, choose_encoding, ladder, row_bytes
+from molkd.pipeline.forecast_text import describe
+from molkd.pipeline.planned_store import PlannedStore
 from molkd.pipeline.probing import probe_teacher, write_bandwidth
 from molkd.pipeline.teachers.interface import Teacher
 
-_SYSTEM_BYTES = 13 + 36 + 8 + 16 + 4 * 4 + 8 * 3  # a row of the systems' arrays, about
+_RECORD_BYTES, _CHANNEL_BYTES = 2000, 42  # of a commit record and the like: in any case, and for statistics
+_SYSTEM_BYTES = sum(np.dtype(d).itemsize * int(np.prod(s)) for d, s, *_ in SYSTEM_ARRAYS.values())
 
 
 @dataclass(frozen=True)
@@ -29,11 +32,15 @@ class Forecast:
     teacher: str
     n_systems: int
     n_atoms: int  # estimated from the probe if the data are not yet a store
+    n_systems_to_do: int  # that lack a signal
+    stored_bytes: int  # what the store takes already
     encodings: dict[str, str]  # signal -> encoding
-    bytes_per_atom: dict[str, float]  # structures and labels, then each signal
-    alternatives: dict[str, dict[str, float]]  # signal of features -> encoding -> bytes an atom
+    bytes_per_atom: dict[str, float]  # structures and labels, if they have to be written; then each signal
+    bytes_to_write: dict[str, int]  # of the same, in all
+    alternatives: dict[str, dict[str, float]]  # signal not yet stored -> encoding -> bytes an atom
     edges_per_atom: float  # of the signal on edges; 0 if none was asked for
-    total_bytes: int
+    overhead_bytes: int  # shards filled up to whole chunks, codebooks, records
+    total_bytes: int  # to write, with the overhead
     free_bytes: int
     fits: bool
     teacher_systems_per_second: float
@@ -44,151 +51,136 @@ class Forecast:
 
     def text(self) -> str:
         """Return the price in words and tables."""
-        atoms_per_system = self.n_atoms / self.n_systems
-        lines = [
-            (
-                f"{self.store}: {self.teacher} over {self.n_systems:,} systems, {self.n_atoms:,} atoms "
-                f"({atoms_per_system:.1f} a system)"
-            ),
-            "",
-            f"{'':<24} {'encoding':<10} {'bytes/atom':>10} {'in all':>10}   others, bytes/atom",
-        ]
-        for name, size in self.bytes_per_atom.items():
-            others = ", ".join(f"{e} {b:.0f}" for e, b in self.alternatives.get(name, {}).items())
-            lines.append(
-                f"{name:<24} {self.encodings.get(name, ''):<10} {size:>10.1f} "
-                f"{_size(size * self.n_atoms):>10}   {others}".rstrip()
-            )
-        verdict = "fits" if self.fits else "DOES NOT FIT"
-        rate, speed = self.teacher_systems_per_second, self.write_bytes_per_second
-        disk = f"the disk takes {speed / 1e6:.3g} MB/s" if speed else "the disk's speed is unknown"
-        lines += [
-            f"{'total':<24} {'':<10} {self.total_bytes / self.n_atoms:>10.1f} {_size(self.total_bytes):>10}",
-            "",
-            f"disk      {_size(self.free_bytes)} free: {verdict}",
-            f"teacher   {rate:.3g} systems/s",
-            f"graphs    {self.graph_systems_per_second:.3g} systems/s, beside the teacher",
-            f"writing   {self.total_bytes / max(self.seconds, 1e-9) / 1e6:.3g} MB/s needed, {disk}",
-            f"time      {_time(self.seconds)} on one device; n devices take a n-th",
-        ]
-        if self.proposal is not None:
-            lines += ["", *_proposal_lines(self.proposal)]
-        return "\n".join(lines)
+        return describe(self)
 
 
 def forecast(
-    store: Path,
+    target: PlannedStore,
     teacher: Teacher,
     sample: Sequence[System],
-    n_systems: int,
     encodings: Mapping[str, str],
     config: CacheConfig,
     *,
-    new_store: bool,
     budget: int | None = None,
 ) -> Forecast:
-    """Time teacher, graphs and disk briefly and scale up.
+    """Time teacher, graphs and disk briefly and scale up to what the store lacks.
 
     Parameters
     ----------
     sample : systems drawn at random from the data
-    n_systems : in the whole data
-    encodings : signal -> encoding, as `asked_encodings`
-    new_store : structures and labels have to be written too
+    encodings : signal -> encoding, as `PlannedStore.settle`
     budget : bytes that the store may take; then what to store is proposed
     """
-    atoms_per_system = float(np.mean([s.n_atoms for s in sample]))
-    n_atoms = round(atoms_per_system * n_systems)
-    to_choose = [name for name, encoding in encodings.items() if encoding == CHOOSE]
-    budgets = config.budget(teacher.device.type)
-    probe = probe_teacher(teacher, sample, tuple(encodings), to_choose, *budgets)
     specs = {name: teacher.signals[name] for name in encodings}
+    n_systems, n_atoms = int(target.n_systems.sum()), int(target.n_atoms.sum())
+    free_to_choose = [
+        name
+        for name, spec in specs.items()
+        if encoding_for(spec, CHOOSE) == CHOOSE and not target.is_stored(name)
+    ]
+    keep = [name for name in free_to_choose if budget is not None or encodings[name] == CHOOSE]
+    probe = probe_teacher(teacher, sample, tuple(specs), keep, *config.budget(teacher.device.type))
     chosen = {
         name: choose_encoding(probe.features[name], specs[name], config.max_error or 0.0)
         if encoding == CHOOSE
         else encoding
         for name, encoding in encodings.items()
     }
-    structures = (
-        _SYSTEM_BYTES / atoms_per_system
-        + sum(row_bytes(spec, exact_encoding(spec)) for spec in ATOM_FIELDS.values())
-        if new_store
-        else 0.0
-    )
-    rows = {"system": 1 / atoms_per_system, "atom": 1.0, "edge": probe.edges_per_atom}
-    alternatives = {
-        name: {e: _bytes_per_atom(spec, e, rows) for e in ladder(spec)}
+    candidates = {
+        name: dict.fromkeys([*(ladder(spec) if name in free_to_choose else ()), chosen[name]])
         for name, spec in specs.items()
-        if encoding_for(spec, CHOOSE) == CHOOSE
     }
-    per_atom = ({"structures": structures} if new_store else {}) | {
-        name: _bytes_per_atom(specs[name], e, rows) for name, e in chosen.items()
+    rows = {"system": n_systems / n_atoms, "atom": 1.0, "edge": probe.edges_per_atom}
+    per_atom = {name: {e: _bytes(specs[name], e, rows) for e in candidates[name]} for name in specs}
+    sizes = {
+        name: {e: _stored_bytes(target, specs[name], e, probe.edges_per_atom) for e in candidates[name]}
+        for name in specs
     }
-    rows_per_shard = choose_rows_per_shard(np.resize([s.n_atoms for s in sample], n_systems))
-    # Shards are filled up to whole chunks, by half of one on average.
-    n_rows = n_atoms + -(-n_atoms // rows_per_shard) * CHUNK_ROWS // 2
-    total = round(sum(per_atom.values()) * n_rows)
-    n_fitted = calibration_atoms(n_atoms) / atoms_per_system if any(map(is_fitted, chosen.values())) else 0
-    n_passed = n_systems + n_fitted  # systems that the teacher sees
-    folder = next(p for p in [store, *store.absolute().parents] if p.is_dir())
-    bandwidth = write_bandwidth(folder)
-    free = shutil.disk_usage(folder).free
+    to_do = {name: target.shards_to_do(name) for name in specs}
+    n_atoms_to_do = {name: int(target.n_atoms[shards].sum()) for name, shards in to_do.items()}
+    bytes_per_atom = {name: per_atom[name][e] for name, e in chosen.items()}
+    bytes_to_write = {name: round(bytes_per_atom[name] * n) for name, n in n_atoms_to_do.items()}
+    structures = _structures_bytes(target) if target.is_new else 0
+    if target.is_new:
+        size = _SYSTEM_BYTES * rows["system"] + _atom_bytes()
+        bytes_per_atom = {"structures": size, **bytes_per_atom}
+        bytes_to_write = {"structures": round(size * n_atoms), **bytes_to_write}
+    total = round(structures + sum(sizes[name][e] for name, e in chosen.items()))
+
+    shards = sorted(set[int]().union(*to_do.values()))
+    n_systems_to_do = int(target.n_systems[shards].sum())
+    n_passed = n_systems_to_do + _n_fitted(target, encodings, chosen)
+    folder = next(p for p in target.path.resolve().parents if p.is_dir())
+    speed = write_bandwidth(folder)
+    free = shutil.disk_usage(target.path if target.path.is_dir() else folder).free
     seconds = [n_passed / probe.teacher_rate, n_passed / probe.graph_rate]
-    if bandwidth is not None:
-        seconds.append(total / bandwidth)
+    if speed is not None:
+        seconds.append(total / speed)
     proposal = None
     if budget is not None:
-        known = alternatives | {
-            name: {e: per_atom[name]} for name, e in chosen.items() if name not in alternatives
-        }
-        for name, e in chosen.items():
-            known[name] = {**known[name], e: per_atom[name]}
-        sizes = {name: {e: b * n_atoms for e, b in table.items()} for name, table in known.items()}
-        proposal = propose(specs, chosen, sizes, structures * n_atoms, budget)
+        proposal = propose(specs, chosen, sizes, target.n_bytes + structures, budget)
     return Forecast(
-        store=str(store),
+        store=str(target.path),
         teacher=teacher.info.name,
         n_systems=n_systems,
         n_atoms=n_atoms,
+        n_systems_to_do=n_systems_to_do,
+        stored_bytes=target.n_bytes,
         encodings=chosen,
-        bytes_per_atom=per_atom,
-        alternatives=alternatives,
+        bytes_per_atom=bytes_per_atom,
+        bytes_to_write=bytes_to_write,
+        alternatives={name: per_atom[name] for name in free_to_choose},
         edges_per_atom=probe.edges_per_atom,
+        overhead_bytes=max(total - sum(bytes_to_write.values()), 0),
         total_bytes=total,
         free_bytes=free,
         fits=total < free,
         teacher_systems_per_second=probe.teacher_rate,
         graph_systems_per_second=probe.graph_rate,
-        write_bytes_per_second=bandwidth,
+        write_bytes_per_second=speed,
         seconds=max(seconds),
         proposal=proposal,
     )
 
 
-def _proposal_lines(proposal: Proposal) -> list[str]:
-    if not proposal.fits:
-        return [
-            f"Not even the least there is fits the budget: {_size(proposal.total_bytes)}; take fewer systems"
-        ]
-    left_out = f", without {', '.join(proposal.dropped)}" if proposal.dropped else ""
-    return [f"Within the budget ({_size(proposal.total_bytes)}){left_out}:", f"  {proposal.flags}"]
+def _n_fitted(target: PlannedStore, encodings: Mapping[str, str], chosen: Mapping[str, str]) -> float:
+    """Return about how many systems the teacher sees once more because a codebook is fitted to them."""
+    known = {name: signal.encoding for name, signal in target.declared.items()}
+    if not any(known.get(s) != e and (encodings[s] == CHOOSE or is_fitted(e)) for s, e in chosen.items()):
+        return 0.0
+    n_atoms = int(target.n_atoms.sum())
+    return calibration_atoms(n_atoms) * float(target.n_systems.sum()) / n_atoms
 
 
-def _size(n_bytes: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if n_bytes < 1000:
-            return f"{n_bytes:.3g} {unit}"
-        n_bytes /= 1000
-    return f"{n_bytes:.3g} TB"
-
-
-def _time(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 600 else f"{seconds / 3600:.2g} h"
-
-
-def _bytes_per_atom(spec: FieldSpec, encoding: str, rows: Mapping[str, float]) -> float:
-    """Return the bytes of a signal with so many rows an atom, on edges also of what says which they are."""
+def _bytes(spec: FieldSpec, encoding: str, rows: Mapping[str, float]) -> float:
+    """Return the bytes of a signal with so many rows on each axis; on edges, also of which edges they are."""
     size = row_bytes(spec, encoding) * rows[spec.axis]
     if spec.axis == "edge":
         size += sum(row_bytes(f, exact_encoding(f)) * rows[f.axis] for f in (EDGE_INDEX, EDGE_SHIFT, N_EDGES))
     return float(size)
+
+
+def _stored_bytes(target: PlannedStore, spec: FieldSpec, encoding: str, edges_per_atom: float) -> float:
+    """Return what the shards that lack a signal will take: rows, fill, codebook and records."""
+    shards = target.shards_to_do(spec.name)
+    if not shards:
+        return 0.0
+    n_channels = spec.shape[-1] if spec.shape else 0
+    # A record for each shard; metadata and the manifest's entry are about one more.
+    metadata = (len(shards) + 1) * (_RECORD_BYTES + _CHANNEL_BYTES * n_channels)
+    n_vectors = (
+        2 if encoding == "int8" else min(n_channels, pca_bytes(encoding)) if is_fitted(encoding) else 0
+    )
+    codebook = 4 * n_channels * n_vectors
+    return _bytes(spec, encoding, target.rows(shards, edges_per_atom)) + metadata + codebook
+
+
+def _structures_bytes(target: PlannedStore) -> float:
+    shards = list(range(len(target.n_atoms)))
+    rows = target.rows(shards, 0.0)["atom"]
+    n_records = len(shards) + len(ATOM_FIELDS) + 1
+    return _SYSTEM_BYTES * float(target.n_systems.sum()) + _atom_bytes() * rows + n_records * _RECORD_BYTES
+
+
+def _atom_bytes() -> int:
+    return sum(row_bytes(spec, exact_encoding(spec)) for spec in ATOM_FIELDS.values())

@@ -1,18 +1,25 @@
 """`kd cache plan` and `--dry-run`: what stage one will cost, before it is begun."""
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
+from molkd.cache_schema.identity import ID_BYTES
 from molkd.cache_schema.layout import PLAN
 from molkd.cache_schema.writer import Store
-from molkd.pipeline.caching import asked_signals, check_place, declared_encodings, open_teacher, scope_of
+from molkd.pipeline.caching import asked_signals, check_place, open_teacher, provenance, scope_of
 from molkd.pipeline.config import CacheConfig
-from molkd.pipeline.data.sources import open_source
+from molkd.pipeline.data.sources import Source, open_source
+from molkd.pipeline.data.store_source import StoreSource
+from molkd.pipeline.data.system import System
 from molkd.pipeline.encodings import asked_encodings
-from molkd.pipeline.errors import ConfigError
+from molkd.pipeline.errors import CacheError, ConfigError
 from molkd.pipeline.forecast import Forecast, forecast
+from molkd.pipeline.places import resolved
+from molkd.pipeline.planned_store import find_store, future_store
 
 _PROBE_SYSTEMS = 256
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
@@ -34,7 +41,7 @@ def plan_teacher(
 
     Raises
     ------
-    ConfigError, DataError, ModelError, TeacherError
+    ConfigError, DataError, ModelError, TeacherError, CacheError
         What the real run would refuse, as far as a sample of the data shows it.
     """
     check_place(config.store, data, (energy_key, forces_key))
@@ -44,26 +51,40 @@ def plan_teacher(
         rng = np.random.default_rng(0)
         chosen = rng.choice(len(source), size=min(len(source), _PROBE_SYSTEMS), replace=False)
         sample = [source.read(int(i)) for i in chosen]
-        n_systems = len(source)
+        for system in sample:
+            scope_of(teacher).check(system)
+        specs = {s: teacher.signals[s] for s in asked_signals(teacher, config)}
+        if (config.store / PLAN).exists():
+            store = Store.open(config.store)
+            if resolved(data) != config.store.resolve():
+                _require_systems(store, sample)
+            name = config.name or teacher.info.name
+            target = find_store(store, name, provenance(teacher), list(specs))
+        else:
+            target = future_store(config.store, _n_atoms(source, sample))
     finally:
         source.close()
-    for system in sample:
-        scope_of(teacher).check(system)
-    specs = {s: teacher.signals[s] for s in asked_signals(teacher, config)}
-    name = config.name or teacher.info.name
-    n_atoms = round(n_systems * float(np.mean([system.n_atoms for system in sample])))
-    is_new = not (config.store / PLAN).exists()
-    declared = {} if is_new else declared_encodings(Store.open(config.store), name, specs)
-    return forecast(
-        config.store,
-        teacher,
-        sample,
-        n_systems,
-        asked_encodings(specs, config, n_atoms, declared),
-        config,
-        new_store=is_new,
-        budget=budget,
-    )
+    declared = {s: signal.encoding for s, signal in target.declared.items()}
+    asked = asked_encodings(specs, config, int(target.n_atoms.sum()), declared)
+    return forecast(target, teacher, sample, target.settle(specs, asked), config, budget=budget)
+
+
+def _n_atoms(source: Source, sample: Sequence[System]) -> NDArray[np.int32]:
+    """Return the atoms (S,) of every system; of files, where nobody knows, those of the sample repeated."""
+    if isinstance(source, StoreSource):
+        return source.cache.system_n_atoms
+    return np.resize(np.array([system.n_atoms for system in sample], dtype=np.int32), len(source))
+
+
+def _require_systems(store: Store, sample: Sequence[System]) -> None:
+    """Refuse a store that holds other systems than those to be put into it."""
+    ids = np.frombuffer(b"".join(system.id for system in sample), f"V{ID_BYTES}")
+    known = np.isin(ids, np.ascontiguousarray(store.systems.id).view(ids.dtype))
+    if not known.all():
+        raise CacheError(
+            f"{store.path}: holds other systems, {sample[int(np.argmin(known))].source} is not among them; "
+            "name another store"
+        )
 
 
 def parse_bytes(text: str) -> int:
