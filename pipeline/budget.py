@@ -3,8 +3,9 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from molkd.cache_schema.encoding import encoding_for
 from molkd.cache_schema.fields import FieldSpec
-from molkd.pipeline.encodings import narrower
+from molkd.pipeline.encodings import CHOOSE, narrower
 
 # What goes first when even the narrowest encodings are too much; labels and `node` stay.
 _DROPPED = ("edge", "layer/", "v2v", "e2n")
@@ -18,12 +19,7 @@ class Proposal:
     total_bytes: int
     dropped: tuple[str, ...]
     fits: bool
-
-    @property
-    def flags(self) -> str:
-        """What to add to the command."""
-        features = [f"--encoding {s}={e}" for s, e in self.encodings.items() if e not in ("fp64", "fp32")]
-        return " ".join([f"--signals {','.join(self.encodings)}", *features])
+    flags: str  # what to add to the command: every encoding by name, whatever the default
 
 
 def propose(
@@ -64,4 +60,6 @@ def propose(
         del chosen[droppable[0]]
         for s in chosen:  # there is room again: begin anew with what is left
             chosen[s] = encodings[s]
-    return Proposal(chosen, round(total()), tuple(dropped), total() <= budget)
+    features = [f"--encoding {s}={e}" for s, e in chosen.items() if encoding_for(specs[s], CHOOSE) == CHOOSE]
+    flags = " ".join([f"--signals {','.join(chosen)}", *features])
+    return Proposal(chosen, round(total()), tuple(dropped), total() <= budget, flags)

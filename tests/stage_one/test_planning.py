@@ -106,6 +106,7 @@ def test_a_proposal_keeps_to_the_budget(made, teacher_file, tmp_path, share):
     config = asked(store, teacher_file, *SIGNALS, "v2v", "layer/M1", encoding="fp32")
     full = plan_teacher(config, store, budget=10**9).proposal
     assert set(full.encodings.values()) == {"fp64", "fp32"}
+    assert full.flags.endswith("--encoding node=fp32 --encoding v2v=fp32 --encoding layer/M1=fp32")
     budget = int(full.total_bytes * share)
     found = plan_teacher(config, store, budget=budget).proposal
     assert found.fits
