@@ -131,9 +131,9 @@ def too_large(where: str, place: tuple[int, ...], row: int, value: float) -> Cac
 def scale_too_large(where: str, row: int, signal: str, encoding: str) -> CacheError:
     """Return the error of a row (of the shard) that is too large beside what its codebook was fitted to."""
     return CacheError(
-        f"{where}: row {row} is too large for {encoding}, which was fitted to the first systems of the store; "
-        f"run the command again with --encoding {signal}=fp32, and with another --name if shards of this signal "
-        "are finished"
+        f"{where}: row {row} is too large for {encoding}, fitted to the first systems of the store; "
+        f"run the command again with --encoding {signal}=fp32, and with another --name if shards of this "
+        "signal are finished"
     )
 
 
