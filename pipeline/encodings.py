@@ -94,7 +94,7 @@ def settle_encodings(
 def _compute(
     teacher_pass: TeacherPass, systems: NDArray[np.int64], signals: tuple[str, ...], config: CacheConfig
 ) -> tuple[dict[str, NDArray[np.float32]], dict[str, NDArray[np.int64]]]:
-    """Return the finite rows of each signal, and the system of each row."""
+    """Return the finite rows of each signal by system, and the system of each row."""
     log.info("fitting the encodings of %s to the first %d systems", ", ".join(signals), len(systems))
     teacher = teacher_pass.teacher
     rows: dict[str, list[NDArray[np.float32]]] = {s: [] for s in signals}
@@ -109,9 +109,10 @@ def _compute(
                 axis = teacher.signals[s].axis
                 of_edges = out["edge_index"][1].cpu().numpy() if axis == "edge" else slice(None)
                 owner = part.indices if axis == "system" else per_atom[of_edges]
-                finite = finite_rows(values)
-                rows[s].append(values[finite])
-                owners[s].append(owner[finite])
+                order = np.argsort(owner, kind="stable")  # those of edges may come in any order
+                order = order[finite_rows(values)[order]]
+                rows[s].append(values[order])
+                owners[s].append(owner[order])
     return (
         {s: np.concatenate(r) for s, r in rows.items()},
         {s: np.concatenate(o) for s, o in owners.items()},
@@ -128,7 +129,7 @@ def _fit(
 ) -> Fitted:
     """Fit what was asked for, or what is found to be good enough on systems it was not fitted to."""
     if asked == CHOOSE:
-        # The rows are in the order of their systems: what a half is fitted to the other half has not.
+        # What is fitted to the systems of one half is measured on those of the other.
         asked = choose_encoding(values, spec, config.max_error or 0.0, int((system < n_systems // 2).sum()))
     return Fitted(asked, fit_codebook(values, spec, asked, n_systems) if is_fitted(asked) else None)
 

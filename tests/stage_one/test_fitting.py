@@ -1,12 +1,18 @@
 """What encodings are fitted to, and what is chosen by its error: unusual data among them."""
 
 import ase
+import numpy as np
 import pytest
-from stage_one_cases import make_store, write_extxyz, write_teacher
+import torch
+from stage_one_cases import make_store, structures, write_extxyz, write_teacher
 
+from molkd.cache_schema.reader import Cache
+from molkd.pipeline import encodings
 from molkd.pipeline.caching import cache_teacher
 from molkd.pipeline.config import CacheConfig
 from molkd.pipeline.errors import CacheError
+from molkd.pipeline.teacher_pass import TeacherPass
+from molkd.pipeline.teachers.load import load_teacher
 
 
 @pytest.fixture(scope="module")
@@ -36,3 +42,38 @@ def test_systems_that_differ_in_size_are_stored_as_usual(gemnet, tmp_path):
     settings = {"teacher": str(gemnet), "signals": ("node", "v2v"), "encoding": "int8"}
     summary = cache_teacher(CacheConfig(store=lonely(tmp_path), **settings))
     assert summary.signals == {"node": "int8", "v2v": "int8"}
+
+
+class Shuffled:
+    """A teacher that gives edges in an order of its own."""
+
+    def __init__(self, teacher):
+        self._teacher = teacher
+
+    def __getattr__(self, name):
+        return getattr(self._teacher, name)
+
+    def compute(self, batch, signals):
+        out = self._teacher.compute(batch, signals)
+        order = torch.randperm(out["edge_index"].shape[1], generator=torch.Generator().manual_seed(0))
+        edges = {"edge": out["edge"][order], "edge_index": out["edge_index"][:, order]}
+        return out | edges | {"edge_shift": out["edge_shift"][order]}
+
+
+def sample_of(path, teacher, signals, **settings):
+    """Return rows and their systems, as `settle_encodings` sees them."""
+    config = CacheConfig(store=path, teacher="t", signals=signals, **settings)
+    with Cache.open(path) as cache:
+        systems = np.arange(cache.n_systems)
+        return encodings._compute(TeacherPass(teacher, cache), systems, signals, config)
+
+
+def test_rows_are_by_system_whatever_the_order_of_edges(gemnet, tmp_path):
+    store = make_store(tmp_path / "s.kdcache", write_extxyz(tmp_path / "a.xyz", structures(12)))
+    teacher = load_teacher(str(gemnet), device=torch.device("cpu"), dtype=torch.float32)
+    usual, systems = sample_of(store, teacher, ("node", "edge"))
+    rows, owners = sample_of(store, Shuffled(teacher), ("node", "edge"))
+    np.testing.assert_array_equal(owners["edge"], systems["edge"])
+    assert (np.diff(owners["edge"]) >= 0).all()
+    one = owners["edge"] == 5
+    np.testing.assert_array_equal(np.sort(rows["edge"][one], axis=0), np.sort(usual["edge"][one], axis=0))
