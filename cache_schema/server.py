@@ -82,12 +82,12 @@ class Server:
         try:
             yield
         except (BaseError, OSError) as error:
-            reason = str(error).partition("\n")[0]
+            reason = _in_one_line(error)
             how = _SETTINGS.get(self.scheme)
             remedy = f" and the environment ({how})" if how else ""
             raise CacheError(
                 f"{self.at(relative)}: {reason}; check the URL, the network{remedy}, then run the same "
-                "command again, what was done is kept"
+                "command again"
             ) from error
 
 
@@ -102,6 +102,16 @@ def check_relative(relative: str, where: str) -> str:
     if not all(_PART.fullmatch(part) for part in relative.split("/")):
         raise IntegrityError(f"{where}: names the file {relative!r}, which leads out of the store")
     return relative
+
+
+def _in_one_line(error: Exception) -> str:
+    """Return the reason of a failure; of an answer in XML the code and the message."""
+    text = str(error)
+    answer = [
+        found[1] for tag in ("Code", "Message") if (found := re.search(f"<{tag}>([^<]*)</{tag}>", text))
+    ]
+    reason = ": ".join([text.partition("\n")[0].partition("<")[0].strip().rstrip(":"), *answer])
+    return "".join(c if c.isprintable() else " " for c in reason)
 
 
 def _connect(url: str, scheme: str) -> "ObjectStore":
@@ -125,5 +135,4 @@ def _connect(url: str, scheme: str) -> "ObjectStore":
             return from_url(url, client_options=client, retry_config=retry)
         return HTTPStore.from_url(url, client_options=client, retry_config=retry)
     except (BaseError, ValueError) as error:
-        reason = str(error).partition("\n")[0]
-        raise CacheError(f"{url}: {reason}; check the URL") from error
+        raise CacheError(f"{url}: {_in_one_line(error)}; check the URL") from error
