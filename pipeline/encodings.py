@@ -18,6 +18,7 @@ from molkd.pipeline.teacher_pass import TeacherPass, make_work
 
 log = logging.getLogger(__name__)
 
+_MOST_ROWS = 50_000  # to fit to: a system may have a hundred times as many edges as atoms
 CHOOSE = ""  # the encoding is to be found by its error
 
 
@@ -94,12 +95,14 @@ def settle_encodings(
 def _compute(
     teacher_pass: TeacherPass, systems: NDArray[np.int64], signals: tuple[str, ...], config: CacheConfig
 ) -> tuple[dict[str, NDArray[np.float32]], dict[str, NDArray[np.int64]]]:
-    """Return the finite rows of each signal by system, and the system of each row."""
+    """Return finite rows of each signal by system, about `_MOST_ROWS` of them, and the system of each row."""
     log.info("fitting the encodings of %s to the first %d systems", ", ".join(signals), len(systems))
     teacher = teacher_pass.teacher
     rows: dict[str, list[NDArray[np.float32]]] = {s: [] for s in signals}
     owners: dict[str, list[NDArray[np.int64]]] = {s: [] for s in signals}
     atoms, edges = config.budget(teacher.device.type)
+    n_atoms = teacher_pass.cache.system_n_atoms[systems].astype(np.int64)
+    quota = -(-_MOST_ROWS * n_atoms // n_atoms.sum())  # rows of each system, which are its share of atoms
     works = make_work(teacher_pass.cache, systems, teacher.neighbor_rule, teacher.dtype, atoms, edges)
     for work in works:
         for part, out in teacher_pass.run(work, signals):
@@ -111,12 +114,22 @@ def _compute(
                 owner = part.indices if axis == "system" else per_atom[of_edges]
                 order = np.argsort(owner, kind="stable")  # those of edges may come in any order
                 order = order[finite_rows(values)[order]]
+                order = order[_spread(owner[order], quota)]
                 rows[s].append(values[order])
                 owners[s].append(owner[order])
     return (
         {s: np.concatenate(r) for s, r in rows.items()},
         {s: np.concatenate(o) for s, o in owners.items()},
     )
+
+
+def _spread(system: NDArray[np.int64], quota: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Say which rows to keep (n,), as many of each system as its quota (S,) allows, evenly spread."""
+    n_rows = np.bincount(system, minlength=len(quota))
+    row = np.arange(len(system)) - (np.cumsum(n_rows) - n_rows)[system]  # within its system
+    n, most = n_rows[system], np.minimum(n_rows, quota)[system]
+    kept: NDArray[np.bool_] = (row + 1) * most // n > row * most // n
+    return kept
 
 
 def _fit(

@@ -77,3 +77,24 @@ def test_rows_are_by_system_whatever_the_order_of_edges(gemnet, tmp_path):
     assert (np.diff(owners["edge"]) >= 0).all()
     one = owners["edge"] == 5
     np.testing.assert_array_equal(np.sort(rows["edge"][one], axis=0), np.sort(usual["edge"][one], axis=0))
+
+
+def test_many_edges_are_thinned_evenly_whatever_the_batches(gemnet, tmp_path, monkeypatch):
+    store = make_store(tmp_path / "s.kdcache", write_extxyz(tmp_path / "a.xyz", structures(12)))
+    teacher = load_teacher(str(gemnet), device=torch.device("cpu"), dtype=torch.float32)
+    _, every = sample_of(store, teacher, ("node", "edge"))
+    monkeypatch.setattr(encodings, "_MOST_ROWS", 120)
+    rows, systems = sample_of(store, teacher, ("node", "edge"))
+    np.testing.assert_array_equal(systems["node"], every["node"])  # fewer atoms than that
+    with Cache.open(store) as cache:
+        n_atoms = cache.system_n_atoms
+    quota = np.ceil(120 * n_atoms / n_atoms.sum())
+    n_edges = np.bincount(every["edge"], minlength=12)
+    np.testing.assert_array_equal(np.bincount(systems["edge"], minlength=12), np.minimum(n_edges, quota))
+    again, _ = sample_of(store, teacher, ("node", "edge"), batch_atoms=20)
+    np.testing.assert_allclose(again["edge"], rows["edge"], atol=1e-5)
+
+
+def test_spread_by_hand():
+    kept = encodings._spread(np.array([0, 0, 0, 2, 2, 2, 2, 2]), np.array([9, 9, 2]))
+    assert kept.tolist() == [True, True, True, False, False, True, False, True]
