@@ -186,8 +186,10 @@ def narrower(spec: FieldSpec, encoding: str) -> str | None:
 def row_bytes(spec: FieldSpec, encoding: str) -> int:
     """Return the bytes on disk of one row; of one in a fitted encoding, with its scale."""
     if is_fitted(encoding):
-        channels = spec.shape[-1] if encoding == "int8" else pca_bytes(encoding)
-        return int(np.prod(spec.shape[:-1], dtype=int)) * channels + np.dtype(np.float16).itemsize
+        channels = spec.shape[-1]
+        # A rotation has a component a channel, and none takes more than 16 bits.
+        codes = channels if encoding == "int8" else min(pca_bytes(encoding), 2 * channels)
+        return int(np.prod(spec.shape[:-1], dtype=int)) * codes + np.dtype(np.float16).itemsize
     return int(np.dtype(ENCODINGS[encoding].dtype).itemsize * np.prod(spec.shape, dtype=int))
 
 

@@ -6,6 +6,9 @@ import pytest
 import torch
 from stage_one_cases import make_store, structures, write_extxyz, write_teacher
 
+from molkd.cache_schema.codebook import encode_rows
+from molkd.cache_schema.fields import node_spec, v2v_spec
+from molkd.cache_schema.fitting import fit_codebook
 from molkd.cache_schema.reader import Cache
 from molkd.pipeline import encodings
 from molkd.pipeline.caching import cache_teacher
@@ -98,3 +101,11 @@ def test_many_edges_are_thinned_evenly_whatever_the_batches(gemnet, tmp_path, mo
 def test_spread_by_hand():
     kept = encodings._spread(np.array([0, 0, 0, 2, 2, 2, 2, 2]), np.array([9, 9, 2]))
     assert kept.tolist() == [True, True, True, False, False, True, False, True]
+
+
+@pytest.mark.parametrize("spec", [node_spec(8), v2v_spec(8)])
+@pytest.mark.parametrize("encoding", ["int8", "pca:3", "pca:16", "pca:100"])
+def test_bytes_of_a_row_are_those_of_what_is_stored(spec, encoding):
+    rows = np.random.default_rng(0).normal(size=(99, *spec.shape)).astype(np.float32)
+    codes, scale = encode_rows(rows, fit_codebook(rows, spec, encoding, 1))
+    assert encodings.row_bytes(spec, encoding) == codes[0].nbytes + scale[0].nbytes
