@@ -22,12 +22,10 @@ def parse_encodings(items: Sequence[str], signals: Collection[str]) -> tuple[str
     general, named = "", {}
     for item in items:
         signal, _, encoding = item.rpartition("=")
-        try:
-            check_signal_encoding(encoding, f"--encoding {item}")
-        except CacheError as error:
+        if not _is_known(encoding):
             raise ConfigError(
                 f"--encoding {item}: choose fp32, fp16, int8 or pca:BYTES, alone or as SIGNAL=ENCODING"
-            ) from error
+            )
         if signal and signal not in signals:
             raise ConfigError(f"--encoding {item}: {signal} is not among the signals ({', '.join(signals)})")
         if signal:
@@ -35,3 +33,11 @@ def parse_encodings(items: Sequence[str], signals: Collection[str]) -> tuple[str
         else:
             general = encoding
     return general, named
+
+
+def _is_known(encoding: str) -> bool:
+    """Say whether features may be asked for in an encoding; double precision is for energies."""
+    try:
+        return check_signal_encoding(encoding, "--encoding") != "fp64"
+    except CacheError:
+        return False

@@ -14,6 +14,7 @@ from molkd.cache_schema.fitting import ENOUGH_ATOMS, calibration_systems, fit_co
 from molkd.cache_schema.writer import Store
 from molkd.pipeline.config import CacheConfig
 from molkd.pipeline.encoding_options import parse_encodings
+from molkd.pipeline.errors import ConfigError
 from molkd.pipeline.teacher_pass import TeacherPass, make_work
 
 log = logging.getLogger(__name__)
@@ -46,9 +47,16 @@ def asked_encodings(
     Raises
     ------
     ConfigError
-        If an encoding is unknown, or named for a signal that is not stored.
+        If an encoding is unknown, or named for a signal that is not stored or keeps its precision.
     """
     general, named = parse_encodings(config.encoding, specs)
+    for name, encoding in named.items():
+        exact = encoding_for(specs[name], encoding)
+        if exact != encoding:
+            raise ConfigError(
+                f"--encoding {name}={encoding}: {name} is stored in {exact}, only features may be narrower; "
+                "leave it out"
+            )
     default = general or (CHOOSE if config.max_error is not None else None)
     encodings = {}
     for name, spec in specs.items():

@@ -1,5 +1,7 @@
 """What encodings are fitted to, and what is chosen by its error: unusual data among them."""
 
+from pathlib import Path
+
 import ase
 import numpy as np
 import pytest
@@ -7,13 +9,13 @@ import torch
 from stage_one_cases import make_store, structures, write_extxyz, write_teacher
 
 from molkd.cache_schema.codebook import encode_rows
-from molkd.cache_schema.fields import node_spec, v2v_spec
+from molkd.cache_schema.fields import energy_spec, forces_spec, node_spec, v2v_spec
 from molkd.cache_schema.fitting import fit_codebook
 from molkd.cache_schema.reader import Cache
 from molkd.pipeline import encodings
 from molkd.pipeline.caching import cache_teacher
 from molkd.pipeline.config import CacheConfig
-from molkd.pipeline.errors import CacheError
+from molkd.pipeline.errors import CacheError, ConfigError
 from molkd.pipeline.teacher_pass import TeacherPass
 from molkd.pipeline.teachers.load import load_teacher
 
@@ -109,3 +111,24 @@ def test_bytes_of_a_row_are_those_of_what_is_stored(spec, encoding):
     rows = np.random.default_rng(0).normal(size=(99, *spec.shape)).astype(np.float32)
     codes, scale = encode_rows(rows, fit_codebook(rows, spec, encoding, 1))
     assert encodings.row_bytes(spec, encoding) == codes[0].nbytes + scale[0].nbytes
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ("energy=fp16", "energy=fp16: energy is stored in fp64, only features may be narrower; leave it out"),
+        ("forces=int8", "forces=int8: forces is stored in fp32"),
+        ("node=fp64", "node=fp64: choose fp32, fp16, int8 or pca:BYTES"),
+        ("fp64", "fp64: choose fp32, fp16, int8 or pca:BYTES"),
+    ],
+)
+def test_precision_that_a_signal_cannot_have(asked, message):
+    specs = {"energy": energy_spec(), "forces": forces_spec(), "node": node_spec(8)}
+
+    def ask(*encoding):
+        config = CacheConfig(store=Path("x"), teacher="t", signals=tuple(specs), encoding=encoding)
+        return encodings.asked_encodings(specs, config, 9999, {})
+
+    with pytest.raises(ConfigError, match=f"--encoding {message}"):
+        ask(asked)
+    assert ask("int8", "forces=fp32") == {"energy": "fp64", "forces": "fp32", "node": "int8"}
