@@ -11,13 +11,9 @@ import click
 from molkd.cache_schema.errors import MolkdError
 from molkd.pipeline.allocator import keep_freed_memory
 from molkd.pipeline.commands.output import NEW_PATH, NEW_STORE, PATH, STORE, as_json, given, show
-from molkd.pipeline.commands.plan import plan
+from molkd.pipeline.commands.plan import asks_teacher, plan, scale_file, teacher_config
 from molkd.pipeline.commands.repair import repair
 from molkd.pipeline.commands.sharing import COMMANDS
-
-scale_file = click.option(
-    "--scale-file", type=PATH, help="Scale factors (JSON or .pt), for an OCP checkpoint that holds none."
-)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -72,32 +68,14 @@ def ingest(as_json: bool, **flags: Any) -> None:
 @kd.command("cache-teacher")
 @click.argument("data", type=STORE)
 @click.argument("store", type=NEW_STORE, required=False)
-@click.option(
-    "--teacher", required=True, help="Model file, run folder, OCP checkpoint, or a name (see kd doctor)."
-)
-@scale_file
-@click.option("--signals", help="Comma-separated, or all; default energy,forces,atomic_energies,node.")
-@click.option("--name", help="Of the teacher's group in the store.")
-@click.option("--energy-key", help="Name of the energy in DATA (eV), kept as label.")
-@click.option("--forces-key", help="Name of the forces in DATA (eV/A), kept as label.")
-@click.option(
-    "--encoding",
-    multiple=True,
-    metavar="[SIGNAL=]ENCODING",
-    help="Of features: fp32, fp16, int8 (default) or pca:BYTES a row; may be repeated.",
-)
-@click.option("--max-error", type=float, help="Take the smallest encoding within this relative rms error.")
-@click.option("--batch-atoms", type=int, help="Atoms a batch; default by device.")
-@click.option("--batch-edges", type=int, help="Edges a batch; default by device.")
-@click.option("--device", help="auto, cpu, cuda, cuda:1.")
-@click.option("--precision", type=click.Choice(["float32", "float64"]), help="Of the teacher's forward.")
+@asks_teacher
 @click.option("--skip-bad", is_flag=True, default=None, help="Quarantine systems with non-finite output.")
 @click.option(
     "--workers", type=int, metavar="N", help="Processes on this machine, one teacher and device each."
 )
 @click.option("--scheduler", metavar="ADDRESS", help="A Dask scheduler whose workers do the work.")
 @click.option("--worker", metavar="I/N", help="As job I of an array of N, counted from 0: every N-th shard.")
-@click.option("--dry-run", is_flag=True, help="Price disk and time from a short probe; write nothing.")
+@click.option("--dry-run", is_flag=True, help="Price disk and time, as kd cache plan does; store nothing.")
 @as_json
 def cache_teacher(
     as_json: bool,
@@ -120,12 +98,9 @@ def cache_teacher(
     """
     from molkd.cache_schema.remote import writable_root
     from molkd.pipeline.caching import cache_teacher as run
-    from molkd.pipeline.config import CacheConfig, make_config
     from molkd.pipeline.planning import plan_teacher
 
-    if flags.get("signals"):
-        flags["signals"] = [s.strip() for s in flags["signals"].split(",") if s.strip()]
-    config = make_config(CacheConfig, given(flags | {"store": store or writable_root(data)}))
+    config = teacher_config(store or writable_root(data), flags)
     act = plan_teacher if dry_run else run
     show(act(config, data, energy_key=energy_key, forces_key=forces_key), as_json)
 

@@ -8,7 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from molkd.cache_schema.identity import ID_BYTES
-from molkd.cache_schema.layout import PLAN
+from molkd.cache_schema.layout import PLAN, SUFFIX
+from molkd.cache_schema.remote import is_url
 from molkd.cache_schema.writer import Store
 from molkd.pipeline.caching import asked_signals, check_place, open_teacher, provenance, scope_of
 from molkd.pipeline.config import CacheConfig
@@ -18,7 +19,7 @@ from molkd.pipeline.data.system import System
 from molkd.pipeline.encodings import asked_encodings
 from molkd.pipeline.errors import CacheError, ConfigError
 from molkd.pipeline.forecast import Forecast, forecast
-from molkd.pipeline.places import resolved
+from molkd.pipeline.places import resolved, short_name
 from molkd.pipeline.planned_store import find_store, future_store
 
 _PROBE_SYSTEMS = 256
@@ -85,6 +86,13 @@ def _require_systems(store: Store, sample: Sequence[System]) -> None:
             f"{store.path}: holds other systems, {sample[int(np.argmin(known))].source} is not among them; "
             "name another store"
         )
+
+
+def usual_store(data: Path | str) -> Path:
+    """Return where signals would go if no store is named: to `data`, or else to the current folder."""
+    if not is_url(data) and (Path(data) / PLAN).exists():
+        return Path(data)
+    return Path(short_name(data if is_url(data) else Path(data).resolve()) + SUFFIX)
 
 
 def parse_bytes(text: str) -> int:

@@ -1,6 +1,7 @@
 """The forecast against the store as it is, and against what a real run then adds to it."""
 
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,10 +9,11 @@ from stage_one_cases import make_store, structures, write_extxyz, write_teacher
 
 from molkd.cache_schema.reader import Cache
 from molkd.cache_schema.untrusted import n_bytes_below
+from molkd.pipeline import forecast
 from molkd.pipeline.caching import cache_teacher
 from molkd.pipeline.config import CacheConfig
 from molkd.pipeline.errors import CacheError
-from molkd.pipeline.planning import plan_teacher
+from molkd.pipeline.planning import plan_teacher, usual_store
 
 SIGNALS = ("energy", "forces", "node")
 
@@ -114,3 +116,20 @@ def test_a_proposal_keeps_to_the_budget(made, teacher_file, tmp_path, share):
     encoding = tuple(b for a, b in pairwise(words) if a == "--encoding")
     cache_teacher(asked(store, teacher_file, *words[1].split(","), encoding=encoding))
     assert n_bytes_below(store) <= budget
+
+
+def test_nothing_is_written_into_the_store(finished, teacher_file, monkeypatch):
+    """The disk is measured beside it; where that is not possible the rest of the price is still there."""
+    folders = []
+    monkeypatch.setattr(forecast, "write_bandwidth", folders.append)
+    price = plan_teacher(asked(finished, teacher_file, "v2v"), finished)
+    assert folders == [finished.parent]
+    assert price.write_bytes_per_second is None
+    assert price.seconds > 0
+    assert "the disk's speed is unknown" in price.text()
+
+
+def test_where_signals_go_if_nothing_is_said(finished, made):
+    assert usual_store(finished) == finished
+    assert usual_store(made / "train.extxyz") == Path("train.kdcache")
+    assert usual_store("s3://bucket/lab/oc20.kdcache") == Path("oc20.kdcache")
