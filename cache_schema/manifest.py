@@ -141,6 +141,8 @@ def _describe(entry: SignalEntry, cache: Cache) -> dict[str, Any]:
         described |= {
             "mean": float(entry.statistics.mean.mean()),
             "rms": float((entry.statistics.rms**2).mean() ** 0.5),
+            # About the mean, of vectors about zero: what --max-error is relative to.
+            "deviation": entry.deviation,
             "max_abs": entry.max_abs,
             "error_max_abs": entry.error_max_abs,
             "error_rms": entry.error_rms,

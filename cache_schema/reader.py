@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from molkd.cache_schema.codebook import is_vector
 from molkd.cache_schema.edges import EdgeReader
 from molkd.cache_schema.errors import CacheError
 from molkd.cache_schema.fields import ATOM_FIELDS, N_EDGES, SYSTEM_FIELDS, FieldSpec
@@ -47,6 +48,22 @@ class SignalEntry:
     def complete(self) -> bool:
         """Whether every shard is committed."""
         return not self.missing_shards
+
+    @property
+    def deviation(self) -> float:
+        """Root mean square about the mean, of vectors about zero; NaN if nothing was counted."""
+        if self.statistics is None or not self.statistics.count:
+            return float("nan")
+        squares = self.statistics.rms**2 if is_vector(self.spec) else self.statistics.variance
+        return float(squares.mean() ** 0.5)
+
+    @property
+    def relative_error(self) -> float:
+        """Rms error over the deviation, of rows that nothing was fitted to if there are any."""
+        error = self.error_rms if np.isnan(self.held_out_error_rms) else self.held_out_error_rms
+        if error == 0 or self.deviation == 0:
+            return float("inf") if error else 0.0
+        return error / self.deviation
 
 
 @dataclass(frozen=True)

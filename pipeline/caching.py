@@ -22,7 +22,7 @@ from molkd.cache_schema.remote import is_url
 from molkd.cache_schema.writer import Store
 from molkd.pipeline.config import CacheConfig, IngestConfig
 from molkd.pipeline.device import choose_device
-from molkd.pipeline.encodings import asked_encodings, settle_encodings
+from molkd.pipeline.encodings import asked_encodings, settle_encodings, warn_of_errors
 from molkd.pipeline.errors import ConfigError, TeacherError
 from molkd.pipeline.ingest import ingest
 from molkd.pipeline.places import is_there, resolved
@@ -109,6 +109,8 @@ def cache_teacher(
     if not finalize_if_complete(done.store):
         log.info("%s: shards or other signals are unfinished, so no manifest yet", config.store)
     with Cache.open(config.store) as cache:
+        if config.max_error is not None:
+            warn_of_errors(cache, done.name, done.groups, config.max_error)
         return CacheSummary(
             store=str(config.store),
             teacher=done.name,

@@ -1,16 +1,17 @@
 """Which encoding each signal takes, and codebooks fitted to the first systems of a store."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from molkd.cache_schema.codebook import Codebook, decode_rows, encode_rows, pca_bytes
+from molkd.cache_schema.codebook import Codebook, decode_rows, encode_rows, is_vector, pca_bytes
 from molkd.cache_schema.encoding import ENCODINGS, encoding_for, finite_rows, is_fitted
 from molkd.cache_schema.fields import FieldSpec
 from molkd.cache_schema.fitting import ENOUGH_ATOMS, calibration_systems, fit_codebook
+from molkd.cache_schema.reader import Cache
 from molkd.cache_schema.writer import Store
 from molkd.pipeline.config import CacheConfig
 from molkd.pipeline.encoding_options import parse_encodings
@@ -64,6 +65,21 @@ def asked_encodings(
         asked = named.get(name, default)
         encodings[name] = encoding_for(spec, usual if asked is None else asked)
     return encodings
+
+
+def warn_of_errors(cache: Cache, teacher: str, signals: Iterable[str], max_error: float) -> None:
+    """Log which signals are stored with a larger relative error than `max_error`.
+
+    Those that were stored before are among them, or what a sample showed does not hold for the whole.
+    """
+    for name in signals:
+        entry = cache.teachers[teacher].signals[name]
+        if encoding_for(entry.spec, CHOOSE) == CHOOSE and entry.relative_error > max_error:
+            log.warning(
+                "%s is stored in %s with a relative error of %.2g, more than --max-error %.2g; for a smaller "
+                "one store it anew, under another --name",
+                name, entry.encoding, entry.relative_error, max_error,
+            )  # fmt: skip
 
 
 def settle_encodings(
@@ -167,15 +183,28 @@ def choose_encoding(
     """
     cut = len(values) // 2 if n_fitted is None else n_fitted
     for encoding in reversed(ladder(spec)):
-        if not is_fitted(encoding) or not 0 < cut < len(values):
-            break
-        error = relative_error(values[cut:], fit_codebook(values[:cut], spec, encoding, 0))
+        error = held_out_error(values, spec, encoding, cut)
         if error <= max_error:
             log.info("%s: %s, relative error %.2g", spec.name, encoding, error)
             return encoding
-    encoding = "fp16" if max_error >= np.finfo(np.float16).eps else "fp32"
-    log.info("%s: %s, nothing in 8 bits or less is within %.2g", spec.name, encoding, max_error)
-    return encoding
+    return "fp32"  # there are no rows
+
+
+def held_out_error(values: NDArray[np.float32], spec: FieldSpec, encoding: str, n_fitted: int) -> float:
+    """Return the relative error of an encoding, infinite where it cannot hold a value, NaN without rows.
+
+    A plain encoding is not fitted to any rows: its error is that of all.
+    """
+    if not len(values) or (is_fitted(encoding) and not 0 < n_fitted < len(values)):
+        return float("nan")
+    with np.errstate(over="ignore", invalid="ignore"):
+        if is_fitted(encoding):
+            book = fit_codebook(values[:n_fitted], spec, encoding, 0)
+            values = values[n_fitted:]
+            read = decode_rows(*encode_rows(values, book), book)
+        else:
+            read = values.astype(ENCODINGS[encoding].dtype)
+        return relative_error(values, read, spec)
 
 
 def ladder(spec: FieldSpec) -> list[str]:
@@ -201,8 +230,10 @@ def row_bytes(spec: FieldSpec, encoding: str) -> int:
     return int(np.dtype(ENCODINGS[encoding].dtype).itemsize * np.prod(spec.shape, dtype=int))
 
 
-def relative_error(values: NDArray[np.float32], codebook: Codebook) -> float:
-    """Return the rms error of coded rows over the rms deviation from their mean (vectors: from zero)."""
-    error = decode_rows(*encode_rows(values, codebook), codebook).astype(np.float64) - values
-    mean = values.mean(axis=0, dtype=np.float64) if codebook.mean is not None else 0.0
+def relative_error(values: NDArray[np.floating], read: NDArray[np.floating], spec: FieldSpec) -> float:
+    """Return the rms error of rows as read over the rms deviation from their mean (vectors: from zero)."""
+    error = read.astype(np.float64) - values
+    if not np.isfinite(error).all():
+        return float("inf")
+    mean = 0.0 if is_vector(spec) else values.mean(axis=0, dtype=np.float64)
     return float(np.sqrt((error**2).mean() / max(((values - mean) ** 2).mean(), np.finfo(float).tiny)))

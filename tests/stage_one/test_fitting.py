@@ -11,6 +11,7 @@ from stage_one_cases import make_store, structures, write_extxyz, write_teacher
 from molkd.cache_schema.codebook import encode_rows
 from molkd.cache_schema.fields import energy_spec, forces_spec, node_spec, v2v_spec
 from molkd.cache_schema.fitting import fit_codebook
+from molkd.cache_schema.manifest import info
 from molkd.cache_schema.reader import Cache
 from molkd.pipeline import encodings
 from molkd.pipeline.caching import cache_teacher
@@ -132,3 +133,43 @@ def test_precision_that_a_signal_cannot_have(asked, message):
     with pytest.raises(ConfigError, match=f"--encoding {message}"):
         ask(asked)
     assert ask("int8", "forces=fp32") == {"energy": "fp64", "forces": "fp32", "node": "int8"}
+
+
+@pytest.mark.parametrize(
+    ("rows", "chosen"),
+    [
+        (lambda x: x, "fp16"),
+        (lambda x: 100 + 0.1 * x, "fp32"),  # half precision has steps of 0.06 there
+        (lambda x: 1e-7 * x, "fp32"),  # and of 6e-8 here
+        (lambda x: 1e5 * x, "fp32"),  # and ends at 65504
+        (lambda x: x[:1], "fp32"),  # an error is relative to nothing
+        (lambda x: x[:0], "fp32"),
+    ],
+)
+def test_half_precision_is_taken_only_where_it_is_good_enough(rows, chosen):
+    values = np.random.default_rng(0).normal(size=(400, 32))
+    assert encodings.choose_encoding(rows(values).astype(np.float32), node_spec(32), 1.5e-3) == chosen
+
+
+def test_a_signal_stored_with_a_larger_error_is_named(gemnet, tmp_path, caplog):
+    store = make_store(tmp_path / "s.kdcache", write_extxyz(tmp_path / "a.xyz", structures(60)))
+
+    def cache(**settings):
+        caplog.clear()
+        signals = ("energy", "node", "v2v")
+        cache_teacher(CacheConfig(store=store, teacher=str(gemnet), signals=signals, **settings))
+        return [record.message for record in caplog.records if record.levelname == "WARNING"]
+
+    assert cache(encoding=("pca:2", "node=int8")) == []
+    assert cache(max_error=1.0) == []
+    (warning,) = cache(max_error=0.05)
+    entry = info(store)["teachers"]["gemnet"]["signals"]["v2v"]
+    error = entry["held_out_error_rms"] / entry["deviation"]
+    assert warning.startswith(f"v2v is stored in pca:2 with a relative error of {error:.2g}, more than")
+    with Cache.open(store) as opened:
+        known = opened.read(np.arange(60), (), "gemnet", ("node", "v2v"))
+    described = info(store)["teachers"]["gemnet"]["signals"]
+    deviation = np.sqrt(known["teacher/node"].var(axis=0, dtype=np.float64).mean())
+    assert described["node"]["deviation"] == pytest.approx(deviation, rel=1e-5)
+    rms = np.sqrt((known["teacher/v2v"].astype(np.float64) ** 2).mean())
+    assert described["v2v"]["deviation"] == pytest.approx(rms, rel=1e-5)
