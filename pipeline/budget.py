@@ -1,7 +1,7 @@
 """What to store where not everything fits: narrower encodings first, then fewer signals."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from molkd.cache_schema.encoding import encoding_for
 from molkd.cache_schema.fields import FieldSpec
@@ -20,6 +20,8 @@ class Proposal:
     dropped: tuple[str, ...]
     fits: bool
     flags: str  # what to add to the command: every encoding by name, whatever the default
+    # Of each feature not yet stored, its relative rms error on the probe; None: cannot hold the values.
+    errors: dict[str, float | None] = field(default_factory=dict)
 
 
 def propose(

@@ -1,10 +1,12 @@
 """What a teacher pass will cost, from a short measured probe: disk, seconds, and whether it fits."""
 
+import math
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
+from numpy.typing import NDArray
 
 from molkd.cache_schema.codebook import pca_bytes
 from molkd.cache_schema.encoding import encoding_for, exact_encoding, is_fitted
@@ -14,7 +16,7 @@ from molkd.cache_schema.plan import SYSTEM_ARRAYS
 from molkd.pipeline.budget import Proposal, propose
 from molkd.pipeline.config import CacheConfig
 from molkd.pipeline.data.system import System
-from molkd.pipeline.encodings import CHOOSE, choose_encoding, ladder, row_bytes
+from molkd.pipeline.encodings import CHOOSE, choose_encoding, held_out_error, ladder, row_bytes
 from molkd.pipeline.forecast_text import describe
 from molkd.pipeline.planned_store import PlannedStore
 from molkd.pipeline.probing import probe_teacher, write_bandwidth
@@ -119,6 +121,7 @@ def forecast(
     proposal = None
     if budget is not None:
         proposal = propose(specs, chosen, sizes, target.n_bytes + structures, budget)
+        proposal = replace(proposal, errors=_errors(probe.features, specs, proposal.encodings))
     return Forecast(
         store=str(target.path),
         teacher=teacher.info.name,
@@ -150,6 +153,18 @@ def _n_fitted(target: PlannedStore, encodings: Mapping[str, str], chosen: Mappin
         return 0.0
     n_atoms = int(target.n_atoms.sum())
     return calibration_atoms(n_atoms) * float(target.n_systems.sum()) / n_atoms
+
+
+def _errors(
+    features: Mapping[str, NDArray[np.float32]], specs: Mapping[str, FieldSpec], encodings: Mapping[str, str]
+) -> dict[str, float | None]:
+    """Return the relative errors of encodings on the half of the rows that they are not fitted to."""
+    errors = {
+        name: held_out_error(values, specs[name], encodings[name], len(values) // 2)
+        for name, values in features.items()
+        if name in encodings
+    }
+    return {s: None if math.isinf(error) else error for s, error in errors.items() if not math.isnan(error)}
 
 
 def _bytes(spec: FieldSpec, encoding: str, rows: Mapping[str, float]) -> float:

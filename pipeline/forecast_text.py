@@ -47,7 +47,16 @@ def _proposal_lines(proposal: Proposal) -> list[str]:
             f"Not even the least there is fits the budget: the store would take {size}; take fewer systems"
         ]
     left_out = f", without {', '.join(proposal.dropped)}" if proposal.dropped else ""
-    return [f"Within the budget, the store takes {size}{left_out}:", f"  {proposal.flags}"]
+    errors = ", ".join(f"{s} {_percent(error)}" for s, error in proposal.errors.items())
+    return [
+        f"Within the budget, the store takes {size}{left_out}:",
+        f"  {proposal.flags}",
+        *([f"relative rms errors, on half of the probe: {errors}"] if errors else []),
+    ]
+
+
+def _percent(error: float | None) -> str:
+    return "cannot hold its values" if error is None else f"{100 * error:.2g} %"
 
 
 def _size(n_bytes: float) -> str:

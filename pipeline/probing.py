@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from molkd.cache_schema.encoding import finite_rows
 from molkd.pipeline.data.system import System
 from molkd.pipeline.device import synchronize
 from molkd.pipeline.errors import TeacherError
@@ -92,7 +93,8 @@ def probe_teacher(
         n_edges += out["edge_index"].shape[1] if "edge_index" in out else 0
         for s in keep:
             step = -(-len(out[s]) * len(systems) // (_MOST_ROWS * len(part))) or 1
-            rows[s].append(_finite(out[s][::step].float().cpu().numpy()))
+            values = out[s][::step].float().cpu().numpy()
+            rows[s].append(values[finite_rows(values)])
     features = {s: np.concatenate(parts) for s, parts in rows.items()}
     return Probe(done / computing, done / building, n_edges / n_atoms, features)
 
@@ -125,8 +127,3 @@ def _groups(systems: Sequence[System], most_atoms: int) -> list[Sequence[System]
             begin, n_atoms = k, 0
         n_atoms += system.n_atoms
     return [*groups, systems[begin:]]
-
-
-def _finite(rows: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Return the rows without a NaN or an infinity; there may be none at all."""
-    return rows[np.isfinite(rows).all(axis=tuple(range(1, rows.ndim)))]

@@ -7,9 +7,12 @@ import numpy as np
 import pytest
 from stage_one_cases import make_store, structures, write_extxyz, write_teacher
 
+from molkd.cache_schema.encoding import is_fitted
+from molkd.cache_schema.fields import node_spec
 from molkd.cache_schema.reader import Cache
 from molkd.cache_schema.untrusted import n_bytes_below
-from molkd.pipeline import forecast
+from molkd.pipeline import forecast, forecast_text
+from molkd.pipeline.budget import Proposal
 from molkd.pipeline.caching import cache_teacher
 from molkd.pipeline.config import CacheConfig
 from molkd.pipeline.errors import CacheError
@@ -102,6 +105,15 @@ def test_size_forecast_of_small_stores(made, teacher_file, tmp_path, is_store, e
     assert price.total_bytes == pytest.approx(n_bytes_below(store) - before, rel=0.15)
 
 
+def relative_error(store, signal):
+    """What the store says of systems that nothing was fitted to, over the deviation about the mean."""
+    with Cache.open(store) as cache:
+        entry = cache.teachers["teacher"].signals[signal]
+        values = cache.read(np.arange(cache.n_systems), (), "teacher", (signal,))[f"teacher/{signal}"]
+    error = entry.held_out_error_rms if is_fitted(entry.encoding) else entry.error_rms
+    return error / np.sqrt(((values - (0 if values.ndim == 3 else values.mean(axis=0))) ** 2).mean())
+
+
 @pytest.mark.parametrize("share", [0.9, 0.7, 0.55])
 def test_a_proposal_keeps_to_the_budget(made, teacher_file, tmp_path, share):
     store = make_store(tmp_path / "s.kdcache", made / "train.extxyz")
@@ -116,6 +128,16 @@ def test_a_proposal_keeps_to_the_budget(made, teacher_file, tmp_path, share):
     encoding = tuple(b for a, b in pairwise(words) if a == "--encoding")
     cache_teacher(asked(store, teacher_file, *words[1].split(","), encoding=encoding))
     assert n_bytes_below(store) <= budget
+    for signal, said in found.errors.items():
+        assert said == pytest.approx(relative_error(store, signal), rel=0.3, abs=1e-9)
+
+
+def test_a_proposal_that_cannot_hold_the_values():
+    said = Proposal({"node": "fp16"}, 1000, (), True, "--signals node", {"node": None, "v2v": 0.0123})
+    assert "node cannot hold its values, v2v 1.2 %" in "\n".join(forecast_text._proposal_lines(said))
+    rows = np.full((10, 4), 1e6, dtype=np.float32)
+    assert forecast._errors({"node": rows}, {"node": node_spec(4)}, {"node": "fp16"}) == {"node": None}
+    assert forecast._errors({"node": rows[:0]}, {"node": node_spec(4)}, {"node": "int8"}) == {}
 
 
 def test_nothing_is_written_into_the_store(finished, teacher_file, monkeypatch):
