@@ -73,8 +73,8 @@ def plan(
     """Price stage one from a short probe: bytes an atom and in all, in each encoding, and hours.
 
     STORE is where the signals would go: its disk is looked at, and what it holds already is not priced again.
-    If it is left out, that is DATA, or a new store in the current folder if DATA is none. Nothing is stored;
-    how fast the disk is shows a file of 32 MB beside STORE, which is removed again.
+    Left out, it is DATA, or if that is no store, a new one in the current folder. Nothing is stored; a file
+    of 32 MB beside STORE, which is removed again, shows how fast the disk is.
 
     \b
     Example:
