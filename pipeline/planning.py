@@ -34,7 +34,7 @@ def plan_teacher(
     forces_key: str | None = None,
     budget: int | None = None,
 ) -> Forecast:
-    """Price stage one without writing anything but a probe file that is removed again.
+    """Price what is left of stage one; nothing is written but a file beside the store, removed at once.
 
     Parameters
     ----------
