@@ -44,8 +44,10 @@ def _proposal_lines(proposal: Proposal) -> list[str]:
     size = _size(proposal.total_bytes)
     if not proposal.fits:
         return [
-            f"Not even the least there is fits the budget: the store would take {size}; "
-            "ask for fewer signals, or take fewer systems"
+            (
+                f"Not even the least there is fits the budget: the store would take {size}; "
+                "ask for fewer signals, or take fewer systems"
+            )
         ]
     left_out = f", without {', '.join(proposal.dropped)}" if proposal.dropped else ""
     errors = ", ".join(f"{s} {_percent(error)}" for s, error in proposal.errors.items())
