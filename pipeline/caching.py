@@ -98,7 +98,8 @@ def cache_teacher(
         is_given = data is not None and str(data) != str(config.store)
         raise ConfigError(
             f"{config.store}: no store yet, and jobs of an array would each make it; first run "
-            f"kd ingest {data if is_given else 'DATA'} {config.store}, then the array with kd cache-teacher {config.store}"
+            f"kd ingest {data if is_given else 'DATA'} {config.store}, "
+            f"then the array with kd cache-teacher {config.store}"
         )
     if config.workers is not None or config.scheduler is not None:
         from molkd.pipeline.distributed import cache_on_workers  # Dask takes half a second to import
