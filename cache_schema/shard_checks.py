@@ -8,6 +8,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
+from molkd.cache_schema.array_file import index_pieces
 from molkd.cache_schema.commit import FileRecord
 from molkd.cache_schema.crc import crc32c, crc32c_joined, crc_hex
 from molkd.cache_schema.edges import are_inside
@@ -15,7 +16,6 @@ from molkd.cache_schema.fields import EDGE_INDEX, N_EDGES
 from molkd.cache_schema.identity import system_id
 from molkd.cache_schema.layout import ArrayLayout
 from molkd.cache_schema.plan import Systems
-from molkd.cache_schema.shard_writer import index_pieces
 from molkd.cache_schema.untrusted import is_hollow, open_regular
 
 _PIECE_BYTES = 1 << 22  # in memory at a time

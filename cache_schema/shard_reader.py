@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from molkd.cache_schema.array_file import index_pieces
 from molkd.cache_schema.commit import FileRecord, rewrite_remedy
 from molkd.cache_schema.crc import crc32c, crc_hex
 from molkd.cache_schema.errors import CacheError, IntegrityError
@@ -19,7 +20,6 @@ from molkd.cache_schema.files import inside
 from molkd.cache_schema.layout import ArrayLayout, record_path
 from molkd.cache_schema.mirror import damage_remedy
 from molkd.cache_schema.runs import Runs
-from molkd.cache_schema.shard_writer import index_pieces
 from molkd.cache_schema.state import GroupState
 from molkd.cache_schema.untrusted import is_hollow, open_regular
 
