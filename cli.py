@@ -1,11 +1,8 @@
 """The command line: parse, call one function of the library, print its summary."""
 
-import dataclasses
-import json
 import logging
 import sys
 import traceback
-from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +10,10 @@ import click
 
 from molkd.cache_schema.errors import MolkdError
 from molkd.pipeline.allocator import keep_freed_memory
-
-PATH = click.Path(path_type=Path)
-scale_file = click.option(
-    "--scale-file", type=PATH, help="Scale factors (JSON or .pt), for an OCP checkpoint that holds none."
-)
-as_json = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+from molkd.pipeline.commands.output import NEW_PATH, NEW_STORE, PATH, STORE, as_json, given, show
+from molkd.pipeline.commands.plan import asks_teacher, plan, scale_file, teacher_config
+from molkd.pipeline.commands.repair import repair
+from molkd.pipeline.commands.sharing import COMMANDS
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -39,10 +34,10 @@ def kd(debug: bool, quiet: bool) -> None:
 
 
 @kd.command()
-@click.argument("data", nargs=-1, type=PATH)
-@click.argument("store", type=PATH)
+@click.argument("data", nargs=-1, type=STORE)
+@click.argument("store", type=NEW_STORE)
 @click.option(
-    "--drop-labels", multiple=True, type=PATH, metavar="DATA", help="More structures, without their labels."
+    "--drop-labels", multiple=True, type=STORE, metavar="DATA", help="More structures, without their labels."
 )
 @click.option("--energy-key", help="Name of the energy in the files (eV).")
 @click.option("--forces-key", help="Name of the forces in the files (eV/A).")
@@ -67,31 +62,24 @@ def ingest(as_json: bool, **flags: Any) -> None:
     from molkd.pipeline.config import IngestConfig, make_config
     from molkd.pipeline.ingest import ingest as run
 
-    _show(run(make_config(IngestConfig, _given(flags))), as_json)
+    show(run(make_config(IngestConfig, given(flags))), as_json)
 
 
 @kd.command("cache-teacher")
-@click.argument("data", type=PATH)
-@click.argument("store", type=PATH, required=False)
-@click.option(
-    "--teacher", required=True, help="Model file, run folder, OCP checkpoint, or a name (see kd doctor)."
-)
-@scale_file
-@click.option("--signals", help="Comma-separated, or all; default energy,forces,atomic_energies,node.")
-@click.option("--name", help="Of the teacher's group in the store.")
-@click.option("--energy-key", help="Name of the energy in DATA (eV), kept as label.")
-@click.option("--forces-key", help="Name of the forces in DATA (eV/A), kept as label.")
-@click.option("--encoding", type=click.Choice(["fp32", "fp16"]), help="Of features; default fp16.")
-@click.option("--batch-atoms", type=int, help="Atoms a batch; default by device.")
-@click.option("--batch-edges", type=int, help="Edges a batch; default by device.")
-@click.option("--device", help="auto, cpu, cuda, cuda:1.")
-@click.option("--precision", type=click.Choice(["float32", "float64"]), help="Of the teacher's forward.")
+@click.argument("data", type=STORE)
+@click.argument("store", type=NEW_STORE, required=False)
+@asks_teacher
 @click.option("--skip-bad", is_flag=True, default=None, help="Quarantine systems with non-finite output.")
-@click.option("--dry-run", is_flag=True, help="Price disk and time from a short probe; write nothing.")
+@click.option(
+    "--workers", type=int, metavar="N", help="Processes on this machine, one teacher and device each."
+)
+@click.option("--scheduler", metavar="ADDRESS", help="A Dask scheduler whose workers do the work.")
+@click.option("--worker", metavar="I/N", help="As job I of an array of N, counted from 0: every N-th shard.")
+@click.option("--dry-run", is_flag=True, help="Price disk and time, as kd cache plan does; store nothing.")
 @as_json
 def cache_teacher(
     as_json: bool,
-    data: Path,
+    data: str | Path,
     store: Path | None,
     energy_key: str | None,
     forces_key: str | None,
@@ -108,26 +96,28 @@ def cache_teacher(
       kd cache-teacher coll.kdcache --teacher painn.safetensors --signals energy,forces,node,v2v
       kd cache-teacher train.extxyz coll.kdcache --teacher sevennet-0 --dry-run
     """
+    from molkd.cache_schema.remote import writable_root
     from molkd.pipeline.caching import cache_teacher as run
-    from molkd.pipeline.caching import plan_teacher
-    from molkd.pipeline.config import CacheConfig, make_config
+    from molkd.pipeline.planning import plan_teacher
 
-    if flags.get("signals"):
-        flags["signals"] = [s.strip() for s in flags["signals"].split(",") if s.strip()]
-    config = make_config(CacheConfig, _given(flags | {"store": store or data}))
+    config = teacher_config(store or writable_root(data), flags)
     act = plan_teacher if dry_run else run
-    _show(act(config, data, energy_key=energy_key, forces_key=forces_key), as_json)
+    show(act(config, data, energy_key=energy_key, forces_key=forces_key), as_json)
 
 
 @kd.group()
 def cache() -> None:
-    """Look into a store and check it."""
+    """Look into a store, check it, and share it."""
+
+
+for command in (plan, repair, *COMMANDS):
+    cache.add_command(command)
 
 
 @cache.command("info")
-@click.argument("store", type=PATH)
+@click.argument("store", type=STORE)
 @as_json
-def cache_info(as_json: bool, store: Path) -> None:
+def cache_info(as_json: bool, store: str | Path) -> None:
     """Show what is inside STORE: systems, teachers, signals, encodings, sizes, provenance.
 
     \b
@@ -137,11 +127,11 @@ def cache_info(as_json: bool, store: Path) -> None:
     from molkd.cache_schema.manifest import info
     from molkd.cache_schema.summary import describe_info
 
-    _show(info(store), as_json, describe_info)
+    show(info(store), as_json, describe_info)
 
 
 @cache.command("verify")
-@click.argument("store", type=PATH)
+@click.argument("store", type=STORE)
 @click.option("--quick", is_flag=True, help="Presence and sizes only, no checksums.")
 @click.option("--deep", is_flag=True, help="Also values: do atoms and edges of a sample add up?")
 @click.option("--teacher", help="With --deep: compute the sample again with this teacher.")
@@ -149,7 +139,7 @@ def cache_info(as_json: bool, store: Path) -> None:
 @click.option("--systems", "n_systems", type=click.IntRange(min=1), default=32, help="Of the sample.")
 @click.option("--device", default="auto", show_default=True, help="Of the teacher.")
 @as_json
-def cache_verify(as_json: bool, store: Path, quick: bool, deep: bool, **flags: Any) -> None:
+def cache_verify(as_json: bool, store: str | Path, quick: bool, deep: bool, **flags: Any) -> None:
     """Check every byte of STORE against its checksums; exit code 3 if something is wrong.
 
     \b
@@ -171,7 +161,7 @@ def cache_verify(as_json: bool, store: Path, quick: bool, deep: bool, **flags: A
             report = deep_verify(store, **flags, progress=progress.advance_to)
         else:
             report = verify(store, quick=quick, progress=progress.advance_to)
-    _show(report, as_json, None if deep else describe_report)
+    show(report, as_json, None if deep else describe_report)
     if not report.ok:
         sys.exit(3)
 
@@ -196,11 +186,11 @@ def teacher_info(as_json: bool, teacher: str, scale_file: Path | None) -> None:
     """
     from molkd.pipeline.teachers.describe import describe_teacher
 
-    _show(describe_teacher(teacher, scale_file=scale_file), as_json)
+    show(describe_teacher(teacher, scale_file=scale_file), as_json)
 
 
 @kd.command("train-student")
-@click.argument("store", type=PATH)
+@click.argument("store", type=STORE)
 @click.option("--student", required=True, help="Preset: painn-small, schnet, gemnet-oc-small, ...")
 @click.option(
     "--kd",
@@ -209,16 +199,16 @@ def teacher_info(as_json: bool, teacher: str, scale_file: Path | None) -> None:
     metavar="LOSS[:TAPS][=LAMBDA]",
     help="none, n2n, e2n, v2v, e2e, vanilla1 or vanilla2; TAPS are U4, U2+U4 or 'H3->U4'.",
 )
-@click.option("--out", required=True, type=PATH, help="Run folder.")
+@click.option("--out", required=True, type=NEW_PATH, help="Run folder.")
 @click.option(
     "--kd-head", type=click.Choice(["identity", "linear", "mlp"]), default="linear", show_default=True
 )
 @click.option("--kd-loss", type=click.Choice(["mse", "mae"]), default="mse", show_default=True)
 @click.option("--teacher", help="Which one, if the store has several.")
 @click.option("--pseudo-labels", is_flag=True, default=None, help="Missing labels come from the teacher.")
-@click.option("--val", type=PATH, help="Validation data or store; default: a part of STORE by id.")
+@click.option("--val", type=STORE, help="Validation data or store; default: a part of STORE by id.")
 @click.option("--val-fraction", type=float, help="Share of STORE held out by id; default 0.1.")
-@click.option("--test", multiple=True, type=PATH, help="Evaluated once at the end; never trained on.")
+@click.option("--test", multiple=True, type=STORE, help="Evaluated once at the end; never trained on.")
 @click.option("--energy-key", help="Name of the energy in validation and test files (eV).")
 @click.option("--forces-key", help="Name of the forces in validation and test files (eV/A).")
 @click.option("--epochs", type=int, help="Passes over the training systems.")
@@ -254,17 +244,17 @@ def train_student(
     from molkd.pipeline.distill.settings import resolve
     from molkd.pipeline.distill.train import train_student as run
 
-    summary = run(resolve(config_file, assignments, _given(flags)))
-    _show(summary, as_json)
+    summary = run(resolve(config_file, assignments, given(flags)))
+    show(summary, as_json)
     if not summary.finished:
         sys.exit(130)  # interrupted: what waits for this run must not go on
 
 
 @kd.command()
 @click.argument("model")
-@click.argument("data", type=PATH)
+@click.argument("data", type=STORE)
 @scale_file
-@click.option("--predictions", type=PATH, help="Write structures, labels and predictions as extxyz.")
+@click.option("--predictions", type=NEW_PATH, help="Write structures, labels and predictions as extxyz.")
 @click.option("--energy-key", help="Name of the energy in the files (eV).")
 @click.option("--forces-key", help="Name of the forces in the files (eV/A).")
 @click.option("--batch-size", type=click.IntRange(min=1), default=32, show_default=True)
@@ -279,15 +269,15 @@ def evaluate(as_json: bool, **flags: Any) -> None:
     """
     from molkd.pipeline.evaluating import evaluate_model
 
-    _show(evaluate_model(**flags), as_json)
+    show(evaluate_model(**flags), as_json)
 
 
 @kd.command()
 @click.argument("runs", nargs=-1, required=True, type=PATH)
-@click.option("--out", required=True, type=PATH, help="Folder for report.md, tables and pictures.")
+@click.option("--out", required=True, type=NEW_PATH, help="Folder for report.md, tables and pictures.")
 @click.option("--teacher", help="Evaluated too; needed for the share of the gap closed.")
 @scale_file
-@click.option("--test", multiple=True, type=PATH, help="More data that runs and teacher are measured on.")
+@click.option("--test", multiple=True, type=STORE, help="More data that runs and teacher are measured on.")
 @click.option("--energy-key", help="Name of the energy in the files of --test (eV).")
 @click.option("--forces-key", help="Name of the forces in the files of --test (eV/A).")
 @click.option("--device", default="auto", show_default=True)
@@ -301,7 +291,7 @@ def report(as_json: bool, **flags: Any) -> None:
     """
     from molkd.pipeline.evaluating import report_runs
 
-    _show(report_runs(**flags), as_json)
+    show(report_runs(**flags), as_json)
 
 
 @kd.command()
@@ -316,11 +306,13 @@ def doctor(as_json: bool, folder: Path) -> None:
     """
     from molkd.pipeline.doctor import diagnose
 
-    _show(diagnose(folder), as_json)
+    show(diagnose(folder), as_json)
 
 
 @kd.command()
-@click.option("--out", type=PATH, default=Path("kd-demo"), show_default=True, help="Folder for everything.")
+@click.option(
+    "--out", type=NEW_PATH, default=Path("kd-demo"), show_default=True, help="Folder for everything."
+)
 @as_json
 def demo(as_json: bool, out: Path) -> None:
     """Run both stages on bundled molecules in under three minutes and write a report.
@@ -331,44 +323,7 @@ def demo(as_json: bool, out: Path) -> None:
     """
     from molkd.pipeline.demo.run import run_demo
 
-    _show(run_demo(out), as_json)
-
-
-def _given(flags: Mapping[str, Any]) -> dict[str, Any]:
-    """Only what the user said: the rest comes from the settings' own defaults."""
-    return {key: value for key, value in flags.items() if value is not None and value != ()}
-
-
-def _show(result: Any, as_json: bool, describe: Callable[[Any], str] | None = None) -> None:
-    """Print a summary: JSON, or a description, or its own text, or one line a field."""
-    plain = result
-    if hasattr(result, "to_dict"):
-        plain = result.to_dict()
-    elif dataclasses.is_dataclass(result) and not isinstance(result, type):
-        plain = dataclasses.asdict(result)
-    if as_json:
-        click.echo(json.dumps(plain, indent=2, default=str))
-    elif describe is not None:
-        click.echo(describe(result))
-    elif hasattr(result, "text"):
-        click.echo(result.text())
-    else:
-        _print_mapping(plain, "")
-
-
-def _print_mapping(content: Mapping[str, Any], indent: str) -> None:
-    width = max((len(str(key)) for key in content), default=0)
-    for key, value in content.items():
-        if isinstance(value, Mapping) and value:
-            click.echo(f"{indent}{key}")
-            _print_mapping(value, indent + "  ")
-        elif isinstance(value, list | tuple) and value:
-            click.echo(f"{indent}{key}")
-            for item in value:
-                click.echo(f"{indent}  {item}")
-        elif value not in ({}, [], (), "", None):
-            shown = f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else value
-            click.echo(f"{indent}{key!s:<{width}}  {f'{shown:.6g}' if isinstance(shown, float) else shown}")
+    show(run_demo(out), as_json)
 
 
 def main() -> None:

@@ -87,17 +87,20 @@ def measure(
         "KD online": variant(student, store, terms, batch_size, teacher),
     }
     seconds: dict[str, list[float]] = {name: [] for name in steps}
+    waited: dict[str, list[float]] = {name: [] for name in steps}  # share of a round
     for round_ in range(args.rounds + 1):
         for name, step in steps.items():
             began = time.perf_counter()
-            for _ in range(args.steps):
-                step()
+            waits = sum(step() for _ in range(args.steps))
+            took = time.perf_counter() - began
             if round_ > 0:  # the first round warms up
-                seconds[name].append((time.perf_counter() - began) / args.steps)
+                seconds[name].append(took / args.steps)
+                waited[name].append(waits / took)
     result = {f"{name}, ms": 1e3 * statistics.median(times) for name, times in seconds.items()}
     base, cached, online = seconds.values()
     result["cached / without"] = statistics.median(c / b for c, b in zip(cached, base, strict=True))
     result["online / cached"] = statistics.median(o / c for o, c in zip(online, cached, strict=True))
+    result["waiting for data from the cache, %"] = 100 * statistics.median(waited["KD from the cache"])
     result["share of the online step saved, %"] = 100 * (1 - 1 / result["online / cached"])
     return result
 
@@ -118,8 +121,8 @@ def rebuilt(batch: Batch, teacher: Teacher) -> Batch:
 
 def variant(
     student: str, store: Path, terms: tuple[KDTerm, ...], batch_size: int, teacher: Teacher | None = None
-) -> Callable[[], None]:
-    """Return a function that takes one training step on the next batch."""
+) -> Callable[[], float]:
+    """Return a function that takes one step on the next batch and returns the seconds it waited for it."""
     cache = Cache.open(store)
     config = make_config(
         TrainConfig,
@@ -133,13 +136,16 @@ def variant(
     samples = iter(state.loader)
     wanted = tuple(signal for term in terms for signal in term.signals)
 
-    def step() -> None:
+    def step() -> float:
+        began = time.perf_counter()
         sample: Sample = next(samples)
+        waited = time.perf_counter() - began
         if teacher is not None:
             signals = teacher.compute(rebuilt(sample.batch, teacher), wanted)
             sample = sample._replace(targets=sample.targets._replace(teacher=signals))
         train_step(state, sample, config, CPU, total_steps=1_000_000)
         state.step += 1
+        return waited
 
     return step
 

@@ -1,14 +1,18 @@
 """Validation of JSON documents that reports every problem at once, each with its place."""
 
+import re
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from molkd.cache_schema.errors import IntegrityError
+from molkd.cache_schema.untrusted import SHOWN, brief
 
 _HEX = frozenset("0123456789abcdef")
+_LOWER_HEX = re.compile("[0-9a-f]*")
 _MAX_PROBLEMS_SHOWN = 5
+_SHOWN_MESSAGE = 500  # characters
 
 
 class Checks:
@@ -20,13 +24,13 @@ class Checks:
 
     def problem(self, place: str, message: str) -> None:
         """Note a problem."""
-        self.problems.append(f"{place}: {message}")
+        self.problems.append(f"{place[:SHOWN]}: {message[:_SHOWN_MESSAGE]}")
 
     def integer(self, document: dict[str, Any], key: str, low: int, high: int, at: str = "") -> int:
         """Return an integer in [low, high]."""
         value = document.get(key)
         if type(value) is not int or not low <= value <= high:
-            self.problem(f"{at}{key}", f"{value!r} is no integer from {low} to {high}")
+            self.problem(f"{at}{key}", f"{brief(value)} is no integer from {low} to {high}")
             return low
         return value
 
@@ -34,7 +38,7 @@ class Checks:
         """Return a finite number that is not negative."""
         value = document.get(key)
         if type(value) not in (int, float) or not 0 <= value < float("inf"):  # type: ignore[operator]
-            self.problem(f"{at}{key}", f"{value!r} is no finite number from 0 up")
+            self.problem(f"{at}{key}", f"{brief(value)} is no finite number from 0 up")
             return 0.0
         return float(value)  # type: ignore[arg-type]
 
@@ -52,7 +56,7 @@ class Checks:
         """Return a text."""
         value = document.get(key)
         if not isinstance(value, str):
-            self.problem(f"{at}{key}", f"{value!r} is no text")
+            self.problem(f"{at}{key}", f"{brief(value)} is no text")
             return ""
         return value
 
@@ -60,7 +64,7 @@ class Checks:
         """Return a text of lower-case hex digits."""
         value = document.get(key)
         if not is_hex(value, digits):
-            self.problem(f"{at}{key}", f"{value!r} is not {digits} hex digits")
+            self.problem(f"{at}{key}", f"{brief(value)} is not {digits} hex digits")
             return "0" * digits
         return str(value)
 
@@ -71,6 +75,15 @@ class Checks:
             self.problem(f"{at}{key}", "no JSON object")
             return {}
         return value
+
+    def checksums(self, document: dict[str, Any], key: str, n: int, at: str = "") -> bytes:
+        """Return a list of n checksums of 8 hex digits as bytes, four each."""
+        values = document.get(key)
+        packed = values if isinstance(values, bytes) else pack_checksums(values)
+        if packed is None or len(packed) != 4 * n:
+            self.problem(f"{at}{key}", f"no list of {n} checksums")
+            return bytes(4 * n)
+        return packed
 
     def items(self, document: dict[str, Any], key: str, at: str = "") -> list[Any]:
         """Return a list."""
@@ -102,3 +115,15 @@ class Checks:
 def is_hex(value: object, digits: int) -> bool:
     """Say whether a value is a text of so many lower-case hex digits."""
     return isinstance(value, str) and len(value) == digits and set(value) <= _HEX
+
+
+def pack_checksums(values: object) -> bytes | None:
+    """Return a list of checksums of 8 hex digits as bytes, four each; None if it is anything else."""
+    if not isinstance(values, list):
+        return None
+    try:
+        joined = "".join(values)
+    except TypeError:
+        return None
+    is_sound = set(map(len, values)) <= {8} and _LOWER_HEX.fullmatch(joined)
+    return bytes.fromhex(joined) if is_sound else None

@@ -5,14 +5,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from molkd.cache_schema.checks import Checks, is_hex
+from molkd.cache_schema.checks import Checks
 from molkd.cache_schema.files import inside
 from molkd.cache_schema.jsonfile import read_sealed
-from molkd.cache_schema.layout import FORMAT, MAX_JSON_BYTES, MAX_SYSTEMS, ArrayLayout, record_path
+from molkd.cache_schema.layout import FORMAT, MAX_RECORD_BYTES, MAX_SYSTEMS, ArrayLayout, record_path
 from molkd.cache_schema.plan import Plan, check_format
 from molkd.cache_schema.statistics import Moments, n_channels
 
 KIND = "molkd cache commit"
+_FIXED_BYTES = 1 << 16
+_NUMBER_BYTES = 28  # of a number, or of a checksum with its quotes
 
 
 @dataclass(frozen=True)
@@ -22,7 +24,16 @@ class FileRecord:
     n_bytes: int
     rows: int
     crc32c: str  # of the whole file, 8 hex digits
-    chunk_crc32c: tuple[str, ...]  # of every inner chunk stored
+    chunk_crcs: bytes  # crc32c of every inner chunk stored, four bytes each, the highest first
+
+    @property
+    def n_chunks(self) -> int:
+        """Inner chunks stored."""
+        return len(self.chunk_crcs) // 4
+
+    def chunk_crc32c(self, chunk: int) -> str:
+        """Return the checksum of an inner chunk, 8 hex digits."""
+        return self.chunk_crcs[4 * chunk : 4 * chunk + 4].hex()
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
@@ -30,7 +41,7 @@ class FileRecord:
             "bytes": self.n_bytes,
             "rows": self.rows,
             "crc32c": self.crc32c,
-            "chunk_crc32c": list(self.chunk_crc32c),
+            "chunk_crc32c": [self.chunk_crc32c(k) for k in range(self.n_chunks)],
         }
 
 
@@ -113,10 +124,45 @@ def read_commit(
     path = inside(root, relative)
     if not path.is_file():
         return None
+    document, _ = read_sealed(path, max_bytes=_most_bytes(layouts, rows), remedy=rewrite_remedy(group, shard))
+    return check_commit(document, root / relative, plan, group, shard, layouts, rows)
+
+
+def _most_bytes(layouts: Mapping[str, ArrayLayout], rows: Mapping[str, int | None]) -> int:
+    """Return more bytes than a record of these arrays can have."""
+    total = _FIXED_BYTES + _NUMBER_BYTES * (rows["system"] or 0)  # bad systems
+    for layout in layouts.values():
+        n_rows = rows[layout.spec.axis]
+        n_chunks = layout.stored_chunks(layout.rows_per_file if n_rows is None else n_rows)
+        n_sums = 2 * n_channels(layout.values) if layout.values is not None else 0
+        total += _NUMBER_BYTES * (n_chunks + n_sums)
+    return min(total, MAX_RECORD_BYTES)
+
+
+def check_commit(
+    document: dict[str, Any],
+    path: Path,
+    plan: Plan,
+    group: str,
+    shard: int,
+    layouts: dict[str, ArrayLayout],
+    rows: Mapping[str, int | None],
+) -> Commit:
+    """Take the content of a commit record apart.
+
+    Parameters
+    ----------
+    path : of the record, for messages
+    plan, group, shard, layouts, rows : as `read_commit`
+
+    Raises
+    ------
+    IntegrityError
+        As `read_commit`.
+    """
     remedy = rewrite_remedy(group, shard)
-    document, _ = read_sealed(path, max_bytes=MAX_JSON_BYTES, remedy=remedy)
     check_format(document, KIND, path)
-    check = Checks(str(root / relative))
+    check = Checks(str(path))
     if document.get("group") != group or document.get("shard") != shard:
         check.problem("group", f"describes shard {document.get('shard')} of {document.get('group')}")
     if document.get("plan_sha256") != plan.sha256:
@@ -127,7 +173,7 @@ def read_commit(
         arrays = {}
     files = {name: file_record(check, arrays, name, layouts[name], rows) for name in arrays}
     check_edge_rows(check, files, layouts)
-    sums = {n: moments(check, arrays[n], n, layouts[n]) for n in arrays if layouts[n].dtype.kind == "f"}
+    sums = {n: moments(check, arrays[n], n, layouts[n]) for n in arrays if layouts[n].values is not None}
     writer = check.table(document, "writer")
     commit = Commit(
         group=group,
@@ -159,14 +205,11 @@ def file_record(
     low, high = (0, layout.rows_per_file) if known is None else (known, known)
     n_rows = check.integer(entry, "rows", low, high, at)
     size, n_chunks = layout.file_bytes(n_rows), layout.stored_chunks(n_rows)
-    chunks = check.items(entry, "chunk_crc32c", at)
-    if len(chunks) != n_chunks or not all(is_hex(c, 8) for c in chunks):
-        check.problem(f"{at}chunk_crc32c", f"no list of {n_chunks} checksums")
     return FileRecord(
         n_bytes=check.integer(entry, "bytes", size, size, at),
         rows=n_rows,
         crc32c=check.hexadecimal(entry, "crc32c", 8, at),
-        chunk_crc32c=tuple(chunks),
+        chunk_crcs=check.checksums(entry, "chunk_crc32c", n_chunks, at),
     )
 
 
@@ -183,7 +226,8 @@ def moments(check: Checks, entry: dict[str, Any], name: str, layout: ArrayLayout
     """Take the sums of an array apart; problems go to `check`."""
     at = f"arrays.{name}.sums."
     table = check.table(entry, "sums", f"arrays.{name}.") if isinstance(entry, dict) else {}
-    n = n_channels(layout.spec)
+    assert layout.values is not None, layout.path
+    n = n_channels(layout.values)
     return Moments(
         sum=check.numbers(table, "sum", n, at),
         sum_squares=check.numbers(table, "sum_squares", n, at),
@@ -191,7 +235,17 @@ def moments(check: Checks, entry: dict[str, Any], name: str, layout: ArrayLayout
         max_abs=check.number(table, "max_abs", at),
         error_max_abs=check.number(table, "error_max_abs", at),
         error_sum_squares=check.number(table, "error_sum_squares", at),
+        **_held_out(check, table, at),
     )
+
+
+def _held_out(check: Checks, table: dict[str, Any], at: str) -> dict[str, Any]:
+    if "held_out_count" not in table:
+        return {}
+    names = ("held_out_error_max_abs", "held_out_error_sum_squares")
+    return {"held_out_count": check.integer(table, "held_out_count", 0, 1 << 62, at)} | {
+        name: check.number(table, name, at) for name in names
+    }
 
 
 def bad_systems(check: Checks, document: dict[str, Any], plan: Plan) -> tuple[int, ...]:

@@ -1,6 +1,10 @@
 """The first contents of a store: the systems table, empty groups and the plan."""
 
+import contextlib
 import hashlib
+import os
+import shutil
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,20 +13,29 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from molkd.cache_schema.errors import CacheError
-from molkd.cache_schema.files import make_folder, write_file
+from molkd.cache_schema.files import (
+    exclusive,
+    fsync_folder,
+    make_folder,
+    sweep,
+    temporary_path,
+    write_file,
+)
 from molkd.cache_schema.identity import ID_BYTES, dataset_fingerprint
-from molkd.cache_schema.jsonfile import canonical, seal
+from molkd.cache_schema.jsonfile import bounded, canonical, seal
 from molkd.cache_schema.layout import (
     DATA,
     LOG,
     MAX_SYSTEMS,
     PLAN,
+    Packing,
     atoms_layout,
     choose_rows_per_shard,
     pack,
     stored_order,
 )
-from molkd.cache_schema.plan import SYSTEM_ARRAYS, Plan, system_file
+from molkd.cache_schema.plan import SYSTEM_ARRAYS, Plan, Systems, system_file
+from molkd.cache_schema.teachers import short
 from molkd.cache_schema.zarr_json import ROOT_ATTRIBUTES, array_document, dump, group_document, plain_document
 
 LABELS_SHA256 = "labels_sha256"  # key of `dataset`: hash of what the store keeps beside identities
@@ -140,26 +153,69 @@ def build(
         hashes[name] = hashlib.sha256(raw).hexdigest()
         _write(folder / system_file(name), raw)
 
+    metadata = {}
+    for name, raw in metadata_files(packing, table.source_names).items():
+        metadata[name] = hashlib.sha256(raw).hexdigest()
+        _write(folder / DATA / name, bounded(raw, "the names of the sources"))
+
+    make_folder(folder / LOG)
+    plan = Plan(seed, table.fingerprint, packing, hashes, metadata, dataset)
+    _write(folder / PLAN, bounded(seal(plan.to_json()), "the provenance of the data set"))
+    return order
+
+
+def metadata_files(packing: Packing, source_names: Sequence[str]) -> dict[str, bytes]:
+    """Return every zarr.json that a store has before it knows a teacher, by its path in data.zarr."""
     documents = {
         "zarr.json": group_document(ROOT_ATTRIBUTES),
-        "systems/zarr.json": group_document({"source_names": list(table.source_names)}),
+        "systems/zarr.json": group_document({"source_names": list(source_names)}),
         "atoms/zarr.json": group_document({}),
         "teachers/zarr.json": group_document({}),
     }
     for name, (dtype, tail, dimensions, unit) in SYSTEM_ARRAYS.items():
-        documents[f"systems/{name}/zarr.json"] = plain_document((len(order), *tail), dtype, dimensions, unit)
+        shape = (packing.n_systems, *tail)
+        documents[f"systems/{name}/zarr.json"] = plain_document(shape, dtype, dimensions, unit)
     for layout in atoms_layout(packing).values():
         documents[f"{layout.path}/zarr.json"] = array_document(layout)
-    metadata = {}
-    for name, document in documents.items():
-        raw = dump(document)
-        metadata[name] = hashlib.sha256(raw).hexdigest()
-        _write(folder / DATA / name, raw)
+    return {name: dump(document) for name, document in documents.items()}
 
-    make_folder(folder / LOG)
-    plan = Plan(seed, table.fingerprint, packing, hashes, metadata, dataset)
-    _write(folder / PLAN, seal(plan.to_json()))
-    return order
+
+@contextlib.contextmanager
+def new_folder(root: Path) -> Iterator[Path]:
+    """Give an empty folder to write to, which becomes `root` when all is written; else nothing is left.
+
+    Raises
+    ------
+    CacheError
+        If `root` exists and is not an empty folder, or lies in a store.
+    """
+    for folder in root.resolve().parents:
+        if (folder / PLAN).exists() and (folder / DATA).exists():
+            raise CacheError(f"{root}: lies in the store {folder}; choose a place outside of it")
+    if root.exists() and (not root.is_dir() or any(root.iterdir())):
+        raise CacheError(
+            f"{root}: exists and is not a store (no {PLAN} in it); choose another name, or remove it"
+        )
+    temporary = temporary_path(root.absolute())
+    try:
+        make_folder(temporary.parent)
+        sweep(temporary.parent)
+        temporary.mkdir()
+        with exclusive(temporary):  # alive, whatever its age
+            if root.exists():  # an empty folder made beforehand keeps its rights
+                _take_rights(temporary, root)
+            yield temporary
+            temporary.rename(root)
+        fsync_folder(root.absolute().parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _take_rights(folder: Path, like: Path) -> None:
+    rights = like.stat()
+    if folder.stat().st_gid != rights.st_gid:
+        os.chown(folder, -1, rights.st_gid)
+    folder.chmod(rights.st_mode & 0o7777)
 
 
 def match_order(table: SystemTable, stored_ids: NDArray[np.uint8]) -> NDArray[np.int64]:
@@ -183,6 +239,39 @@ def describe_difference(table: SystemTable, stored_ids: NDArray[np.uint8]) -> st
         more = f" and {len(missing) - _SHOWN} more" if len(missing) > _SHOWN else ""
         parts.append(f"{len(missing)} of its systems are not given (ids {', '.join(missing[:_SHOWN])}{more})")
     return "; ".join(parts)
+
+
+def require_same_systems(
+    root: Path, table: SystemTable, dataset: dict[str, Any], plan: Plan, systems: Systems
+) -> NDArray[np.int64]:
+    """Return, for each system of a store, its row in the caller's arrays.
+
+    Raises
+    ------
+    CacheError
+        If the store holds other systems, or the same with other labels.
+    """
+    if table.fingerprint != plan.fingerprint:
+        raise CacheError(
+            f"{root}: holds other systems: {describe_difference(table, systems.id)}; "
+            "choose another name for the store, or give the same data"
+        )
+    order = match_order(table, systems.id)
+    energy = table.energy[order]
+    changed = (energy != systems.energy) & ~(np.isnan(energy) & np.isnan(systems.energy))
+    if changed.any():
+        raise CacheError(
+            f"{root}: {int(changed.sum())} of its systems have other energy labels than the ones given; "
+            "choose another name for the store, or give the same labels"
+        )
+    known, given = plan.dataset.get(LABELS_SHA256), dataset.get(LABELS_SHA256)
+    if known is not None and given is not None and known != given:
+        raise CacheError(
+            f"{root}: holds the same systems with other forces, tags or fixed atoms than the ones given "
+            f"(labels {short(known)}, given {short(given)}); "
+            "choose another name for the store, or give the same labels"
+        )
+    return order
 
 
 def _write(path: Path, raw: bytes) -> None:

@@ -5,7 +5,6 @@ from typing import Any
 
 from molkd.cache_schema import zarr_json
 from molkd.cache_schema.errors import CacheError
-from molkd.cache_schema.fields import FieldSpec
 from molkd.cache_schema.files import (
     TMP_PREFIX,
     exclusive,
@@ -23,8 +22,10 @@ from molkd.cache_schema.groups import (
     load_signal,
     read_zarr_json,
 )
+from molkd.cache_schema.jsonfile import bounded
 from molkd.cache_schema.layout import DATA, LOG
 from molkd.cache_schema.plan import Plan, Systems
+from molkd.cache_schema.signal import Signal, attributes, codebook_files
 
 
 def put_group(root: Path, name: str, attributes: dict[str, Any]) -> None:
@@ -33,9 +34,10 @@ def put_group(root: Path, name: str, attributes: dict[str, Any]) -> None:
     Raises
     ------
     CacheError
-        If the disk is full or the folder cannot be written.
+        If the attributes are too long, the disk is full or the folder cannot be written.
     """
-    _put(root, f"{name}/zarr.json", zarr_json.group_document(attributes))
+    raw = zarr_json.dump(zarr_json.group_document(attributes))
+    _put(root, f"{name}/zarr.json", bounded(raw, f"the attributes of {name}"))
 
 
 def declare_signal(
@@ -43,8 +45,7 @@ def declare_signal(
     plan: Plan,
     systems: Systems,
     group: str,
-    spec: FieldSpec,
-    encoding: str,
+    signal: Signal,
     *,
     in_manifest: bool,
 ) -> None:
@@ -52,6 +53,7 @@ def declare_signal(
 
     Parameters
     ----------
+    signal : with the codebook to store; one that is there already stays
     in_manifest : whether the manifest names the group: then its values are finished
 
     Raises
@@ -68,22 +70,27 @@ def declare_signal(
         with exclusive(log):
             if read_zarr_json(root, f"{group}/zarr.json") is not None:
                 known = load_signal(root, plan, systems, group)
-                found = known.layouts["values"]
-                if (found.spec, found.encoding) == (spec, encoding):
+                if known.signal.same_as(signal.spec, signal.encoding):
                     return
-                _require_unused(root, known, _words(spec, encoding), in_manifest=in_manifest)
+                _require_unused(root, known, signal, in_manifest=in_manifest)
                 _remove(root, known)
-            for layout in declared_layout(group, spec, encoding, plan, systems).values():
+            files = {
+                f"{layout.path}/zarr.json": zarr_json.dump(zarr_json.array_document(layout))
+                for layout in declared_layout(group, signal, plan, systems).values()
+            }
+            if signal.codebook is not None:
+                files |= codebook_files(group, signal.codebook)
+            for name, raw in files.items():
                 if not any(log.glob("*.json")):  # of a declaration that was stopped half-way
-                    inside(root, f"{DATA}/{layout.path}/zarr.json").unlink(missing_ok=True)
-                _put(root, f"{layout.path}/zarr.json", zarr_json.array_document(layout))
-            put_group(root, group, zarr_json.signal_attributes(spec, encoding))
+                    inside(root, f"{DATA}/{name}").unlink(missing_ok=True)
+                _put(root, name, raw)
+            put_group(root, group, attributes(signal))
             load_signal(root, plan, systems, group)
     except OSError as error:
         raise write_error(log, error, 0) from error
 
 
-def _require_unused(root: Path, group: Group, asked: str, *, in_manifest: bool) -> None:
+def _require_unused(root: Path, group: Group, asked: Signal, *, in_manifest: bool) -> None:
     """Refuse to declare a signal anew once a value of it is stored or under way."""
     n_committed = group.n_shards if in_manifest else len(committed_shards(root, group))
     temporaries = (root / DATA / group.name).rglob(f"{TMP_PREFIX}*")
@@ -93,9 +100,8 @@ def _require_unused(root: Path, group: Group, asked: str, *, in_manifest: bool) 
         reason = "another process is writing it"
     else:
         return
-    found = group.layouts["values"]
     raise CacheError(
-        f"{root}: {group.name} is stored as {_words(found.spec, found.encoding)}, asked for {asked}, "
+        f"{root}: {group.name} is stored as {_words(group.signal)}, asked for {_words(asked)}, "
         f"and {reason}; ask for what is stored, or give the teacher another name (--name)"
     )
 
@@ -108,9 +114,8 @@ def _remove(root: Path, group: Group) -> None:
         inside(root, name).unlink(missing_ok=True)
 
 
-def _put(root: Path, name: str, document: dict[str, Any]) -> None:
-    """Write a zarr.json unless there is one; of two writers at once one wins, both compare afterwards."""
-    raw = zarr_json.dump(document)
+def _put(root: Path, name: str, raw: bytes) -> None:
+    """Write a file of data.zarr unless there is one; of two writers one wins, both compare afterwards."""
     path = inside(root, f"{DATA}/{name}")
     try:
         make_folder(path.parent)
@@ -121,6 +126,7 @@ def _put(root: Path, name: str, document: dict[str, Any]) -> None:
         raise write_error(path, error, len(raw)) from error
 
 
-def _words(spec: FieldSpec, encoding: str) -> str:
+def _words(signal: Signal) -> str:
+    spec, encoding = signal.spec, signal.encoding
     most = f", at most {spec.max_per_atom} an atom" if spec.axis == "edge" else ""
     return f"{encoding} {spec.dtype} {spec.axis} {spec.shape} in {spec.unit} ({spec.symmetry}{most})"

@@ -8,10 +8,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from molkd.cache_schema.commit import rewrite_remedy
-from molkd.cache_schema.encoding import decode
 from molkd.cache_schema.errors import CacheError, IntegrityError
-from molkd.cache_schema.fields import EDGE_INDEX, EDGE_SHIFT, N_EDGES
+from molkd.cache_schema.fields import EDGE_INDEX, N_EDGES, FieldSpec
 from molkd.cache_schema.plan import Systems
+from molkd.cache_schema.runs import find_runs
 from molkd.cache_schema.shard_reader import ArrayReader, FileCache
 from molkd.cache_schema.shard_writer import ShardWriter
 from molkd.cache_schema.state import GroupState
@@ -23,15 +23,15 @@ class EdgeShardWriter(ShardWriter):
     def _known_rows(self) -> NDArray[np.int64]:
         return np.zeros(1, dtype=np.int64)  # grows with the systems that are written
 
-    def _check(self, arrays: dict[str, NDArray[Any]]) -> int:
+    def _check(self, arrays: dict[str, NDArray[Any]], specs: dict[str, FieldSpec]) -> int:
         where = self._where
-        self._check_shapes(arrays, where)
+        self._check_shapes(arrays, specs, where)
         n_edges = np.asarray(arrays[N_EDGES.name])  # (n,)
         first = len(self._ptr) - 1
         last = first + len(n_edges)
         if last > len(self.systems):
             raise CacheError(f"{where}: {last} systems given, the shard has {len(self.systems)}")
-        rows = {name: len(arrays[name]) for name in ("values", EDGE_INDEX.name, EDGE_SHIFT.name)}
+        rows = {name: len(values) for name, values in arrays.items() if name != N_EDGES.name}
         if (n_edges < 0).any() or set(rows.values()) != {int(n_edges.sum())}:
             raise CacheError(f"{where}: {n_edges.sum()} edges in n_edges, but {rows}")
         n_atoms = np.repeat(self._n_atoms[first:last], n_edges)
@@ -69,7 +69,7 @@ class EdgeReader:
         self._ptr: dict[int, NDArray[np.int64]] = {}  # shard -> where the edges of each of its systems begin
 
     def read(self, systems: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
-        """Return values (E, *shape), index (2, E), shift (E, 3) and n_edges (n,) of systems (n,).
+        """Return values as stored (E, ...), index (2, E), shift (E, 3) and n_edges (n,) of systems (n,).
 
         Atoms are numbered over all these systems one after the other.
 
@@ -90,10 +90,8 @@ class EdgeReader:
             begin[mine] = int(shard) * rows_per_shard + ptr[place]
             n_edges[mine] = ptr[place + 1] - ptr[place]
         some = n_edges > 0  # a system without edges may seem to begin in the next shard
-        arrays = {
-            name: self._arrays[name].read(begin[some], n_edges[some])
-            for name in ("values", EDGE_INDEX.name, EDGE_SHIFT.name)
-        }
+        runs = find_runs(begin[some], n_edges[some], rows_per_shard)
+        arrays = {name: array.read(runs) for name, array in self._arrays.items() if name != N_EDGES.name}
         index, n_atoms = arrays[EDGE_INDEX.name], self._systems.n_atoms[systems]
         if not are_inside(index, np.repeat(n_atoms, n_edges)):
             raise IntegrityError(
@@ -101,18 +99,17 @@ class EdgeReader:
                 "have; kd cache verify names the shards"
             )
         first_atom = np.repeat(np.cumsum(n_atoms, dtype=np.int64) - n_atoms, n_edges)  # (E,)
-        return {
-            "values": decode(arrays["values"], self._state.group.spec),
+        return arrays | {
             EDGE_INDEX.name: np.ascontiguousarray((index + first_atom[:, None]).T),
-            EDGE_SHIFT.name: arrays[EDGE_SHIFT.name],
             N_EDGES.name: n_edges,
         }
 
     def _shard_ptr(self, shard: int) -> NDArray[np.int64]:
         if shard not in self._ptr:
             group, n_systems = self._state.group, len(self._systems.in_shard(shard))
-            first = np.array([shard * group.layouts[N_EDGES.name].rows_per_file])
-            n_edges = self._arrays[N_EDGES.name].read(first, np.array([n_systems])).astype(np.int64)
+            slots = group.layouts[N_EDGES.name].rows_per_file
+            runs = find_runs(np.array([shard * slots]), np.array([n_systems]), slots)
+            n_edges = self._arrays[N_EDGES.name].read(runs).astype(np.int64)
             rows = self._state.files[shard]["values"].rows
             if (n_edges < 0).any() or n_edges.sum() != rows:
                 raise IntegrityError(

@@ -3,7 +3,7 @@
 The store's order is random already, so this is as good as a full shuffle, and every block is one run of rows.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -12,10 +12,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from molkd.cache_schema.errors import CacheError
+from molkd.cache_schema.fields import SYSTEM_FIELDS
+from molkd.cache_schema.layout import SCALE
 from molkd.cache_schema.reader import Cache
+from molkd.cache_schema.shard_reader import ArrayReader
 
-BLOCK_ATOMS = 4096
-WINDOW_BLOCKS = 32
+BLOCK_ATOMS = 16_384  # a checksum is that of 1,024 atoms: of longer blocks little is read in vain
+WINDOW_BLOCKS = 8
+WIDE_BYTES = 512  # where rows are as long as this a system is worth a read of its own
+_PARTS = 16
 
 
 @dataclass(frozen=True, eq=False)
@@ -141,19 +146,29 @@ def read_epoch(
     teacher: str | None = None,
     signals: Sequence[str] = (),
     start_batch: int = 0,
+    decode: bool = True,
 ) -> Iterator[tuple[NDArray[np.int64], dict[str, NDArray[Any]]]]:
     """Yield stored indices (B,) and arrays, as `Cache.read`, batch by batch from `start_batch` on.
 
-    A window is read at once, in stored order; memory holds one window and one batch. Signals on edges, tens
-    of rows an atom, are read batch by batch: there a single system is a run of rows long enough.
+    Narrow arrays are read by the window, at once and in stored order, and kept. Wide ones, where a system is
+    a run of bytes long enough, are read batch by batch straight to their place: copied once. While one window
+    is used the system is told to fetch the next, so that a disk works in long runs, whatever the batches.
+
+    Parameters
+    ----------
+    decode : as `Cache.read`
 
     Raises
     ------
     CacheError, IntegrityError
         As `Cache.read`.
     """
-    on_edges = [name for name in signals if cache.axis(f"teacher/{name}", teacher) == "edge"]
-    signals = [name for name in signals if name not in on_edges]
+    arrays = cache.arrays(fields, teacher, signals)
+    wide = {name: array for name, array in arrays.items() if array.layout.row_bytes >= WIDE_BYTES}
+    narrow = {name: array for name, array in arrays.items() if name not in wide}
+    on_systems = [name for name in fields if name in SYSTEM_FIELDS]
+    on_edges = [name for name in signals if f"teacher/{name}" not in arrays]
+    ahead = _Ahead(plan, lambda systems: cache.announce(systems, arrays))
     window = -1
     held: _Window | None = None
     for begin, end in zip(plan.batch_ptr[start_batch:-1], plan.batch_ptr[start_batch + 1 :], strict=True):
@@ -163,39 +178,76 @@ def read_epoch(
             if held is None or place >= plan.window_ptr[window + 1]:
                 held = None  # let go of the old window before the next one is read
                 window = int(np.searchsorted(plan.window_ptr, place, side="right")) - 1
+                ahead.enter(window)
                 systems = plan.order[plan.window_ptr[window] : plan.window_ptr[window + 1]]
-                held = _Window(cache, systems, fields, teacher, signals)
+                held = _Window(cache, systems, narrow)
             stop = min(int(end), int(plan.window_ptr[window + 1]))
             parts.append(held.take(plan.order[place:stop]))
             place = stop
-        arrays = parts[0] if len(parts) == 1 else {k: np.concatenate([p[k] for p in parts]) for k in parts[0]}
-        if on_edges:
-            arrays |= cache.read(plan.order[begin:end], (), teacher, on_edges)
-        yield plan.order[begin:end], arrays
+        batch = plan.order[begin:end]
+        ahead.use(place)
+        out = parts[0] if len(parts) == 1 else {k: np.concatenate([p[k] for p in parts]) for k in parts[0]}
+        out |= cache.read_arrays(batch, wide)
+        out |= cache.read(batch, on_systems, teacher, on_edges, decode=False)
+        yield batch, decoded(cache, teacher, signals, out) if decode else out
+
+
+class _Ahead:
+    """Announces the systems of the next window while one is used, a part after each share of its batches."""
+
+    def __init__(self, plan: EpochPlan, announce: Callable[[NDArray[np.int64]], None]) -> None:
+        self._windows, self._ptr, self._announce = plan.windows, plan.window_ptr, announce
+        self._announced = -1  # the last window of which all is announced, or being so
+        self._parts: list[NDArray[np.int64]] = []
+        self._window = 0
+
+    def enter(self, window: int) -> None:
+        """Begin with a window: announce what of it has not been, and get the next one ready."""
+        for part in self._parts if self._announced == window else [np.sort(self._windows[window])]:
+            self._announce(part)
+        self._window, self._announced = window, window + 1
+        following = self._windows[window + 1] if window + 1 < len(self._windows) else np.empty(0, np.int64)
+        self._parts = np.array_split(np.sort(following), _PARTS)
+
+    def use(self, place: int) -> None:
+        """Announce as much of the next window as is used of this one, up to system `place` of the order."""
+        begin, end = self._ptr[self._window], self._ptr[self._window + 1]
+        left = int(_PARTS * (end - place) // max(end - begin, 1))
+        while len(self._parts) > left:
+            self._announce(self._parts.pop(0))
+
+
+def decoded(
+    cache: Cache, teacher: str | None, signals: Sequence[str], arrays: dict[str, NDArray[Any]]
+) -> dict[str, NDArray[Any]]:
+    """Return arrays read with ``decode=False`` with the values of the signals, and without their scales."""
+    if teacher is None:
+        return arrays
+    out = dict(arrays)
+    for name in signals:
+        stored = {"values": arrays[f"teacher/{name}"]}
+        if f"teacher/{name}/{SCALE}" in out:
+            stored[SCALE] = out.pop(f"teacher/{name}/{SCALE}")
+        out[f"teacher/{name}"] = cache.signal(teacher, name).decode(stored)
+    return out
 
 
 class _Window:
-    """The arrays of some systems in memory, in stored order."""
+    """Arrays of some systems in memory, in stored order."""
 
-    def __init__(
-        self,
-        cache: Cache,
-        systems: NDArray[np.int64],
-        fields: Sequence[str],
-        teacher: str | None,
-        signals: Sequence[str],
-    ) -> None:
+    def __init__(self, cache: Cache, systems: NDArray[np.int64], arrays: Mapping[str, ArrayReader]) -> None:
         self.systems = np.sort(systems)
-        self.arrays = cache.read(self.systems, fields, teacher, signals)
-        self.atoms_ptr = np.concatenate([[0], np.cumsum(self.arrays["n_atoms"], dtype=np.int64)])
-        self.on_atoms = {name for name in self.arrays if cache.axis(name, teacher) == "atom"}
+        self.arrays = cache.read_arrays(self.systems, arrays)
+        self.n_atoms = cache.system_n_atoms[self.systems].astype(np.int64)
+        self.first_atom = np.cumsum(self.n_atoms, dtype=np.int64) - self.n_atoms
+        self.on_atoms = {name for name, array in arrays.items() if array.layout.spec.axis == "atom"}
 
     def take(self, systems: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
         """Return the arrays of some of them in the given order."""
-        place = np.searchsorted(self.systems, systems)
-        count = self.arrays["n_atoms"][place]
-        shift = self.atoms_ptr[place] - (np.cumsum(count, dtype=np.int64) - count)
-        rows = np.arange(int(count.sum())) + np.repeat(shift, count)
+        place = self.systems.searchsorted(systems)
+        count = self.n_atoms[place]
+        shift = self.first_atom[place] - (np.cumsum(count, dtype=np.int64) - count)
+        rows: NDArray[np.int64] = np.arange(int(count.sum())) + shift.repeat(count)
         return {
             n: values.take(rows if n in self.on_atoms else place, axis=0) for n, values in self.arrays.items()
         }

@@ -15,3 +15,7 @@ class IntegrityError(CacheError):
     """Stored bytes that are not what was written: damaged, cut off or mixed up."""
 
     exit_code = 3
+
+
+class ConflictError(CacheError):
+    """Another writer committed the same shard first, with other values."""

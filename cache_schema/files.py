@@ -9,13 +9,8 @@ import secrets
 import shutil
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
-
-import google_crc32c
-import numpy as np
-from numpy.typing import NDArray
 
 from molkd.cache_schema.errors import CacheError, IntegrityError
 
@@ -23,17 +18,8 @@ TMP_PREFIX = ".tmp-"
 _FOREIGN_TEMPORARY_SECONDS = 24 * 3600  # another host's writer cannot be asked; a day without a write is dead
 _SAME_PID_SECONDS = 60  # the pid may have been given to a new process
 
-
-def crc32c(data: NDArray[Any] | bytes, value: int = 0) -> int:
-    """Continue the crc32c `value` over contiguous data."""
-    if isinstance(data, np.ndarray):
-        data = data.reshape(-1).view(np.uint8)
-    return int(google_crc32c.extend(value, data))
-
-
-def crc_hex(value: int) -> str:
-    """Return a crc32c as the records write it: 8 lower-case hex digits."""
-    return f"{value:08x}"
+Bring = Callable[[str, Path], None]  # makes sure that a store's file is at its path
+_bring_to: dict[Path, Bring] = {}  # by store: those whose files come from elsewhere when they are first used
 
 
 def host_name() -> str:
@@ -46,20 +32,35 @@ def temporary_path(target: Path) -> Path:
     return target.with_name(f"{TMP_PREFIX}{host_name()}-{os.getpid()}-{secrets.token_hex(4)}")
 
 
+def on_first_use(root: Path, bring: Bring) -> None:
+    """Have `bring` called for every file of a store that `inside` is asked for."""
+    _bring_to[root.resolve()] = bring
+
+
 def inside(root: Path, relative: str) -> Path:
     """Return `root/relative` after following links; the result must lie in the store.
 
     Raises
     ------
+    CacheError
+        If the file has to be fetched and cannot be.
     IntegrityError
-        If a symbolic link or ".." leads out of the store.
+        If a symbolic link or ".." leads out of the store, or a file that is fetched arrives damaged.
     """
     home = root.resolve()
-    path = (home / relative).resolve()
+    try:
+        path = (home / relative).resolve()
+    except (OSError, RuntimeError) as error:  # a link to itself; names that are too long
+        raise IntegrityError(
+            f"{root / relative}: leads nowhere ({error}); no store has such links"
+        ) from error
     if home != path and home not in path.parents:
         raise IntegrityError(
             f"{root / relative}: leads out of the store to {path}; a store holds no links to files elsewhere"
         )
+    bring = _bring_to.get(home)
+    if bring is not None:
+        bring(relative, path)
     return path
 
 
@@ -170,7 +171,7 @@ def is_abandoned(temporary: Path) -> bool:
             return age > _FOREIGN_TEMPORARY_SECONDS
         if process_lives(int(found[2])) and age < _SAME_PID_SECONDS:
             return False
-        fd = os.open(temporary, os.O_RDONLY | os.O_CLOEXEC)
+        fd = os.open(temporary, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOFOLLOW)
     except FileNotFoundError:
         return False
     try:

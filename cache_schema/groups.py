@@ -1,34 +1,36 @@
 """Groups that are committed shard by shard: ``atoms`` and every teacher's signal, as found in a store."""
 
 import hashlib
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from molkd.cache_schema.commit import Commit, read_commit
+from molkd.cache_schema.commit import Commit, read_commit, rewrite_remedy
 from molkd.cache_schema.errors import CacheError, IntegrityError
-from molkd.cache_schema.fields import FieldSpec
 from molkd.cache_schema.files import inside
 from molkd.cache_schema.layout import (
     DATA,
     LOG,
+    MAX_JSON_BYTES,
     ArrayLayout,
     atoms_layout,
     check_name,
     record_path,
-    signal_group,
     signal_layout,
     split_signal_group,
 )
 from molkd.cache_schema.plan import Plan, Systems
-from molkd.cache_schema.zarr_json import check_array, kind, parse, read_signal, read_teacher
+from molkd.cache_schema.signal import Signal, codebook_files, read_signal
+from molkd.cache_schema.untrusted import read_small
+from molkd.cache_schema.zarr_json import check_array, kind, parse, read_teacher
 
 ATOMS = "atoms"
-_MAX_ZARR_JSON_BYTES = 1 << 24
 _MAX_SIGNAL_PARTS = 4
 
 
@@ -43,16 +45,30 @@ class Group:
         str, NDArray[np.int64]
     ]  # axis -> (n_shards,) rows of each shard; only records know of edges
     weights_sha256: str = ""
+    declared: Signal | None = None  # None for ``atoms``
 
     @property
-    def spec(self) -> FieldSpec:
-        """The signal's spec."""
-        return self.layouts["values"].spec
+    def signal(self) -> Signal:
+        """The signal that the group holds."""
+        assert self.declared is not None, self.name
+        return self.declared
+
+    @property
+    def codebook_files(self) -> tuple[str, ...]:
+        """Files of data.zarr that hold the codebook; reading the group has checked them."""
+        if self.declared is None or self.declared.codebook is None:
+            return ()
+        return tuple(codebook_files(self.name, self.declared.codebook))
 
     @property
     def n_shards(self) -> int:
         """Number of shards."""
         return len(self.rows["system"])
+
+    @cached_property
+    def first_system(self) -> NDArray[np.int64]:
+        """Stored index of the first system of each shard, and the number of all, (n_shards + 1,)."""
+        return np.concatenate([[0], np.cumsum(self.rows["system"])])
 
     def rows_of(self, shard: int) -> dict[str, int | None]:
         """Return the rows of a shard by axis; None for edges."""
@@ -70,11 +86,7 @@ def read_zarr_json(root: Path, name: str) -> bytes | None:
     path = inside(root, f"{DATA}/{name}")
     if not path.is_file():
         return None
-    if path.stat().st_size > _MAX_ZARR_JSON_BYTES:
-        raise IntegrityError(
-            f"{path}: {path.stat().st_size} bytes of metadata; restore it from a copy of the store"
-        )
-    return path.read_bytes()
+    return read_small(path, MAX_JSON_BYTES, "restore it from a copy of the store")
 
 
 def load_atoms(plan: Plan, systems: Systems) -> Group:
@@ -109,10 +121,12 @@ def load_signal(root: Path, plan: Plan, systems: Systems, group: str) -> Group:
 
     weights = read_teacher(*read(f"teachers/{teacher}/zarr.json")).get("weights_sha256", "")
     document, where = read(f"{group}/zarr.json")
-    spec, encoding = read_signal(document, where)
-    if spec.name != signal:
-        raise IntegrityError(f"{where}: describes {spec.name}; restore the file from a copy of the store")
-    layouts = declared_layout(group, spec, encoding, plan, systems)
+    declared = read_signal(root, group, document, where, read)
+    if declared.spec.name != signal:
+        raise IntegrityError(
+            f"{where}: describes {declared.spec.name}; restore the file from a copy of the store"
+        )
+    layouts = declared_layout(group, declared, plan, systems)
     for layout in layouts.values():
         document, where = read(f"{layout.path}/zarr.json")
         check_array(document, layout, where)
@@ -124,12 +138,11 @@ def load_signal(root: Path, plan: Plan, systems: Systems, group: str) -> Group:
         metadata=metadata,
         rows=shard_rows(plan, systems),
         weights_sha256=weights if isinstance(weights, str) else "",
+        declared=declared,
     )
 
 
-def declared_layout(
-    group: str, spec: FieldSpec, encoding: str, plan: Plan, systems: Systems
-) -> dict[str, ArrayLayout]:
+def declared_layout(group: str, signal: Signal, plan: Plan, systems: Systems) -> dict[str, ArrayLayout]:
     """Return the arrays of a signal of this store.
 
     Raises
@@ -137,8 +150,9 @@ def declared_layout(
     CacheError
         If a shard could have more edges than the format holds.
     """
+    spec = signal.spec
     edge_rows = systems.edge_rows(spec.max_per_atom) if spec.axis == "edge" else 0
-    return signal_layout(group, spec, encoding, plan.packing, edge_rows)
+    return signal_layout(group, spec, signal.encoding, plan.packing, edge_rows, signal.codebook)
 
 
 def shard_rows(plan: Plan, systems: Systems) -> dict[str, NDArray[np.int64]]:
@@ -168,11 +182,15 @@ def teacher_provenance(root: Path, name: str) -> dict[str, Any] | None:
 
 
 def list_teachers(root: Path) -> list[str]:
-    """Return the names of all teachers, sorted."""
-    folder = root / DATA / "teachers"
-    if not folder.is_dir():
-        return []
-    return sorted(p.name for p in folder.iterdir() if _is_name(p.name) and (p / "zarr.json").is_file())
+    """Return the names of all teachers, sorted.
+
+    Raises
+    ------
+    IntegrityError
+        If a link leads out of the store.
+    """
+    folders = _named(root, f"{DATA}/teachers")
+    return [name for name in folders if inside(root, f"{DATA}/teachers/{name}/zarr.json").is_file()]
 
 
 def list_signal_groups(root: Path, teacher: str) -> list[str]:
@@ -181,38 +199,68 @@ def list_signal_groups(root: Path, teacher: str) -> list[str]:
     Raises
     ------
     IntegrityError
-        If a group's metadata are damaged.
+        If a group's metadata are damaged, or a link leads out of the store.
     """
-    base = f"teachers/{teacher}"
-    found = set(_described(root, base, 0)) | set(_logged(root, base))
-    return sorted(found)
+    return sorted({*_described(root, f"teachers/{teacher}", 0), *list_logged_groups(root, teacher)})
+
+
+def list_logged_groups(root: Path, teacher: str) -> list[str]:
+    """Return the groups of a teacher's signals that the log names, whether or not their metadata are there.
+
+    Raises
+    ------
+    IntegrityError
+        If a link leads out of the store.
+    """
+    return sorted(_logged(root, f"teachers/{teacher}", 0))
 
 
 def list_logged_teachers(root: Path) -> list[str]:
-    """Return the teachers that the log names, whether or not their metadata are there."""
-    folder = root / LOG / "teachers"
-    return sorted(p.name for p in folder.iterdir() if _is_name(p.name)) if folder.is_dir() else []
+    """Return the teachers that the log names, whether or not their metadata are there.
+
+    Raises
+    ------
+    IntegrityError
+        If a link leads out of the store.
+    """
+    return _named(root, f"{LOG}/teachers")
 
 
 def _described(root: Path, group: str, depth: int) -> Iterator[str]:
-    for path in sorted((root / DATA / group).iterdir()):
-        child = f"{group}/{path.name}"
-        if not _is_name(path.name) or not path.is_dir() or depth >= _MAX_SIGNAL_PARTS:
-            continue
+    for name in _named(root, f"{DATA}/{group}") if depth < _MAX_SIGNAL_PARTS else ():
+        child = f"{group}/{name}"
         raw = read_zarr_json(root, f"{child}/zarr.json")
         if raw is not None and kind(parse(raw, str(root / DATA / child / "zarr.json"))) == "signal":
             yield child
         yield from _described(root, child, depth + 1)
 
 
-def _logged(root: Path, group: str) -> Iterator[str]:
-    folder = root / LOG / group
-    if not folder.is_dir():
-        return
-    for path in sorted(folder.rglob("*.json")):
-        name = path.parent.relative_to(root / LOG).as_posix()
-        if path.stem.isdecimal() and _is_signal_group(name):
-            yield name
+def _logged(root: Path, group: str, depth: int) -> Iterator[str]:
+    for name in _named(root, f"{LOG}/{group}") if depth < _MAX_SIGNAL_PARTS else ():
+        child = f"{group}/{name}"
+        if any(p.suffix == ".json" and p.stem.isdecimal() for p in (root / LOG / child).iterdir()):
+            yield child
+        yield from _logged(root, child, depth + 1)
+
+
+def _named(root: Path, folder: str) -> list[str]:
+    """Return the folders in a folder that have names as the format gives them, sorted.
+
+    Raises
+    ------
+    IntegrityError
+        If the folder, or one in it, lies outside the store.
+    """
+    path = inside(root, folder)
+    if not path.is_dir():
+        return []
+    with os.scandir(path) as entries:
+        return sorted(
+            one.name
+            for one in entries
+            if _is_name(one.name)
+            and (inside(root, f"{folder}/{one.name}").is_dir() if one.is_symlink() else one.is_dir())
+        )
 
 
 def _is_name(name: str) -> bool:
@@ -222,17 +270,15 @@ def _is_name(name: str) -> bool:
         return False
 
 
-def _is_signal_group(name: str) -> bool:
-    try:
-        _, teacher, signal = name.split("/", 2)
-        return signal_group(teacher, signal) == name
-    except (CacheError, ValueError):
-        return False
-
-
 def committed_shards(root: Path, group: Group) -> set[int]:
-    """Return the shards of a group that have a commit record; the records are not opened."""
-    folder = root / LOG / group.name
+    """Return the shards of a group that have a commit record; the records are not opened.
+
+    Raises
+    ------
+    IntegrityError
+        If a link leads out of the store.
+    """
+    folder = inside(root, f"{LOG}/{group.name}")
     if not folder.is_dir():
         return set()
     n_shards = group.n_shards
@@ -248,12 +294,33 @@ def load_commit(root: Path, plan: Plan, group: Group, shard: int) -> Commit | No
     Raises
     ------
     IntegrityError
-        If the record is damaged or the metadata changed since.
+        If the record is damaged, or the metadata or the teacher changed since.
     """
     commit = read_commit(root, plan, group.name, shard, group.layouts, group.rows_of(shard))
     if commit is not None:
         check_metadata(root, group, commit.metadata)
+        check_origin(root, group, commit)
     return commit
+
+
+def check_origin(root: Path, group: Group, commit: Commit) -> None:
+    """Refuse a record that names another teacher's weights, or bad systems that are not in its shard.
+
+    Raises
+    ------
+    IntegrityError
+        Naming the record.
+    """
+    where = root / record_path(group.name, commit.shard)
+    remedy = rewrite_remedy(group.name, commit.shard)
+    if commit.weights_sha256 != group.weights_sha256:
+        raise IntegrityError(
+            f"{where}: written by a teacher with the weights {commit.weights_sha256[:16]!r}, the store's has "
+            f"{group.weights_sha256[:16]!r}; {remedy}"
+        )
+    first, last = group.first_system[commit.shard : commit.shard + 2]
+    if not all(first <= i < last for i in commit.bad_systems):
+        raise IntegrityError(f"{where}: bad_systems: some are not in shard {commit.shard}; {remedy}")
 
 
 def require_unchanged(root: Path, group: Group) -> None:

@@ -41,7 +41,15 @@ def system_id(atomic_numbers: ArrayLike, positions: ArrayLike, cell: ArrayLike, 
 def dataset_fingerprint(ids: NDArray[np.uint8]) -> str:
     """Return the hex sha256 of the sorted system ids (S, 16): equal for equal sets in any order."""
     rows = np.ascontiguousarray(ids, dtype=np.uint8).reshape(-1, ID_BYTES)
-    return hashlib.sha256(b"".join(sorted(row.tobytes() for row in rows))).hexdigest()
+    return hashlib.sha256(rows[_sorting(rows)].data).hexdigest()
+
+
+def _sorting(ids: NDArray[np.uint8]) -> NDArray[np.intp]:
+    """Return the order (S,) in which ids (S, 16) are sorted byte strings."""
+    high, low = ids.view(">u8").astype(np.uint64).T
+    order = np.argsort(high)  # several times faster than sorting by both halves
+    is_settled = (high[order[1:]] != high[order[:-1]]).all()
+    return order if is_settled else np.lexsort((low, high))
 
 
 def labels_digest(energy: float, forces: ArrayLike, tags: ArrayLike, fixed: ArrayLike) -> bytes:

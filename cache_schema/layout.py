@@ -1,13 +1,15 @@
 """Where everything lies: names, paths, how systems are ordered and packed, and the shape of every array."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from molkd.cache_schema.encoding import ENCODINGS, exact_encoding
+from molkd.cache_schema.codebook import Codebook
+from molkd.cache_schema.encoding import ENCODINGS, check_signal_encoding, exact_encoding, is_fitted
 from molkd.cache_schema.errors import CacheError
 from molkd.cache_schema.fields import (
     ATOM_FIELDS,
@@ -27,9 +29,11 @@ MAX_ROWS_PER_SHARD = 1 << 30
 MAX_SYSTEMS = 1 << 31
 MAX_ROW_VALUES = 1 << 20  # values in one row of a signal
 MAX_EDGE_ROWS_PER_SHARD = 1 << 34
+SCALE = "scale"  # the array beside the codes of a fitted encoding
 
 PLAN, DATA, LOG, MANIFEST = "plan.json", "data.zarr", "log", "manifest.json"
-MAX_JSON_BYTES = 1 << 28  # plan and commit records
+MAX_JSON_BYTES = 1 << 22  # plan, overlay.json and each zarr.json
+MAX_RECORD_BYTES = 1 << 25
 MAX_MANIFEST_BYTES = 1 << 32
 SUFFIX = ".kdcache"
 
@@ -176,13 +180,14 @@ class ArrayLayout:
     """One array written shard by shard: a file is one shard's rows; of atoms and edges with an index."""
 
     path: str  # within data.zarr, "atoms/positions"
-    spec: FieldSpec
-    encoding: str
+    spec: FieldSpec  # of what is stored
+    encoding: str  # a plain one
     n_files: int
     rows_per_file: int
     chunk_rows: int
+    values: FieldSpec | None  # of what it means, if that is floating-point: then records hold sums over it
 
-    @property
+    @cached_property
     def dtype(self) -> np.dtype[Any]:
         """Stored dtype."""
         return np.dtype(ENCODINGS[self.encoding].dtype)
@@ -192,12 +197,12 @@ class ArrayLayout:
         """Whether files hold several inner chunks and an index."""
         return self.spec.axis != "system"
 
-    @property
+    @cached_property
     def row_bytes(self) -> int:
         """Bytes of one row."""
         return int(np.prod(self.spec.shape, dtype=np.int64)) * self.dtype.itemsize
 
-    @property
+    @cached_property
     def chunk_bytes(self) -> int:
         """Bytes of one inner chunk."""
         return self.row_bytes * self.chunk_rows
@@ -226,17 +231,28 @@ class ArrayLayout:
 
 
 def signal_layout(
-    group: str, spec: FieldSpec, encoding: str, packing: Packing, edge_rows: int = 0
+    group: str,
+    spec: FieldSpec,
+    encoding: str,
+    packing: Packing,
+    edge_rows: int = 0,
+    codebook: Codebook | None = None,
 ) -> dict[str, ArrayLayout]:
-    """Return the arrays of a signal's group: ``values``, and on the edge axis which edges they are of.
+    """Return the arrays of a signal: ``values``, their scale, and on the edge axis which edges they are of.
 
     Parameters
     ----------
     edge_rows : rows that a shard has room for on the edge axis, from `edge_rows_per_shard`
+    codebook : of a fitted encoding
     """
     rows = {"atom": packing.rows_per_shard, "system": packing.systems_per_shard, "edge": edge_rows}
     chunk = packing.chunk_rows
     arrays = {"values": (spec, encoding)}
+    if codebook is not None:
+        shape = (*spec.shape[:-1], codebook.row_bytes)
+        codes = replace(spec, shape=shape, dtype=codebook.stored_dtype)
+        scale = FieldSpec(SCALE, spec.axis, (), "float16", "1", max_per_atom=spec.max_per_atom)
+        arrays = {"values": (codes, codes.dtype), SCALE: (scale, exact_encoding(scale))}
     if spec.axis == "edge":
         arrays |= {f.name: (f, exact_encoding(f)) for f in (EDGE_INDEX, EDGE_SHIFT, N_EDGES)}
     return {
@@ -247,6 +263,7 @@ def signal_layout(
             n_files=packing.n_shards,
             rows_per_file=rows[one.axis],
             chunk_rows=rows[one.axis] if one.axis == "system" else chunk,
+            values=spec if name == "values" else None,
         )
         for name, (one, how) in arrays.items()
     }
@@ -280,6 +297,7 @@ def atoms_layout(packing: Packing) -> dict[str, ArrayLayout]:
             packing.n_shards,
             packing.rows_per_shard,
             packing.chunk_rows,
+            spec if ENCODINGS[exact_encoding(spec)].is_float else None,
         )
         for name, spec in ATOM_FIELDS.items()
     }
@@ -304,10 +322,9 @@ def check_signal_spec(spec: FieldSpec, encoding: str) -> None:
         raise CacheError(f"signal {spec.name}: dtype {spec.dtype}, expected float32 or float64")
     if spec.symmetry not in ("invariant", "vector", "none"):
         raise CacheError(f"signal {spec.name}: symmetry {spec.symmetry!r} is unknown")
-    if encoding not in ("fp64", "fp32", "fp16"):
-        raise CacheError(
-            f"signal {spec.name}: encoding {encoding!r}; choose fp32 or fp16 (fp64 for energies)"
-        )
+    check_signal_encoding(encoding, f"signal {spec.name}")
+    if is_fitted(encoding) and (not spec.shape or spec.dtype != "float32" or spec.unit != "1"):
+        raise CacheError(f"signal {spec.name}: {encoding} is for features with channels; choose fp32")
     if (
         len(spec.shape) > 3
         or any(n < 1 for n in spec.shape)

@@ -5,11 +5,14 @@ from pathlib import Path
 from typing import Any
 
 from molkd.cache_schema.files import write_error, write_file
-from molkd.cache_schema.groups import teacher_provenance
+from molkd.cache_schema.groups import ATOMS, teacher_provenance
 from molkd.cache_schema.jsonfile import seal
 from molkd.cache_schema.layout import FORMAT, MANIFEST
+from molkd.cache_schema.mirror import mirror_of, shown_place
 from molkd.cache_schema.reader import Cache, SignalEntry
+from molkd.cache_schema.remote import local_root
 from molkd.cache_schema.state import MANIFEST_KIND, GroupState, load_group, read_log, require_complete
+from molkd.cache_schema.untrusted import n_bytes_below
 from molkd.cache_schema.writer import Store
 
 
@@ -31,7 +34,7 @@ def finalize(store: Store) -> Path:
     for name in store.groups:
         state = read_log(root, plan, load_group(root, plan, store.systems, name))
         require_complete(root, state)
-        groups[name] = _group_entry(state)
+        groups[name] = group_entry(state)
     document = {
         "kind": MANIFEST_KIND,
         "format": FORMAT,
@@ -43,7 +46,7 @@ def finalize(store: Store) -> Path:
     raw = seal(document)
     path = root / MANIFEST
     try:
-        if not path.is_file() or path.read_bytes() != raw:
+        if not path.is_file() or path.stat().st_size != len(raw) or path.read_bytes() != raw:
             write_file(path, raw, replace=True)
     except OSError as error:
         raise write_error(path, error, len(raw)) from error
@@ -58,7 +61,8 @@ def finalize_if_complete(store: Store) -> bool:
     return True
 
 
-def _group_entry(state: GroupState) -> dict[str, Any]:
+def group_entry(state: GroupState) -> dict[str, Any]:
+    """Return what the manifest says about a finished group."""
     arrays = {}
     for name in state.group.layouts:
         entry: dict[str, Any] = {"shards": [state.files[k][name].to_json() for k in sorted(state.files)]}
@@ -81,12 +85,13 @@ def info(path: str | Path) -> dict[str, Any]:
     CacheError, IntegrityError
         As `Cache.open`.
     """
-    root = Path(path)
+    root = local_root(path)
+    mirror = mirror_of(root)
     with Cache.open(root) as cache:
         packing = cache.plan.packing
-        n_bytes = sum(f.stat().st_size for f in root.rglob("*") if f.is_file())
+        n_bytes = n_bytes_below(root) if mirror is None else mirror.expected.n_bytes
         return {
-            "path": str(root),
+            "path": shown_place(root),
             "format": FORMAT,
             "fingerprint": cache.fingerprint,
             "systems": packing.n_systems,
@@ -97,6 +102,7 @@ def info(path: str | Path) -> dict[str, Any]:
             "finished": all(entry.complete for entry in _entries(cache)),
             "bytes": n_bytes,
             "bytes_per_atom": n_bytes / packing.n_atoms,
+            "overlay_of": shown_place(place) if (place := cache.state(ATOMS).root) != root else "",
             "dataset": cache.dataset,
             "sources": list(cache.source_names),
             "fields": {name: _describe(entry, cache) for name, entry in cache.fields.items()},
@@ -135,8 +141,17 @@ def _describe(entry: SignalEntry, cache: Cache) -> dict[str, Any]:
         described |= {
             "mean": float(entry.statistics.mean.mean()),
             "rms": float((entry.statistics.rms**2).mean() ** 0.5),
+            # About the mean, of vectors about zero: what --max-error is relative to.
+            "deviation": entry.deviation,
             "max_abs": entry.max_abs,
             "error_max_abs": entry.error_max_abs,
             "error_rms": entry.error_rms,
+            # What a student that meets the stored values exactly has as MSE against the teacher's.
+            "loss_floor": entry.error_rms**2,
+        }
+    if entry.held_out_error_rms == entry.held_out_error_rms:  # NaN differs from itself
+        described |= {
+            "held_out_error_max_abs": entry.held_out_error_max_abs,
+            "held_out_error_rms": entry.held_out_error_rms,
         }
     return described

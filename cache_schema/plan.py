@@ -1,9 +1,11 @@
 """The plan: which systems a store holds, in which order and shard. Written once, before any shard."""
 
 import hashlib
+import mmap
+import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,9 +28,13 @@ from molkd.cache_schema.layout import (
     edge_rows_per_shard,
     pack,
 )
+from molkd.cache_schema.untrusted import brief, open_regular, read_small
 from molkd.cache_schema.zarr_json import parse
 
 KIND = "molkd cache plan"
+CLAIM_SYSTEMS = 1 << 16  # tables of fewer systems are small
+_MAPPED_BYTES = 1 << 20
+_PROBE_SYSTEMS, _N_PROBES = 256, 64
 _COPY = "restore the file from a copy, or create the store again"
 
 # Name -> stored dtype, trailing shape, dimension names, unit; docs/cache-format.md, "systems".
@@ -183,12 +189,12 @@ def check_format(document: dict[str, Any], kind: str, path: Path) -> None:
     found = document.get("format")
     if document.get("kind") != kind:
         raise CacheError(
-            f"{path}: kind {document.get('kind')!r}, expected {kind!r}; this is not a store of molkd"
+            f"{path}: kind {brief(document.get('kind'))}, expected {kind!r}; this is not a store of molkd"
         )
     if type(found) is int and found > FORMAT:
-        raise CacheError(f"{path}: format {found}, this molkd reads up to {FORMAT}; update molkd")
-    if found != FORMAT:
-        raise IntegrityError(f"{path}: format {found!r}, expected {FORMAT}; {_COPY}")
+        raise CacheError(f"{path}: format {brief(found)}, this molkd reads up to {FORMAT}; update molkd")
+    if type(found) is not int or found != FORMAT:
+        raise IntegrityError(f"{path}: format {brief(found)}, expected {FORMAT}; {_COPY}")
 
 
 def read_systems(root: Path, plan: Plan) -> Systems:
@@ -239,18 +245,41 @@ def read_system_array(root: Path, plan: Plan, name: str) -> NDArray[Any]:
     expected = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
     if not path.is_file():
         raise IntegrityError(f"{path}: systems/{name} is missing; {_COPY}")
-    if path.stat().st_size != expected:
-        raise IntegrityError(
-            f"{path}: systems/{name} has {path.stat().st_size} bytes, expected {expected}; {_COPY}"
-        )
-    raw = path.read_bytes()
-    if hashlib.sha256(raw).hexdigest() != plan.systems[name]:
+    with os.fdopen(open_regular(path), "rb") as handle:
+        size = os.fstat(handle.fileno()).st_size
+        if size != expected:
+            raise IntegrityError(f"{path}: systems/{name} has {size} bytes, expected {expected}; {_COPY}")
+        if name == "id":
+            _require_ids(handle, path, plan.packing.n_systems)
+        raw = _content(handle, expected)
+    if hashlib.sha256(raw.data).hexdigest() != plan.systems[name]:
         raise IntegrityError(f"{path}: systems/{name} is damaged (its sha256 differs from the plan); {_COPY}")
-    if dtype == "bool" and raw.strip(b"\0\1"):
+    if dtype == "bool" and raw.max() > 1:
         raise IntegrityError(f"{path}: systems/{name} holds values that are neither 0 nor 1; {_COPY}")
-    return (
-        np.frombuffer(raw, dtype=np.dtype(dtype).newbyteorder("<")).astype(dtype, copy=False).reshape(shape)
-    )
+    return raw.view(np.dtype(dtype).newbyteorder("<")).astype(dtype, copy=False).reshape(shape)
+
+
+def _content(handle: BinaryIO, n_bytes: int) -> NDArray[np.uint8]:
+    """Return the bytes of a file; those of a large one stay on disk and are shared by all processes."""
+    if n_bytes < _MAPPED_BYTES:
+        return np.frombuffer(handle.read(n_bytes), np.uint8)
+    return np.frombuffer(mmap.mmap(handle.fileno(), n_bytes, access=mmap.ACCESS_READ), np.uint8)
+
+
+def _require_ids(handle: BinaryIO, path: Path, n_systems: int) -> None:
+    """Look at parts of a large table of ids before any memory is taken for the tables that go with it.
+
+    Ids are hashes, all different. A file that was only given a size, or is filled with anything else, is not
+    worth a table: the number of systems that it stands for is a claim.
+    """
+    if n_systems < CLAIM_SYSTEMS:
+        return
+    for begin in np.linspace(0, n_systems - _PROBE_SYSTEMS, _N_PROBES).astype(np.int64):
+        handle.seek(int(begin) * ID_BYTES)
+        ids = np.frombuffer(handle.read(_PROBE_SYSTEMS * ID_BYTES), dtype=f"V{ID_BYTES}")
+        if len(np.unique(ids)) < _PROBE_SYSTEMS:
+            raise IntegrityError(f"{path}: systems/id: ids are not all different; {_COPY}")
+    handle.seek(0)
 
 
 def system_file(name: str) -> str:
@@ -270,7 +299,7 @@ def read_metadata(root: Path, plan: Plan, name: str) -> bytes:
     path = inside(root, f"{DATA}/{name}")
     if name not in plan.metadata or not path.is_file():
         raise IntegrityError(f"{path}: missing; {_COPY}")
-    raw = path.read_bytes()
+    raw = read_small(path, MAX_JSON_BYTES, _COPY)
     if hashlib.sha256(raw).hexdigest() != plan.metadata[name]:
         raise IntegrityError(f"{path}: damaged (its sha256 differs from the plan); {_COPY}")
     return raw

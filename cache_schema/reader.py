@@ -1,6 +1,6 @@
 """Read a store: structures, labels and teachers' signals by system, checked against the commit records."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -9,20 +9,19 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from molkd.cache_schema.codebook import is_vector
 from molkd.cache_schema.edges import EdgeReader
-from molkd.cache_schema.encoding import decode
 from molkd.cache_schema.errors import CacheError
 from molkd.cache_schema.fields import ATOM_FIELDS, N_EDGES, SYSTEM_FIELDS, FieldSpec
-from molkd.cache_schema.groups import (
-    ATOMS,
-    list_logged_teachers,
-    list_signal_groups,
-    list_teachers,
-    teacher_provenance,
-)
-from molkd.cache_schema.layout import split_signal_group
+from molkd.cache_schema.groups import ATOMS, list_teachers, teacher_provenance
+from molkd.cache_schema.layout import SCALE, split_signal_group
+from molkd.cache_schema.mirror import fetch_ahead
+from molkd.cache_schema.overlay import locate_groups
 from molkd.cache_schema.plan import Plan, Systems, read_plan, read_systems
+from molkd.cache_schema.remote import local_root
+from molkd.cache_schema.runs import Runs, find_runs
 from molkd.cache_schema.shard_reader import ArrayReader, FileCache
+from molkd.cache_schema.signal import Signal
 from molkd.cache_schema.state import GroupState, load_states, require_complete
 from molkd.cache_schema.statistics import Statistics
 
@@ -40,6 +39,8 @@ class SignalEntry:
     max_abs: float
     error_max_abs: float  # of decoded against given values, as the encoding left them
     error_rms: float
+    held_out_error_max_abs: float  # on systems that a fitted encoding was not fitted to
+    held_out_error_rms: float  # NaN if there are none
     n_rows: int  # written so far: systems, atoms or edges
     n_bytes: int  # on disk
 
@@ -47,6 +48,22 @@ class SignalEntry:
     def complete(self) -> bool:
         """Whether every shard is committed."""
         return not self.missing_shards
+
+    @property
+    def deviation(self) -> float:
+        """Root mean square about the mean, of vectors about zero; NaN if nothing was counted."""
+        if self.statistics is None or not self.statistics.count:
+            return float("nan")
+        squares = self.statistics.rms**2 if is_vector(self.spec) else self.statistics.variance
+        return float(squares.mean() ** 0.5)
+
+    @property
+    def relative_error(self) -> float:
+        """Rms error over the deviation, of rows that nothing was fitted to if there are any."""
+        error = self.error_rms if np.isnan(self.held_out_error_rms) else self.held_out_error_rms
+        if error == 0 or self.deviation == 0:
+            return float("inf") if error else 0.0
+        return error / self.deviation
 
 
 @dataclass(frozen=True)
@@ -92,18 +109,20 @@ class Cache:
         )
         self._files = FileCache()
         self._arrays = {
-            (group, name): ArrayReader(root, state, name, self._files)
+            (group, name): ArrayReader(state.root, state, name, self._files)
             for group, state in states.items()
             for name in state.group.layouts
         }
         self._edges = {
-            group: EdgeReader(root, state, systems, self._files)
+            group: EdgeReader(state.root, state, systems, self._files)
             for group, state in states.items()
             if N_EDGES.name in state.group.layouts
         }
         self.fields = {name: _entry(states[ATOMS], name, [name]) for name in ATOM_FIELDS}
+        places = dict.fromkeys((root, states[ATOMS].root))  # an overlay, and the store it refers to
+        known = {name: place for place in reversed(places) for name in list_teachers(place)}
         self.teachers: dict[str, TeacherEntry] = {
-            name: TeacherEntry(teacher_provenance(root, name) or {}, {}) for name in list_teachers(root)
+            name: TeacherEntry(teacher_provenance(known[name], name) or {}, {}) for name in sorted(known)
         }
         for group, state in states.items():
             if group != ATOMS:
@@ -112,7 +131,7 @@ class Cache:
 
     @classmethod
     def open(cls, path: str | Path, *, complete: bool = False) -> "Cache":
-        """Open a store.
+        """Open a store: a folder, or the URL of one that is read through a mirror.
 
         Parameters
         ----------
@@ -125,15 +144,17 @@ class Cache:
         IntegrityError
             If plan, systems table, records or metadata are damaged.
         """
-        root = Path(path)
+        root = local_root(path)
         plan = read_plan(root)
         systems = read_systems(root, plan)
-        teachers = sorted({*list_teachers(root), *list_logged_teachers(root)})
-        names = [ATOMS, *(group for teacher in teachers for group in list_signal_groups(root, teacher))]
-        states = load_states(root, plan, systems, names)
+        places = locate_groups(root, plan)
+        found: dict[str, GroupState] = {}
+        for place in dict.fromkeys(places.values()):
+            found |= load_states(place, plan, systems, [name for name in places if places[name] == place])
+        states = {name: found[name] for name in places}
         if complete:
             for state in states.values():
-                require_complete(root, state)
+                require_complete(state.root, state)
         return cls(root, plan, systems, states)
 
     def close(self) -> None:
@@ -188,7 +209,7 @@ class Cache:
         CacheError
             Naming the teachers or signals there are, or the shards that are missing.
         """
-        require_complete(self.path, self._states[ATOMS])
+        require_complete(self._states[ATOMS].root, self._states[ATOMS])
         if teacher is not None:
             for signal in signals:
                 require_complete(self.path, self._states[self._signal_group(teacher, signal)])
@@ -199,6 +220,8 @@ class Cache:
         fields: Sequence[str] = FIELDS,
         teacher: str | None = None,
         signals: Sequence[str] = (),
+        *,
+        decode: bool = True,
     ) -> dict[str, NDArray[Any]]:
         """Read systems in any order.
 
@@ -207,6 +230,8 @@ class Cache:
         indices : (n,) stored indices
         fields : names of ATOM_FIELDS and SYSTEM_FIELDS
         teacher, signals : whose signals, and which
+        decode : False leaves signals as stored, those of a fitted encoding with ``teacher/<signal>/scale``;
+            what `signal` returns tells their meaning
 
         Returns
         -------
@@ -230,38 +255,104 @@ class Cache:
                 f"{self.path}: system index out of range, the store has {self.n_systems} systems"
             )
         out: dict[str, NDArray[Any]] = {"n_atoms": self.systems.n_atoms[index]}
+        out |= self.read_arrays(index, self.arrays(fields, teacher, signals))
+        for name in fields:
+            if name in SYSTEM_FIELDS:
+                out[name] = getattr(self.systems, name)[index]
+        if teacher is None:
+            return out
+        for signal in signals:
+            group = self._signal_group(teacher, signal)
+            if group in self._edges:
+                stored = self._edges[group].read(index)
+                out[f"teacher/{signal}"] = stored.pop("values")
+                out |= {f"teacher/{signal}/{name}": values for name, values in stored.items()}
+            if decode:
+                rows = {"values": out[f"teacher/{signal}"], SCALE: out.pop(f"teacher/{signal}/{SCALE}", None)}
+                out[f"teacher/{signal}"] = self._states[group].group.signal.decode(rows)
+        return out
+
+    def arrays(
+        self, fields: Sequence[str], teacher: str | None = None, signals: Sequence[str] = ()
+    ) -> dict[str, ArrayReader]:
+        """Return the arrays, by the names that `read` gives them, that hold a row an atom or a system.
+
+        Raises
+        ------
+        CacheError
+            If a name is unknown.
+        """
+        found: dict[str, ArrayReader] = {}
         for name in fields:
             if name in ATOM_FIELDS:
-                out[name] = self._read(ATOMS, name, index)
-            elif name in SYSTEM_FIELDS:
-                out[name] = getattr(self.systems, name)[index]
-            else:
+                found[name] = self._arrays[ATOMS, name]
+            elif name not in SYSTEM_FIELDS:
                 raise CacheError(f"{self.path}: no field {name}; there are {', '.join(FIELDS)}")
         for signal in signals:
             if teacher is None:
                 raise CacheError(f"{self.path}: signal {signal} asked for without naming a teacher")
             group = self._signal_group(teacher, signal)
-            if group in self._edges:
-                edges = self._edges[group].read(index)
-                out[f"teacher/{signal}"] = edges.pop("values")
-                out |= {f"teacher/{signal}/{name}": values for name, values in edges.items()}
+            if group not in self._edges:
+                for name in self._states[group].group.layouts:
+                    suffix = "" if name == "values" else f"/{name}"
+                    found[f"teacher/{signal}{suffix}"] = self._arrays[group, name]
+        return found
+
+    def read_arrays(
+        self, indices: NDArray[np.int64], arrays: Mapping[str, ArrayReader]
+    ) -> dict[str, NDArray[Any]]:
+        """Return the rows of systems as they are stored.
+
+        Raises
+        ------
+        CacheError, IntegrityError
+            As `read`.
+        """
+        runs: dict[str, Runs] = {}
+        wanted = [(name, array, self._runs(array, indices, runs)) for name, array in arrays.items()]
+        fetch_ahead(file for _, array, runs_of in wanted for file in array.files(runs_of))
+        return {name: array.read(runs_of) for name, array, runs_of in wanted}
+
+    def announce(self, indices: NDArray[np.int64], arrays: Mapping[str, ArrayReader]) -> None:
+        """Tell the system that these rows will soon be read."""
+        runs: dict[str, Runs] = {}
+        wanted = [(array, self._runs(array, indices, runs)) for array in arrays.values()]
+        fetch_ahead(file for array, runs_of in wanted for file in array.files(runs_of))
+        for array, runs_of in wanted:
+            array.announce(runs_of)
+
+    def signal(self, teacher: str, name: str) -> Signal:
+        """Return what a teacher's signal means and how it is stored.
+
+        Raises
+        ------
+        CacheError
+            If there is no such teacher or signal.
+        """
+        return self._states[self._signal_group(teacher, name)].group.signal
+
+    def state(self, group: str) -> GroupState:
+        """Return what of a group is written: its files, sums and bad systems.
+
+        Raises
+        ------
+        CacheError
+            If there is no such group.
+        """
+        if group not in self._states:
+            raise CacheError(f"{self.path}: no group {group}; it has {', '.join(self._states)}")
+        return self._states[group]
+
+    def _runs(self, array: ArrayReader, index: NDArray[np.int64], known: dict[str, Runs]) -> Runs:
+        """Return which rows to read; arrays of one axis share them in `known`."""
+        axis = array.layout.spec.axis
+        if axis not in known:
+            if axis == "atom":
+                begin, count = self.systems.row[index], self.systems.n_atoms[index].astype(np.int64)
             else:
-                out[f"teacher/{signal}"] = self._read(group, "values", index)
-        return out
-
-    def axis(self, name: str, teacher: str | None = None) -> str:
-        """Return the axis, "system", "atom" or "edge", of the values that `read` returns under this name."""
-        if name.startswith("teacher/") and teacher is not None:
-            return self._states[self._signal_group(teacher, name.removeprefix("teacher/"))].group.spec.axis
-        return "atom" if name in ATOM_FIELDS else "system"
-
-    def _read(self, group: str, name: str, index: NDArray[np.int64]) -> NDArray[Any]:
-        array = self._arrays[group, name]
-        if array.layout.spec.axis == "atom":
-            begin, count = self.systems.row[index], self.systems.n_atoms[index].astype(np.int64)
-        else:
-            begin, count = self.systems.slot[index], np.ones(len(index), dtype=np.int64)
-        return decode(array.read(begin, count), array.layout.spec)
+                begin, count = self.systems.slot[index], np.ones(len(index), dtype=np.int64)
+            known[axis] = find_runs(begin, count, array.layout.rows_per_file)
+        return known[axis]
 
     def _signal_group(self, teacher: str, signal: str) -> str:
         known = self._require_teacher(teacher).signals
@@ -282,14 +373,17 @@ class Cache:
 
 def _entry(state: GroupState, name: str, arrays: Iterable[str]) -> SignalEntry:
     layout, sums = state.group.layouts[name], state.moments.get(name)
+    declared = state.group.declared
     return SignalEntry(
-        spec=layout.spec,
-        encoding=layout.encoding,
+        spec=declared.spec if declared is not None else layout.spec,
+        encoding=declared.encoding if declared is not None else layout.encoding,
         missing_shards=state.missing_shards,
         statistics=sums.statistics() if sums else None,
         max_abs=sums.max_abs if sums else 0.0,
         error_max_abs=sums.error_max_abs if sums else 0.0,
         error_rms=sums.error_rms if sums else 0.0,
+        held_out_error_max_abs=sums.held_out_error_max_abs if sums else 0.0,
+        held_out_error_rms=sums.held_out_error_rms if sums else float("nan"),
         n_rows=sum(files[name].rows for files in state.files.values()),
         n_bytes=sum(files[array].n_bytes for files in state.files.values() for array in arrays),
     )

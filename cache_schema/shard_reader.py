@@ -1,25 +1,30 @@
 """Rows out of shard files: one `preadv` a run of rows; a chunk is checked when it is first touched."""
 
+import contextlib
 import os
 import struct
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
-from itertools import pairwise
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from molkd.cache_schema.array_file import index_pieces
 from molkd.cache_schema.commit import FileRecord, rewrite_remedy
+from molkd.cache_schema.crc import crc32c, crc_hex
 from molkd.cache_schema.errors import CacheError, IntegrityError
-from molkd.cache_schema.files import crc32c, crc_hex, inside
+from molkd.cache_schema.files import inside
 from molkd.cache_schema.layout import ArrayLayout, record_path
-from molkd.cache_schema.shard_writer import shard_index
+from molkd.cache_schema.mirror import damage_remedy
+from molkd.cache_schema.runs import Runs
 from molkd.cache_schema.state import GroupState
+from molkd.cache_schema.untrusted import is_hollow, open_regular
 
 _OPEN_FILES = 256
+_PIECE_BYTES = 1 << 22  # of a chunk in memory at a time
 _MAX_BUFFERS = 512  # per preadv; the system's limit is 1,024 or more
 
 
@@ -27,7 +32,10 @@ class _File:
     """An open file that closes when the last reader lets go of it, so that threads may share it."""
 
     def __init__(self, path: Path) -> None:
-        self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        self.fd = open_regular(path)
+        # Else the kernel reads megabytes around each system; what is wanted ahead is announced.
+        with contextlib.suppress(OSError):
+            os.posix_fadvise(self.fd, 0, 0, os.POSIX_FADV_RANDOM)
 
     def __del__(self) -> None:
         if hasattr(self, "fd"):
@@ -40,14 +48,11 @@ class ArrayReader:
     def __init__(self, root: Path, state: GroupState, name: str, files: "FileCache") -> None:
         self.layout: ArrayLayout = state.group.layouts[name]
         self._root, self._state, self._name, self._files = root, state, name, files
-        self._checked: dict[int, NDArray[np.bool_]] = {}  # shard -> which chunks had the right checksum
+        self._checked: dict[int, bytearray] = {}  # shard -> which chunks had the right checksum
+        self._paths: dict[int, str] = {}
 
-    def read(self, begin: NDArray[np.int64], count: NDArray[np.int64]) -> NDArray[Any]:
-        """Return the rows [begin, begin + count) of every run, one run after the other, as stored.
-
-        Parameters
-        ----------
-        begin, count : (R,) rows on the group's axis; a run lies in one shard
+    def read(self, runs: Runs) -> NDArray[Any]:
+        """Return rows as stored.
 
         Raises
         ------
@@ -57,47 +62,68 @@ class ArrayReader:
             If bytes are not what was committed.
         """
         layout = self.layout
-        out = np.empty((int(count.sum()), *layout.spec.shape), dtype=layout.dtype)
+        for shard in {run.shard for run in runs.runs}:
+            self._open(shard)  # what is not there, or no file, is known before memory is taken for it
+        out = self._room(runs.n_rows)
         if not len(out):
             return out
-        target = out.reshape(-1).view(np.uint8).data
-        place = np.concatenate([[0], np.cumsum(count)]) * layout.row_bytes  # of each run in `out`
-        order = np.argsort(begin, kind="stable")
-        begin, count, place_end = begin[order], count[order], place[1:][order]
-        place = place[:-1][order]
-        shard = begin // layout.rows_per_file
-        # Runs that follow one another in the file are fetched together, each to its own place.
-        breaks = np.flatnonzero((begin[1:] != begin[:-1] + count[:-1]) | (shard[1:] != shard[:-1])) + 1
-        edges = [0, *breaks.tolist(), len(begin)]
-        for first, last in pairwise(edges):
-            buffers = _merge(target, place[first:last].tolist(), place_end[first:last].tolist())
-            n_rows = int(count[first:last].sum())
-            self._fetch(int(shard[first]), int(begin[first]) % layout.rows_per_file, n_rows, buffers)
+        target, row_bytes, chunk_rows = (
+            out.reshape(-1).view(np.uint8).data,
+            layout.row_bytes,
+            layout.chunk_rows,
+        )
+        shard = -1
+        for run in runs.runs:
+            if run.shard != shard:
+                shard = run.shard
+                file, checked = self._open(shard), self._checked[shard]
+            first, last = run.row // chunk_rows, -(-(run.row + run.n_rows) // chunk_rows)
+            if checked.find(0, first, last) >= 0:
+                self._check_chunks(file, shard, first, last)
+            buffers = [target[begin * row_bytes : end * row_bytes] for begin, end in run.places]
+            self._pread(file, shard, buffers, run.row * row_bytes, run.n_rows * row_bytes)
         return out
 
-    def _fetch(self, shard: int, row: int, n_rows: int, buffers: list[memoryview]) -> None:
-        record = self._record(shard)
-        file = self._open(shard, record)
-        self._check_chunks(file, shard, record, row, n_rows)
-        offset = row * self.layout.row_bytes
-        for first in range(0, len(buffers), _MAX_BUFFERS):
-            offset += self._pread(file, shard, buffers[first : first + _MAX_BUFFERS], offset)
+    def files(self, runs: Runs) -> Iterator[tuple[Path, str]]:
+        """Yield the files, root and path in it, that rows are read from; some more than once."""
+        for shard in {run.shard for run in runs.runs}:
+            yield self._root, self.layout.file(shard)
 
-    def _pread(self, file: _File, shard: int, buffers: Sequence[memoryview], offset: int) -> int:
-        wanted = sum(len(b) for b in buffers)
-        got = os.preadv(file.fd, buffers, offset)
-        if got != wanted:  # rare: a signal, or more than the system moves at once
-            flat = bytearray()
-            while len(flat) < wanted:
-                part = os.pread(file.fd, wanted - len(flat), offset + len(flat))
-                if not part:
-                    raise self._damaged(shard, f"ends at byte {offset + len(flat)}")
-                flat += part
-            rest = memoryview(flat)
-            for buffer in buffers:
-                buffer[:] = rest[: len(buffer)]
-                rest = rest[len(buffer) :]
-        return wanted
+    def _room(self, n_rows: int) -> NDArray[Any]:
+        layout = self.layout
+        try:
+            return np.empty((n_rows, *layout.spec.shape), dtype=layout.dtype)
+        except MemoryError as error:
+            raise CacheError(
+                f"{self._root}: {n_rows} rows of {layout.path} take {n_rows * layout.row_bytes:,} bytes of "
+                "memory, which are not there; read fewer systems at a time"
+            ) from error
+
+    def announce(self, runs: Runs) -> None:
+        """Tell the system which rows will be read soon, so that it fetches them meanwhile."""
+        for run in runs.runs:
+            if run.shard not in self._state.files:
+                continue
+            layout = self.layout
+            first = run.row // layout.chunk_rows * layout.chunk_bytes  # checksums are those of whole chunks
+            last = -(-(run.row + run.n_rows) // layout.chunk_rows) * layout.chunk_bytes
+            with contextlib.suppress(OSError):  # a hint; not every file system takes it
+                os.posix_fadvise(self._open(run.shard).fd, first, last - first, os.POSIX_FADV_WILLNEED)
+
+    def _pread(
+        self, file: _File, shard: int, buffers: Sequence[memoryview], offset: int, wanted: int
+    ) -> None:
+        if len(buffers) <= _MAX_BUFFERS and os.preadv(file.fd, buffers, offset) == wanted:
+            return
+        # Rare: more pieces, or more bytes, than the system moves at once.
+        for buffer in buffers:
+            done = 0
+            while done < len(buffer):
+                got = os.preadv(file.fd, [buffer[done:]], offset + done)
+                if not got:
+                    raise self._damaged(shard, f"ends at byte {offset + done}")
+                done += got
+            offset += done
 
     def _record(self, shard: int) -> FileRecord:
         try:
@@ -108,49 +134,61 @@ class ArrayReader:
                 "run the command that writes it again, it continues where it stopped"
             ) from None
 
-    def _open(self, shard: int, record: FileRecord) -> _File:
-        relative = self.layout.file(shard)
+    def _open(self, shard: int) -> _File:
+        relative = self._paths.get(shard)
+        if relative is None:
+            relative = self._paths[shard] = self.layout.file(shard)
         try:
             file, is_new = self._files.get(self._root, relative)
         except FileNotFoundError:
+            self._record(shard)
             raise self._damaged(shard, "is missing") from None
-        if is_new:
+        if is_new or shard not in self._checked:
+            record = self._record(shard)
             size = os.fstat(file.fd).st_size
             if size != record.n_bytes:
                 raise self._damaged(shard, f"has {size} bytes, expected {record.n_bytes}")
-        if shard not in self._checked:
-            self._check_index(file, shard, record)
-            self._checked[shard] = np.zeros(len(record.chunk_crc32c), dtype=bool)
+            if is_hollow(file.fd):
+                raise self._damaged(shard, "is hollow: it has a size, but was never written")
+            if shard not in self._checked:
+                self._check_index(file, shard, record)
+                self._checked[shard] = bytearray(record.n_chunks)
         return file
 
     def _check_index(self, file: _File, shard: int, record: FileRecord) -> None:
-        layout = self.layout
-        if not layout.is_sharded:
+        offset, crc, is_ours, raw = record.n_bytes - self.layout.index_bytes, 0, True, b""
+        for piece in index_pieces(self.layout, record.rows):
+            crc = crc32c(raw, crc)
+            raw = os.pread(file.fd, len(piece), offset)
+            is_ours &= raw == piece
+            offset += len(piece)
+        if is_ours:
             return
-        raw = os.pread(file.fd, layout.index_bytes, record.n_bytes - layout.index_bytes)
-        if raw == shard_index(layout, record.rows):
-            return
-        if crc32c(raw[:-4]) != struct.unpack("<I", raw[-4:])[0]:
+        if struct.pack("<I", crc) != raw:
             raise self._damaged(shard, "has a damaged index")
         raise self._damaged(shard, "was rewritten by another program (its chunks are not in order)")
 
-    def _check_chunks(self, file: _File, shard: int, record: FileRecord, row: int, n_rows: int) -> None:
-        layout, checked = self.layout, self._checked[shard]
-        first, last = row // layout.chunk_rows, -(-(row + n_rows) // layout.chunk_rows)
-        if checked[first:last].all():
-            return
-        buffer = np.empty(layout.chunk_bytes, dtype=np.uint8)
-        for chunk in np.flatnonzero(~checked[first:last]) + first:
-            self._pread(file, shard, [buffer.data], int(chunk) * layout.chunk_bytes)
-            if crc_hex(crc32c(buffer)) != record.chunk_crc32c[chunk]:
+    def _check_chunks(self, file: _File, shard: int, first: int, last: int) -> None:
+        size, checked, record = self.layout.chunk_bytes, self._checked[shard], self._record(shard)
+        buffer = np.empty(min(size, _PIECE_BYTES), dtype=np.uint8)
+        for chunk in range(first, last):
+            if checked[chunk]:
+                continue
+            crc = 0
+            for begin in range(0, size, _PIECE_BYTES):
+                piece = buffer[: size - begin]
+                self._pread(file, shard, [piece.data], chunk * size + begin, len(piece))
+                crc = crc32c(piece, crc)
+            if crc_hex(crc) != record.chunk_crc32c(chunk):
                 raise self._damaged(shard, f"is damaged in chunk {chunk}")
-            checked[chunk] = True
+            checked[chunk] = 1
 
     def _damaged(self, shard: int, what: str) -> IntegrityError:
-        group = self._state.group.name
+        group, file = self._state.group.name, self.layout.file(shard)
+        remedy = damage_remedy(self._root, file) or rewrite_remedy(group, shard)
         return IntegrityError(
-            f"{self._root / self.layout.file(shard)}: shard {shard} of array {self.layout.path} {what} "
-            f"(record {record_path(group, shard)}); {rewrite_remedy(group, shard)}"
+            f"{self._root / file}: shard {shard} of array {self.layout.path} {what} "
+            f"(record {record_path(group, shard)}); {remedy}"
         )
 
 
@@ -177,17 +215,3 @@ class FileCache:
         """Close all files that no reader is using."""
         with self._lock:
             self._files.clear()
-
-
-def _merge(target: memoryview, begins: list[int], ends: list[int]) -> list[memoryview]:
-    """Return the pieces of `target`, neighbours joined."""
-    pieces = []
-    begin, end = begins[0], ends[0]
-    for next_begin, next_end in zip(begins[1:], ends[1:], strict=True):
-        if next_begin == end:
-            end = next_end
-        else:
-            pieces.append(target[begin:end])
-            begin, end = next_begin, next_end
-    pieces.append(target[begin:end])
-    return pieces

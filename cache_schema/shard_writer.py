@@ -1,9 +1,7 @@
 """One shard of one group, written row by row into temporary files and published at the end, or not at all."""
 
-import contextlib
 import os
-import struct
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
@@ -12,95 +10,31 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from molkd.cache_schema.commit import Commit, FileRecord, rewrite_remedy
-from molkd.cache_schema.encoding import ENCODINGS, all_finite, encode
-from molkd.cache_schema.errors import CacheError
+from molkd.cache_schema.array_file import ArrayFile
+from molkd.cache_schema.commit import Commit, rewrite_remedy
+from molkd.cache_schema.encoding import ENCODINGS, all_finite, encode, scale_too_large, too_large
+from molkd.cache_schema.errors import CacheError, ConflictError
+from molkd.cache_schema.fields import FieldSpec
 from molkd.cache_schema.files import (
-    crc32c,
-    crc_hex,
     exclusive,
     fsync_folder,
     host_name,
     inside,
     make_folder,
-    open_temporary,
     sweep,
     write_error,
     write_file,
 )
 from molkd.cache_schema.groups import ATOMS, Group, load_commit, require_unchanged
 from molkd.cache_schema.jsonfile import seal
-from molkd.cache_schema.layout import ArrayLayout, record_path
+from molkd.cache_schema.layout import SCALE, ArrayLayout, record_path
+from molkd.cache_schema.narrowing import narrow
 from molkd.cache_schema.plan import Plan, Systems
+from molkd.cache_schema.signal import Signal
 from molkd.cache_schema.statistics import Moments
 
-MISSING = 0xFFFF_FFFF_FFFF_FFFF  # offset and length of a chunk that is not stored
-_BUFFER_BYTES = 1 << 20
+_PIECE_VALUES = 1 << 15
 _LABELS = ("energy", "forces")  # a label that nobody knows is NaN
-
-
-class _ArrayFile:
-    """A temporary file that grows while its checksums grow with it."""
-
-    def __init__(self, layout: ArrayLayout, target: Path) -> None:
-        self.layout = layout
-        self.target = target
-        make_folder(target.parent)
-        sweep(target.parent)
-        self.temporary, fd = open_temporary(target)
-        self.handle = os.fdopen(fd, "wb", _BUFFER_BYTES)
-        self.rows = 0
-        self.size = 0
-        self.crc = 0
-        self.chunk_crcs: list[int] = []
-        self._filled = layout.chunk_bytes  # bytes in the chunk being written
-
-    def append(self, rows: NDArray[Any]) -> None:
-        data = rows.reshape(-1).view(np.uint8)
-        self._write(data)
-        self.rows += len(rows)
-        begin = 0
-        while begin < len(data):
-            if self._filled == self.layout.chunk_bytes:
-                self.chunk_crcs.append(0)
-                self._filled = 0
-            end = min(len(data), begin + self.layout.chunk_bytes - self._filled)
-            self.chunk_crcs[-1] = crc32c(data[begin:end], self.chunk_crcs[-1])
-            self._filled += end - begin
-            begin = end
-
-    def finish(self) -> FileRecord:
-        """Fill up the last chunk, add the index, make the file durable."""
-        rows = self.rows
-        n_fill = (-rows) % self.layout.chunk_rows
-        fill = np.nan if self.layout.dtype.kind == "f" else 0
-        self.append(np.full((n_fill, *self.layout.spec.shape), fill, dtype=self.layout.dtype))
-        if self.layout.is_sharded:
-            self._write(np.frombuffer(shard_index(self.layout, rows), dtype=np.uint8))
-        self.handle.flush()
-        os.fsync(self.handle.fileno())
-        return FileRecord(self.size, rows, crc_hex(self.crc), tuple(crc_hex(c) for c in self.chunk_crcs))
-
-    def discard(self) -> None:
-        with contextlib.suppress(OSError):  # a full disk also fails the last flush
-            self.handle.close()
-        with contextlib.suppress(OSError):
-            self.temporary.unlink(missing_ok=True)
-
-    def _write(self, data: NDArray[np.uint8]) -> None:
-        self.handle.write(data.data)
-        self.size += len(data)
-        self.crc = crc32c(data, self.crc)
-
-
-def shard_index(layout: ArrayLayout, n_rows: int) -> bytes:
-    """Return the index that ends a shard's file: stored chunks in order, the rest marked missing."""
-    stored = layout.stored_chunks(n_rows)
-    entries = np.full((layout.n_chunks, 2), MISSING, dtype="<u8")
-    entries[:stored, 0] = np.arange(stored, dtype=np.uint64) * np.uint64(layout.chunk_bytes)
-    entries[:stored, 1] = layout.chunk_bytes
-    raw = entries.tobytes()
-    return raw + struct.pack("<I", crc32c(raw))
 
 
 class ShardWriter:
@@ -112,8 +46,8 @@ class ShardWriter:
         self._n_atoms = systems.n_atoms[self.systems.start : self.systems.stop]
         self._ptr = self._known_rows()  # where each system's rows begin, and where the last ones end
         self._bad: set[int] = set()
-        self._moments = {n: Moments.empty(x.spec) for n, x in group.layouts.items() if x.dtype.kind == "f"}
-        self._files: dict[str, _ArrayFile] = {}
+        self._moments = {n: Moments.empty(x.values) for n, x in group.layouts.items() if x.values is not None}
+        self._files: dict[str, ArrayFile] = {}
 
     def __enter__(self) -> "ShardWriter":
         try:
@@ -121,7 +55,7 @@ class ShardWriter:
             make_folder(log)
             sweep(log)
             for name, layout in self._group.layouts.items():
-                self._files[name] = _ArrayFile(layout, inside(self._root, layout.file(self.shard)))
+                self._files[name] = ArrayFile(layout, inside(self._root, layout.file(self.shard)))
         except OSError as error:
             self._discard()
             raise self._failure(error) from error
@@ -161,7 +95,7 @@ class ShardWriter:
 
         Parameters
         ----------
-        arrays : name -> (n, *shape), the next n rows in stored order; a signal's one array is called "values"
+        arrays : name -> (n, *shape), the next n rows in stored order; what a signal is for is called "values"
         bad_systems : stored indices of systems to give up; their rows become NaN and they are listed
 
         Raises
@@ -169,31 +103,95 @@ class ShardWriter:
         CacheError
             If arrays or rows do not fit the group, a value is not finite or too large, or the disk is full.
         """
-        n = self._check(arrays)
+        n = self._check(arrays, {name: x.values or x.spec for name, x in self._given.items()})
         self._bad.update(self._check_bad(bad_systems))
         bad_rows = self._bad_rows(self.rows_written, n)
-        encoded = {}
-        for name, layout in self._group.layouts.items():
+        for name, layout in self._given.items():
             values = np.asarray(arrays[name])
-            if layout.dtype.kind == "f" and bad_rows.any():
-                values = values.copy()
-                values[bad_rows] = np.nan
-            where = f"{self._group.name}/{name}, shard {self.shard}"
-            stored = encode(values, ENCODINGS[layout.encoding], where)
-            if layout.dtype.kind == "f":
-                self._check_known(stored, bad_rows, layout, where)
-                self._moments[name].add(values, stored, layout.spec)
-            encoded[name] = stored.astype(stored.dtype.newbyteorder("<"), copy=False)
+            if name == "values" and self._group.declared is not None:
+                self._write_signal(self._group.declared, values, ~bad_rows)
+                continue
+            stored = encode(
+                values, ENCODINGS[layout.encoding], f"{self._group.name}/{name}, shard {self.shard}"
+            )
+            if layout.values is not None:
+                self._moments[name].add(values, stored)
+            self._append(name, stored, bad_rows)
+
+    def write_narrowed(
+        self, arrays: dict[str, NDArray[Any]], sums: Mapping[str, Moments], bad_systems: Collection[int] = ()
+    ) -> None:
+        """Append rows as they are stored: what `narrowing.narrow` made of a signal, wherever that was.
+
+        Parameters
+        ----------
+        arrays : name -> (n, *stored shape), of every array of the group; those beside values and scale, as in
+            `write`
+        sums : of each array that has them, over the same rows, without those of bad systems
+
+        Raises
+        ------
+        CacheError
+            As `write`.
+        """
+        n = self._check(arrays, {name: x.spec for name, x in self._group.layouts.items()})
+        self._bad.update(self._check_bad(bad_systems))
+        for name, own in sums.items():
+            self._moments[name].merge(own)
+        bad_rows = self._bad_rows(self.rows_written, n)
+        for name, layout in self._group.layouts.items():
+            stored = np.asarray(arrays[name])
+            if name not in ("values", SCALE):
+                where = f"{self._group.name}/{name}, shard {self.shard}"
+                stored = encode(stored, ENCODINGS[layout.encoding], where)
+            if stored.dtype != layout.dtype:
+                raise CacheError(f"{self._where}: {name} is {stored.dtype}, stored as {layout.dtype}")
+            self._append(name, stored, bad_rows)
+
+    def held_out(self, n: int) -> NDArray[np.bool_] | None:
+        """Say which of the next n rows (n,) a fitted encoding was not fitted to; None if it is not fitted."""
+        declared = self._group.declared
+        if declared is None or declared.codebook is None:
+            return None
+        book = declared.codebook
+        n_fitted = min(max(book.n_systems - self.systems.start, 0), len(self._ptr) - 1)
+        rows = np.arange(self.rows_written, self.rows_written + n)
+        mask: NDArray[np.bool_] = rows >= self._ptr[n_fitted]
+        return mask
+
+    @property
+    def _given(self) -> dict[str, ArrayLayout]:
+        """The arrays that a caller of `write` gives."""
+        return {name: x for name, x in self._group.layouts.items() if name != SCALE}
+
+    def _write_signal(self, signal: Signal, values: NDArray[Any], keep: NDArray[np.bool_]) -> None:
+        """Narrow and append rows piece by piece, each small enough for the processor's cache."""
+        held_out = self.held_out(len(values))
+        step = max(1, _PIECE_VALUES // max(1, values[:1].size))
+        for begin in range(0, len(values), step):
+            rows = slice(begin, begin + step)
+            out = None if held_out is None else held_out[rows]
+            with np.errstate(over="ignore", invalid="ignore"):
+                stored, sums = narrow(signal, values[rows], keep[rows], out)
+            self._moments["values"].merge(sums)
+            for name, piece in stored.items():
+                self._append(name, piece, ~keep[rows], values[rows])
+
+    def _append(
+        self, name: str, stored: NDArray[Any], bad_rows: NDArray[np.bool_], given: NDArray[Any] | None = None
+    ) -> None:
+        if stored.dtype.kind == "f" and not (self._group.name == ATOMS and name in _LABELS):
+            self._check_known(name, stored, bad_rows, given)
+        rows = np.ascontiguousarray(stored)
         try:
-            for name, rows in encoded.items():
-                self._files[name].append(rows)
+            self._files[name].append(rows.astype(rows.dtype.newbyteorder("<"), copy=False))
         except OSError as error:
             raise self._failure(error) from error
 
-    def _check(self, arrays: dict[str, NDArray[Any]]) -> int:
+    def _check(self, arrays: dict[str, NDArray[Any]], specs: dict[str, FieldSpec]) -> int:
         """Return how many rows of "values" are given."""
         where = self._where
-        self._check_shapes(arrays, where)
+        self._check_shapes(arrays, specs, where)
         counts = {name: len(values) for name, values in arrays.items()}
         if len(set(counts.values())) != 1:
             raise CacheError(f"{where}: arrays of unequal length: {counts}")
@@ -203,14 +201,14 @@ class ShardWriter:
             raise CacheError(f"{where}: {self.rows_written + n} rows given, the shard has {n_rows}")
         return n
 
-    def _check_shapes(self, arrays: dict[str, NDArray[Any]], where: str) -> None:
-        if set(arrays) != set(self._group.layouts):
-            expected = ", ".join(self._group.layouts)
+    def _check_shapes(self, arrays: dict[str, NDArray[Any]], specs: dict[str, FieldSpec], where: str) -> None:
+        if set(arrays) != set(specs):
+            expected = ", ".join(specs)
             raise CacheError(f"{where}: got arrays {', '.join(sorted(arrays))}; expected exactly {expected}")
-        for name, layout in self._group.layouts.items():
-            if np.shape(arrays[name])[1:] != layout.spec.shape:
+        for name, spec in specs.items():
+            if np.shape(arrays[name])[1:] != spec.shape:
                 raise CacheError(
-                    f"{where}: {name} has rows of {np.shape(arrays[name])[1:]}, expected {layout.spec.shape}"
+                    f"{where}: {name} has rows of {np.shape(arrays[name])[1:]}, expected {spec.shape}"
                 )
 
     def _check_bad(self, bad_systems: Collection[int]) -> set[int]:
@@ -233,20 +231,26 @@ class ShardWriter:
         return mask
 
     def _check_known(
-        self, stored: NDArray[Any], bad_rows: NDArray[np.bool_], layout: ArrayLayout, where: str
+        self, name: str, stored: NDArray[Any], bad_rows: NDArray[np.bool_], given: NDArray[Any] | None
     ) -> None:
-        if self._group.name == ATOMS and layout.spec.name in _LABELS:
-            return
+        """Refuse rows about to be appended that hold a NaN or an infinity."""
         if all_finite(stored):
             return
-        unknown = np.isnan(stored)
+        unknown = ~np.isfinite(stored)
         unknown[bad_rows] = False
-        if unknown.any():
-            row = self.rows_written + int(np.argwhere(unknown)[0][0])
-            system = self.systems.start + int(np.searchsorted(self._ptr, row, side="right")) - 1
+        if not unknown.any():
+            return
+        place = tuple(np.argwhere(unknown)[0])
+        row = self._files[name].rows + int(place[0])
+        system = self.systems.start + int(np.searchsorted(self._ptr, row, side="right")) - 1
+        where = f"{self._group.name}/{name}, shard {self.shard}"
+        if np.isnan(stored[place]):
             raise CacheError(
                 f"{where}: NaN in row {row}, which is stored system {system}; nothing is committed"
             )
+        if name == SCALE and (declared := self._group.declared) is not None:
+            raise scale_too_large(where, row, declared.spec.name, declared.encoding)
+        raise too_large(where, place, row, np.inf if given is None else given[place])
 
     def _check_complete(self) -> None:
         if self.rows_written != self._ptr[-1]:
@@ -273,35 +277,38 @@ class ShardWriter:
             plan_sha256=self._plan.sha256,
             metadata=self._group.metadata,
         )
-        sealed = seal(commit.to_json())
         record = inside(self._root, record_path(self._group.name, self.shard))
         with exclusive(record.parent):
-            other = self._committed()
-            if other is not None:
-                self._agree(commit, other)
-                return
-            require_unchanged(self._root, self._group)
-            for file in self._files.values():
-                file.temporary.replace(file.target)
-                fsync_folder(file.target.parent)
-            if write_file(record, sealed, replace=False):
-                return
-            other = self._committed()
-            if other is not None and other.checksums != commit.checksums:
-                # Lost a race on a file system without locks: the files are a mixture, so the record must go.
-                record.unlink(missing_ok=True)
-                raise CacheError(
-                    f"{record}: two writers published shard {self.shard} of {self._group.name} at once with "
-                    f"different values (the other: {other.writer}); the shard is left uncommitted, "
-                    "run one of them again"
-                )
+            self._place(commit, record)
+
+    def _place(self, commit: Commit, record: Path) -> None:
+        """Give the files their names and write the record; the lock of the record's folder is held."""
+        other = self._committed()
+        if other is not None:
+            self._agree(commit, other)
+            return
+        require_unchanged(self._root, self._group)
+        for file in self._files.values():
+            file.temporary.replace(file.target)
+            fsync_folder(file.target.parent)
+        if write_file(record, seal(commit.to_json()), replace=False):
+            return
+        other = self._committed()
+        if other is not None and other.checksums != commit.checksums:
+            # Lost a race on a file system without locks: the files are a mixture, so the record must go.
+            record.unlink(missing_ok=True)
+            raise CacheError(
+                f"{record}: two writers published shard {self.shard} of {self._group.name} at once with "
+                f"different values (the other: {other.writer}); the shard is left uncommitted, "
+                "run one of them again"
+            )
 
     def _committed(self) -> Commit | None:
         return load_commit(self._root, self._plan, self._group, self.shard)
 
     def _agree(self, ours: Commit, other: Commit) -> None:
         if ours.checksums != other.checksums:
-            raise CacheError(
+            raise ConflictError(
                 f"{self._root}: shard {self.shard} of {self._group.name} was already committed by "
                 f"{other.writer} with different values; it is kept. If that one is wrong, "
                 f"{rewrite_remedy(self._group.name, self.shard)}"

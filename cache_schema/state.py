@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from molkd.cache_schema.checks import Checks
+from molkd.cache_schema.checks import Checks, pack_checksums
 from molkd.cache_schema.commit import (
     Commit,
     FileRecord,
@@ -25,11 +25,13 @@ from molkd.cache_schema.groups import (
     load_signal,
 )
 from molkd.cache_schema.jsonfile import read_sealed
-from molkd.cache_schema.layout import MANIFEST, MAX_MANIFEST_BYTES
+from molkd.cache_schema.layout import MANIFEST, MAX_JSON_BYTES, MAX_MANIFEST_BYTES
 from molkd.cache_schema.plan import Plan, Systems, check_format
 from molkd.cache_schema.statistics import Moments
 
 MANIFEST_KIND = "molkd cache manifest"
+_MANIFEST_BYTES_PER_ATOM = 512  # dozens of signals on edges have less
+_BYTES_PER_SHARD = 1 << 16
 _REMEDY = "delete manifest.json, the commit records hold the same and everything works without it"
 
 
@@ -38,14 +40,15 @@ class GroupState:
     """A group with the files of its committed shards."""
 
     group: Group
+    root: Path  # of the store that its files lie in
     files: dict[int, dict[str, FileRecord]] = field(default_factory=dict)  # shard -> array -> file
     moments: dict[str, Moments] = field(default_factory=dict)  # array -> sums over all committed shards
     bad_systems: set[int] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         for name, layout in self.group.layouts.items():
-            if layout.dtype.kind == "f" and name not in self.moments:
-                self.moments[name] = Moments.empty(layout.spec)
+            if layout.values is not None and name not in self.moments:
+                self.moments[name] = Moments.empty(layout.values)
 
     def add(self, commit: Commit) -> None:
         """Take in a commit."""
@@ -73,7 +76,7 @@ def read_log(root: Path, plan: Plan, group: Group) -> GroupState:
     IntegrityError
         If a record, or the metadata it was written with, are damaged.
     """
-    state = GroupState(group)
+    state = GroupState(group, root)
     for shard in sorted(committed_shards(root, group)):
         commit = load_commit(root, plan, group, shard)
         if commit is not None:
@@ -86,8 +89,9 @@ class Manifest:
     """What manifest.json says; groups not taken apart yet."""
 
     path: Path
-    groups: dict[str, Any]
+    groups: dict[str, Any]  # the checksums of chunks as `pack_record` leaves them
     metadata: dict[str, dict[str, str]]  # group -> zarr.json -> sha256
+    teachers: dict[str, Any]  # provenance by name
     sha256: str
 
     def state(self, root: Path, plan: Plan, group: Group) -> GroupState:
@@ -104,12 +108,14 @@ class Manifest:
         arrays = check.table(entry, "arrays")
         if set(arrays) != set(group.layouts):
             check.problem("arrays", f"expected exactly {', '.join(group.layouts)}")
+        if entry.get("weights_sha256") != group.weights_sha256:
+            check.problem("weights_sha256", "is not that of the teacher")
         check.finish(_REMEDY)
-        state = GroupState(group, bad_systems=set(bad_systems(check, entry, plan)))
+        state = GroupState(group, root, bad_systems=set(bad_systems(check, entry, plan)))
         state.files = {shard: {} for shard in range(plan.n_shards)}
         for name, layout in group.layouts.items():
             table = check.table(arrays, name, "arrays.")
-            if layout.dtype.kind == "f":
+            if layout.values is not None:
                 state.moments[name] = moments(check, table, name, layout)
             shards = check.items(table, "shards", f"arrays.{name}.")
             if len(shards) != plan.n_shards:
@@ -136,15 +142,35 @@ def read_manifest(root: Path, plan: Plan) -> Manifest | None:
     path = root / MANIFEST
     if not path.is_file():
         return None
-    document, digest = read_sealed(inside(root, MANIFEST), max_bytes=MAX_MANIFEST_BYTES, remedy=_REMEDY)
+    max_bytes = most_manifest_bytes(plan)
+    document, digest = read_sealed(
+        inside(root, MANIFEST), max_bytes=max_bytes, remedy=_REMEDY, on_table=pack_record
+    )
     check_format(document, MANIFEST_KIND, path)
     check = Checks(str(path))
     if document.get("plan_sha256") != plan.sha256:
         check.problem("plan_sha256", "belongs to another plan")
+    if document.get("fingerprint") != plan.fingerprint:
+        check.problem("fingerprint", "is not that of the plan")
     groups = check.table(document, "groups")
     metadata = {n: check.hex_table(check.table(groups, n), "metadata", 64, f"{n}.") for n in groups}
+    teachers = check.table(document, "teachers")
     check.finish(_REMEDY)
-    return Manifest(path, groups, metadata, digest)
+    return Manifest(path, groups, metadata, teachers, digest)
+
+
+def pack_record(table: dict[str, Any]) -> None:
+    """Make bytes of a file's list of checksums: as texts those of a large store fill the memory."""
+    packed = pack_checksums(table.get("chunk_crc32c"))
+    if packed is not None:
+        table["chunk_crc32c"] = packed
+
+
+def most_manifest_bytes(plan: Plan) -> int:
+    """Return more bytes than the manifest of a store of this size can have."""
+    packing = plan.packing
+    most = MAX_JSON_BYTES + _MANIFEST_BYTES_PER_ATOM * packing.n_atoms + _BYTES_PER_SHARD * packing.n_shards
+    return min(most, MAX_MANIFEST_BYTES)
 
 
 def load_group(root: Path, plan: Plan, systems: Systems, name: str) -> Group:

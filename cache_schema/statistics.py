@@ -1,15 +1,16 @@
 """Sums over stored values, added up shard by shard, and the means they give."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from math import prod
 from typing import Any
 
 import numpy as np
+from array_api_compat import array_namespace
 from numpy.typing import NDArray
 
-from molkd.cache_schema.encoding import decode
 from molkd.cache_schema.fields import FieldSpec
 
-_SLICE_VALUES = 1 << 15  # a float64 copy of so many values stays in the processor's cache
+_HELD_OUT = "held_out_"
 
 
 @dataclass(frozen=True)
@@ -24,14 +25,20 @@ class Statistics:
 
 @dataclass
 class Moments:
-    """Sums over the decoded values of one array; bad systems and missing labels are left out."""
+    """Sums over the decoded values of one array; bad systems and missing labels are left out.
+
+    Errors are those of decoded minus given values. A held-out row is one that the encoding was not fitted to.
+    """
 
     sum: NDArray[np.float64]  # (C,)
     sum_squares: NDArray[np.float64]  # (C,)
     count: int = 0  # values per channel
     max_abs: float = 0.0
-    error_max_abs: float = 0.0  # of decoded minus given values
+    error_max_abs: float = 0.0
     error_sum_squares: float = 0.0
+    held_out_count: int = 0  # values per channel; 0 for encodings that are not fitted
+    held_out_error_max_abs: float = 0.0
+    held_out_error_sum_squares: float = 0.0
 
     @classmethod
     def empty(cls, spec: FieldSpec) -> "Moments":
@@ -39,38 +46,18 @@ class Moments:
         n = n_channels(spec)
         return cls(np.zeros(n), np.zeros(n))
 
-    def add(self, values: NDArray[Any], stored: NDArray[Any], spec: FieldSpec) -> None:
-        """Add rows, `values` as given and as `stored`, both (n, *spec.shape)."""
-        channels = n_channels(spec)
-        step = max(1, _SLICE_VALUES // int(np.prod(spec.shape, dtype=np.int64)))
-        for begin in range(0, len(values), step):
-            given, read = values[begin : begin + step], decode(stored[begin : begin + step], spec)
-            narrow = read.reshape(len(read), -1)
-            wide = narrow.astype(np.float64)
-            total = wide.sum(axis=0)
-            if not np.isfinite(total).all():
-                known = np.isfinite(wide.sum(axis=1))
-                if not known.any():
-                    continue
-                given, narrow, wide = given[known], narrow[known], wide[known]
-                total = wide.sum(axis=0)
-            self.count += wide.size // channels
-            self.sum += total.reshape(-1, channels).sum(axis=0)
-            self.sum_squares += np.einsum("nc,nc->c", wide, wide).reshape(-1, channels).sum(axis=0)
-            self.max_abs = max(self.max_abs, float(narrow.max()), -float(narrow.min()))
-            if stored is not values:
-                error = (narrow - given.reshape(len(given), -1)).reshape(-1)
-                self.error_sum_squares += float(error @ error)
-                self.error_max_abs = max(self.error_max_abs, float(error.max()), -float(error.min()))
+    def add(self, given: NDArray[Any], decoded: NDArray[Any]) -> None:
+        """Add rows (n, *shape), as given and as they read; rows that are not finite are left out."""
+        if not len(given):
+            return
+        keep = np.isfinite(decoded).reshape(len(decoded), -1).all(axis=1)
+        self.merge(measure(given, decoded, keep, None, len(self.sum)))
 
     def merge(self, other: "Moments") -> None:
-        """Add the sums of another shard."""
-        self.sum = self.sum + other.sum
-        self.sum_squares = self.sum_squares + other.sum_squares
-        self.count += other.count
-        self.max_abs = max(self.max_abs, other.max_abs)
-        self.error_max_abs = max(self.error_max_abs, other.error_max_abs)
-        self.error_sum_squares += other.error_sum_squares
+        """Add the sums of other rows."""
+        for one in fields(self):
+            ours, theirs = getattr(self, one.name), getattr(other, one.name)
+            setattr(self, one.name, max(ours, theirs) if one.name.endswith("max_abs") else ours + theirs)
 
     def statistics(self) -> Statistics:
         """Return mean, variance (of the population) and root mean square; NaN where nothing was counted."""
@@ -81,19 +68,68 @@ class Moments:
     @property
     def error_rms(self) -> float:
         """Root mean square of what the encoding changed; NaN where nothing was counted."""
-        n = self.count * len(self.sum)
-        return float(np.sqrt(self.error_sum_squares / n)) if n else float("nan")
+        return _rms(self.error_sum_squares, self.count * len(self.sum))
+
+    @property
+    def held_out_error_rms(self) -> float:
+        """The same over rows that the encoding was not fitted to."""
+        return _rms(self.held_out_error_sum_squares, self.held_out_count * len(self.sum))
 
     def to_json(self) -> dict[str, Any]:
         """Plain values for a record."""
+        named = {one.name: np.asarray(getattr(self, one.name)).tolist() for one in fields(self)}
         return {
-            "count": self.count,
-            "sum": self.sum.tolist(),
-            "sum_squares": self.sum_squares.tolist(),
-            "max_abs": self.max_abs,
-            "error_max_abs": self.error_max_abs,
-            "error_sum_squares": self.error_sum_squares,
+            name: value
+            for name, value in named.items()
+            if self.held_out_count or not name.startswith(_HELD_OUT)
         }
+
+
+def measure(given: Any, decoded: Any, keep: Any, held_out: Any | None, channels: int) -> Moments:
+    """Return the sums over rows (n, *shape) of NumPy or torch arrays, as small arrays where these lie.
+
+    Parameters
+    ----------
+    given, decoded : before and after encoding; the same array where nothing is lost
+    keep : (n,) bool, rows that count
+    held_out : (n,) bool, rows that the encoding was not fitted to; None if it is not fitted
+    channels : length of the last axis, or 1
+    """
+    xp = array_namespace(decoded)
+    n = decoded.shape[0]
+    mask = xp.reshape(keep, (n, 1, 1))
+    read = xp.reshape(decoded, (n, prod(decoded.shape[1:]) // channels, channels))
+    zero = xp.zeros_like(read)
+    read = xp.where(mask, read, zero)
+    per_row = read.shape[1]
+    wide = xp.astype(read, xp.float64)
+    found: dict[str, Any] = {
+        "count": xp.sum(xp.astype(keep, xp.int64)) * per_row,
+        "sum": xp.sum(wide, axis=(0, 1)),
+        "sum_squares": xp.sum(wide * wide, axis=(0, 1)),
+    }
+    if n:  # no rows have no largest value
+        found["max_abs"] = xp.max(xp.abs(read))
+    if n and decoded is not given:
+        error = xp.where(mask, read - xp.reshape(given, read.shape), zero)
+        found |= _errors(xp, error, "")
+        if held_out is not None:
+            count = xp.sum(xp.astype(keep & held_out, xp.int64)) * per_row
+            kept = xp.where(xp.reshape(held_out, (n, 1, 1)), error, zero)
+            found |= {f"{_HELD_OUT}count": count} | _errors(xp, kept, _HELD_OUT)
+    return Moments(**found)
+
+
+def _errors(xp: Any, error: Any, prefix: str) -> dict[str, Any]:
+    wide = xp.astype(error, xp.float64)
+    return {
+        f"{prefix}error_max_abs": xp.max(xp.abs(error)),
+        f"{prefix}error_sum_squares": xp.sum(wide * wide),
+    }
+
+
+def _rms(sum_squares: float, n: int) -> float:
+    return float(np.sqrt(sum_squares / n)) if n else float("nan")
 
 
 def n_channels(spec: FieldSpec) -> int:

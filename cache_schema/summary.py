@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from molkd.cache_schema.verify import Report
+from molkd.cache_schema.findings import Report
 
 _ROW = "{:<26} {:<8} {:>9}  {:<6} {:<6} {:>12} {:>12}  {}"
 _HEAD = ("array", "axis", "shape", "unit", "stored", "bytes/atom", "rms", "")
@@ -24,6 +24,8 @@ def describe_info(info: Mapping[str, Any]) -> str:
         f"dataset fingerprint {info['fingerprint']}",
         f"sources: {', '.join(info['sources'])}",
     ]
+    if info["overlay_of"]:
+        lines.append(f"an overlay: structures, labels and other signals lie in {info['overlay_of']}")
     lines += [f"{key}: {info['dataset'][key]}" for key in ("licence", "citation") if info["dataset"].get(key)]
     lines += ["", _ROW.format(*_HEAD).rstrip()]
     lines += _rows("", info["fields"])

@@ -1,7 +1,5 @@
 """Make a store, add teachers and signals to it, and hand out writers of its shards."""
 
-import os
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -10,25 +8,19 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from molkd.cache_schema import zarr_json
+from molkd.cache_schema.codebook import Codebook
 from molkd.cache_schema.creation import (
-    LABELS_SHA256,
     SystemTable,
     build,
-    describe_difference,
-    match_order,
+    new_folder,
+    require_same_systems,
 )
 from molkd.cache_schema.declaration import declare_signal, put_group
 from molkd.cache_schema.edges import EdgeShardWriter
+from molkd.cache_schema.encoding import is_fitted
 from molkd.cache_schema.errors import CacheError, IntegrityError
 from molkd.cache_schema.fields import N_EDGES, FieldSpec
-from molkd.cache_schema.files import (
-    exclusive,
-    fsync_folder,
-    make_folder,
-    sweep,
-    temporary_path,
-    write_error,
-)
+from molkd.cache_schema.files import inside, sweep, write_error
 from molkd.cache_schema.groups import (
     ATOMS,
     Group,
@@ -44,25 +36,19 @@ from molkd.cache_schema.layout import (
     DATA,
     LOG,
     MANIFEST,
-    MAX_MANIFEST_BYTES,
     PLAN,
     check_name,
     check_signal_spec,
     signal_group,
     split_signal_group,
 )
+from molkd.cache_schema.overlay import base_of
 from molkd.cache_schema.plan import Plan, Systems, read_plan, read_systems
+from molkd.cache_schema.remote import local_root, writable_root
 from molkd.cache_schema.shard_writer import ShardWriter
-
-# What makes two teachers of one name the same; the rest of the provenance may differ (dates, hosts, taps).
-TEACHER_IDENTITY = (
-    "weights_sha256",
-    "architecture",
-    "config",
-    "neighbor_rule",
-    "precision",
-    "energy_reference",
-)
+from molkd.cache_schema.signal import Signal
+from molkd.cache_schema.state import most_manifest_bytes
+from molkd.cache_schema.teachers import require_same
 
 
 class Store:
@@ -74,6 +60,7 @@ class Store:
     plan : packing, fingerprint and provenance of the dataset
     systems : the systems table in stored order
     input_index : (S,) for each stored system its row in the arrays `create_store` got; None if only opened
+    base : of an overlay: the shared store, which is only read; what it holds is not among `groups`
     """
 
     def __init__(
@@ -83,6 +70,7 @@ class Store:
         plan: Plan,
         systems: Systems,
         input_index: NDArray[np.int64] | None,
+        base: Path | None = None,
     ) -> None:
         self.path, self.mode, self.plan, self.systems, self.input_index = (
             path,
@@ -91,7 +79,9 @@ class Store:
             systems,
             input_index,
         )
+        self.base = base
         self._groups: dict[str, Group] = {ATOMS: load_atoms(plan, systems)}
+        self._places: dict[str, Path] = {ATOMS: base or path}  # of the groups loaded
         self._manifest_groups: set[str] | None = None
 
     @classmethod
@@ -105,9 +95,9 @@ class Store:
         IntegrityError
             If plan or systems table are damaged.
         """
-        root = Path(path)
+        root = local_root(path) if mode == "r" else writable_root(path)
         plan = read_plan(root)
-        store = cls(root, mode, plan, read_systems(root, plan), None)
+        store = cls(root, mode, plan, read_systems(root, plan), None, base_of(root, plan))
         if mode == "a":
             store._sweep()
         return store
@@ -133,22 +123,42 @@ class Store:
                 f"teacher {name}: its provenance must name the sha256 of its weights (weights_sha256)"
             )
         canonical(provenance)
+        if self.base is not None and name in list_teachers(self.base):
+            require_same(self.base, name, provenance)
         put_group(self.path, f"teachers/{name}", zarr_json.teacher_attributes(name, provenance))
-        known = teacher_provenance(self.path, name) or {}
-        differs = [k for k in TEACHER_IDENTITY if canonical(known.get(k)) != canonical(provenance.get(k))]
-        if differs:
-            shown = "; ".join(
-                f"{k} {_short(known.get(k))}, given {_short(provenance.get(k))}" for k in differs
-            )
-            raise CacheError(
-                f"{self.path}: its teacher {name} is another one ({shown}); "
-                "give this one another name, or take the teacher the store was made with"
-            )
+        require_same(self.path, name, provenance)
 
-    def add_signal(self, teacher: str, spec: FieldSpec, encoding: str) -> str:
+    def signal(self, group: str) -> Signal:
+        """Return the signal that a group holds.
+
+        Raises
+        ------
+        CacheError
+            If there is no such group.
+        """
+        return self._load(group).signal
+
+    def find_signal(self, teacher: str, signal: str) -> Signal | None:
+        """Return a signal as it is declared; None if it is not."""
+        group = signal_group(teacher, signal)
+        return self._load(group).signal if self._place(group) is not None else None
+
+    def add_signal(
+        self,
+        teacher: str,
+        spec: FieldSpec,
+        encoding: str,
+        codebook: Codebook | None = None,
+        recoded_from: Sequence[dict[str, Any]] = (),
+    ) -> str:
         """Make room for a signal; asking for the same one again does nothing.
 
         A signal of which nothing is stored yet may be asked for with another encoding: it is declared anew.
+
+        Parameters
+        ----------
+        codebook : of a fitted encoding; where the signal is there already with this encoding, its own stays
+        recoded_from : encodings that the values went through before, see `Signal`
 
         Returns
         -------
@@ -173,7 +183,18 @@ class Store:
                     f"{self.path}: signal {spec.name} cannot lie inside or around {other}; rename one"
                 )
         in_manifest = group in self._names_in_manifest(group)
-        declare_signal(self.path, self.plan, self.systems, group, spec, encoding, in_manifest=in_manifest)
+        known = self.find_signal(teacher, spec.name)
+        if known is not None and self._places[group] == self.base:
+            self._require_in_base(group, known, Signal(spec, encoding))
+            return group
+        if codebook is None and known is not None and known.same_as(spec, encoding):
+            codebook = known.codebook
+        if is_fitted(encoding) != (codebook is not None):
+            raise CacheError(
+                f"{self.path}: {group} in {encoding}: give the codebook fitted to it, and no other"
+            )
+        signal = Signal(spec, encoding, codebook, tuple(recoded_from))
+        declare_signal(self.path, self.plan, self.systems, group, signal, in_manifest=in_manifest)
         self._groups.pop(group, None)  # it may have been declared anew
         return group
 
@@ -184,8 +205,9 @@ class Store:
 
     @property
     def groups(self) -> list[str]:
-        """Names of all groups: "atoms" and one a signal."""
-        return [ATOMS, *(g for t in self.teachers for g in list_signal_groups(self.path, t))]
+        """Names of all groups that lie here: "atoms", unless this is an overlay, and one a signal."""
+        own = [] if self.base is not None else [ATOMS]
+        return [*own, *(g for t in self.teachers for g in list_signal_groups(self.path, t))]
 
     # ------------------------------------------------------------------------------------------------ shards
 
@@ -195,7 +217,8 @@ class Store:
 
     def missing_shards(self, group: str) -> list[int]:
         """Return the shards of a group that are not committed, in order."""
-        return sorted(set(range(self.plan.n_shards)) - committed_shards(self.path, self._load(group)))
+        loaded = self._load(group)
+        return sorted(set(range(self.plan.n_shards)) - committed_shards(self._places[group], loaded))
 
     def shard_writer(self, group: str, shard: int) -> ShardWriter:
         """Return a context manager that writes and commits one shard.
@@ -209,6 +232,8 @@ class Store:
         if not 0 <= shard < self.plan.n_shards:
             raise CacheError(f"{self.path}: no shard {shard}, the store has {self.plan.n_shards}")
         loaded = self._load(group)
+        if self._places[group] == self.base:
+            raise CacheError(f"{self.base}: holds {group}, and an overlay never writes to it")
         self._drop_stale_manifest(loaded, shard)
         kind = EdgeShardWriter if N_EDGES.name in loaded.layouts else ShardWriter
         return kind(self.path, self.plan, self.systems, loaded, shard)
@@ -218,13 +243,36 @@ class Store:
     def _load(self, group: str) -> Group:
         if group not in self._groups:
             try:
-                teacher, _ = split_signal_group(group)
+                place = self._place(group)
             except ValueError as error:
                 raise CacheError(f"{self.path}: no group {group}; it has {', '.join(self.groups)}") from error
-            if group not in list_signal_groups(self.path, teacher):
+            if place is None:
                 raise CacheError(f"{self.path}: no group {group}; it has {', '.join(self.groups)}")
-            self._groups[group] = load_signal(self.path, self.plan, self.systems, group)
+            self._groups[group] = load_signal(place, self.plan, self.systems, group)
+            self._places[group] = place
         return self._groups[group]
+
+    def _place(self, group: str) -> Path | None:
+        """Return the folder of the store that holds a signal: this one, or the one an overlay refers to."""
+        teacher, _ = split_signal_group(group)
+        if group in list_signal_groups(self.path, teacher):
+            return self.path
+        return (
+            self.base if self.base is not None and group in list_signal_groups(self.base, teacher) else None
+        )
+
+    def _require_in_base(self, group: str, known: Signal, asked: Signal) -> None:
+        """Refuse a signal that the shared store of an overlay holds in another way, or not completely."""
+        if not known.same_as(asked.spec, asked.encoding):
+            what = f"as {known.encoding} {known.spec.shape}, asked for {asked.encoding} {asked.spec.shape}"
+        elif self.missing_shards(group):
+            what = "unfinished; finish it there"
+        else:
+            return
+        raise CacheError(
+            f"{self.base}: holds {group} {what}; an overlay never writes to it, give the teacher another "
+            "name (--name)"
+        )
 
     def _drop_stale_manifest(self, group: Group, shard: int) -> None:
         """Remove a manifest that says this shard is finished though its record is gone."""
@@ -241,8 +289,10 @@ class Store:
             return set()
         if self._manifest_groups is None:
             try:
-                document, _ = read_sealed(self.path / MANIFEST, max_bytes=MAX_MANIFEST_BYTES, remedy="")
-                self._manifest_groups = set(document.get("groups", {}))
+                document, _ = read_sealed(
+                    inside(self.path, MANIFEST), max_bytes=most_manifest_bytes(self.plan), remedy=""
+                )
+                self._manifest_groups = set(document.get("groups") or {})
             except IntegrityError:
                 self._manifest_groups = {asked}
         return self._manifest_groups
@@ -253,14 +303,14 @@ class Store:
 
     def _sweep(self) -> None:
         sweep(self.path)
-        sweep(self.path / DATA)
+        sweep(inside(self.path, DATA))
         for name in self.groups:
-            sweep(self.path / LOG / name)
-            sweep(self.path / DATA / name)
+            sweep(inside(self.path, f"{LOG}/{name}"))
+            sweep(inside(self.path, f"{DATA}/{name}"))
             group = self._load(name)
             for shard in self.missing_shards(name):
                 for layout in group.layouts.values():
-                    sweep((self.path / layout.file(shard)).parent)
+                    sweep(inside(self.path, layout.file(shard)).parent)
 
 
 def create_store(
@@ -303,7 +353,7 @@ def create_store(
     CacheError
         If the arrays make no sense, or the folder exists and is no store, or one of other systems or labels.
     """
-    root = Path(path)
+    root = writable_root(path)
     table = SystemTable.check(
         root,
         ids=ids,
@@ -317,67 +367,18 @@ def create_store(
     )
     if (root / PLAN).exists():
         return _resume(root, table, dataset)
-    if root.exists() and (not root.is_dir() or any(root.iterdir())):
-        raise CacheError(
-            f"{root}: exists and is not a store (no {PLAN} in it); choose another name, or remove it"
-        )
-    temporary = temporary_path(root.absolute())
     try:
-        make_folder(temporary.parent)
-        sweep(temporary.parent)
-        temporary.mkdir()
-        with exclusive(temporary):  # alive, whatever its age
-            if root.exists():  # an empty folder made beforehand keeps its rights
-                _take_rights(temporary, root)
-            order = build(temporary, table, dataset, seed, rows_per_shard)
-            temporary.rename(root)
-        fsync_folder(root.absolute().parent)
+        with new_folder(root) as folder:
+            order = build(folder, table, dataset, seed, rows_per_shard)
     except OSError as error:
         if (root / PLAN).exists():  # another process was faster
             return _resume(root, table, dataset)
         raise write_error(root, error, int(table.id.size * 13)) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     plan = read_plan(root)
     return Store(root, "a", plan, read_systems(root, plan), order)
 
 
 def _resume(root: Path, table: SystemTable, dataset: dict[str, Any]) -> Store:
     store = Store.open(root, "a")
-    if table.fingerprint != store.plan.fingerprint:
-        raise CacheError(
-            f"{root}: holds other systems: {describe_difference(table, store.systems.id)}; "
-            "choose another name for the store, or give the same data"
-        )
-    store.input_index = match_order(table, store.systems.id)
-    changed = ~_same(table.energy[store.input_index], store.systems.energy)
-    if changed.any():
-        raise CacheError(
-            f"{root}: {int(changed.sum())} of its systems have other energy labels than the ones given; "
-            "choose another name for the store, or give the same labels"
-        )
-    known, given = store.plan.dataset.get(LABELS_SHA256), dataset.get(LABELS_SHA256)
-    if known is not None and given is not None and known != given:
-        raise CacheError(
-            f"{root}: holds the same systems with other forces, tags or fixed atoms than the ones given "
-            f"(labels {_short(known)}, given {_short(given)}); "
-            "choose another name for the store, or give the same labels"
-        )
+    store.input_index = require_same_systems(root, table, dataset, store.plan, store.systems)
     return store
-
-
-def _same(a: NDArray[np.float64], b: NDArray[np.float64]) -> NDArray[np.bool_]:
-    same: NDArray[np.bool_] = (a == b) | (np.isnan(a) & np.isnan(b))
-    return same
-
-
-def _take_rights(folder: Path, like: Path) -> None:
-    rights = like.stat()
-    if folder.stat().st_gid != rights.st_gid:
-        os.chown(folder, -1, rights.st_gid)
-    folder.chmod(rights.st_mode & 0o7777)
-
-
-def _short(value: object) -> str:
-    text = value if isinstance(value, str) else canonical(value)
-    return text if len(text) <= 20 else f"{text[:16]}..."

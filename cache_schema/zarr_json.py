@@ -3,10 +3,18 @@
 import json
 from typing import Any
 
-from molkd.cache_schema.encoding import ENCODINGS, find_encoding
+from molkd.cache_schema.encoding import ENCODINGS, check_signal_encoding
 from molkd.cache_schema.errors import CacheError, IntegrityError
 from molkd.cache_schema.fields import EDGE_INDEX, EDGE_SHIFT, FieldSpec
-from molkd.cache_schema.layout import CHUNK_ROWS, FORMAT, ArrayLayout, check_name, check_signal_spec
+from molkd.cache_schema.layout import (
+    CHUNK_ROWS,
+    FORMAT,
+    MAX_JSON_BYTES,
+    ArrayLayout,
+    check_name,
+    check_signal_spec,
+)
+from molkd.cache_schema.untrusted import parse_json, shorten
 
 _KEY = "molkd"  # our part of a group's attributes
 _GEOMETRY = (
@@ -19,6 +27,8 @@ _GEOMETRY = (
     "codecs",
     "fill_value",
 )
+_SHOWN = 300  # characters of what is wrong with a signal
+_ROWS = {"atom": "atom_row", "system": "system_slot", "edge": "edge_row"}
 
 
 def group_document(attributes: dict[str, Any]) -> dict[str, Any]:
@@ -54,7 +64,7 @@ def array_document(layout: ArrayLayout) -> dict[str, Any]:
         (layout.rows_per_file, *spec.shape),
         dtype,
         codecs,
-        _dimension_names(spec),
+        [_ROWS[spec.axis], *inner_dimensions(layout)],
         {"units": spec.unit, "formula": ENCODINGS[layout.encoding].formula},
     )
 
@@ -84,22 +94,24 @@ def _array(
 
 
 def _bytes_codec(dtype: str) -> dict[str, Any]:
-    if dtype in ("uint8", "bool"):
+    if dtype in ("int8", "uint8", "bool"):
         return {"name": "bytes"}
     return {"name": "bytes", "configuration": {"endian": "little"}}
 
 
-def _dimension_names(spec: FieldSpec) -> list[str]:
-    rows = {"atom": "atom_row", "system": "system_slot", "edge": "edge_row"}[spec.axis]
+def inner_dimensions(layout: ArrayLayout) -> list[str]:
+    """Return names for all axes of a stored array but the first; within a group one name has one length."""
+    spec = layout.spec
     if spec in (EDGE_INDEX, EDGE_SHIFT):
-        tail = ["end"] if spec == EDGE_INDEX else ["lattice_vector"]
-    elif spec.symmetry == "vector" and spec.shape[:1] == (3,):
-        tail = ["xyz", "channel", "component"][: len(spec.shape)]
-    elif len(spec.shape) == 1:
-        tail = ["channel"]
-    else:
-        tail = [f"component_{k}" for k in range(len(spec.shape))]
-    return [rows, *tail]
+        return ["end"] if spec == EDGE_INDEX else ["lattice_vector"]
+    if not spec.shape:
+        return []
+    names = [f"component_{k}" for k in range(len(spec.shape))]
+    if spec.symmetry == "vector" and spec.shape[0] == 3:
+        names[0] = "xyz"
+    if names[-1] != "xyz":
+        names[-1] = "byte" if layout.encoding == "uint8" else "channel"  # packed codes have no channels
+    return names
 
 
 def dump(document: dict[str, Any]) -> bytes:
@@ -119,8 +131,8 @@ def parse(raw: bytes, where: str) -> dict[str, Any]:
         If it is not one.
     """
     try:
-        document = json.loads(raw)
-    except (ValueError, RecursionError) as error:
+        document = parse_json(raw, MAX_JSON_BYTES)
+    except ValueError as error:
         raise IntegrityError(
             f"{where}: damaged, not JSON ({error}); restore it from a copy of the store"
         ) from error
@@ -128,6 +140,11 @@ def parse(raw: bytes, where: str) -> dict[str, Any]:
         raise IntegrityError(f"{where}: damaged, not Zarr v3 metadata; restore it from a copy of the store")
     document.setdefault("attributes", {})
     return document
+
+
+def geometry(document: dict[str, Any]) -> dict[str, Any]:
+    """Return the entries of an array's zarr.json that say where its values lie."""
+    return {key: document.get(key) for key in _GEOMETRY}
 
 
 def check_array(document: dict[str, Any], layout: ArrayLayout, where: str) -> None:
@@ -138,8 +155,8 @@ def check_array(document: dict[str, Any], layout: ArrayLayout, where: str) -> No
     IntegrityError
         Naming every entry that differs.
     """
-    expected = array_document(layout)
-    wrong = [key for key in _GEOMETRY if document.get(key) != expected[key]]
+    expected = geometry(array_document(layout))
+    wrong = [key for key, value in geometry(document).items() if value != expected[key]]
     if wrong:
         raise IntegrityError(
             f"{where}: {', '.join(wrong)} differ from plan and signal; restore it from a copy of the store"
@@ -151,8 +168,8 @@ def teacher_attributes(name: str, provenance: dict[str, Any]) -> dict[str, Any]:
     return {_KEY: {"kind": "teacher", "name": name, "provenance": provenance}}
 
 
-def signal_attributes(spec: FieldSpec, encoding: str) -> dict[str, Any]:
-    """Return the attributes of a signal's group."""
+def signal_entry(spec: FieldSpec, encoding: str, formula: str) -> dict[str, Any]:
+    """Return what a signal's group says about it."""
     entry = {
         "kind": "signal",
         "name": spec.name,
@@ -162,9 +179,14 @@ def signal_attributes(spec: FieldSpec, encoding: str) -> dict[str, Any]:
         "unit": spec.unit,
         "symmetry": spec.symmetry,
         "encoding": encoding,
-        "formula": ENCODINGS[encoding].formula,
+        "formula": formula,
     }
-    return {_KEY: entry | ({"max_per_atom": spec.max_per_atom} if spec.axis == "edge" else {})}
+    return entry | ({"max_per_atom": spec.max_per_atom} if spec.axis == "edge" else {})
+
+
+def signal_attributes(entry: dict[str, Any]) -> dict[str, Any]:
+    """Return the attributes of a signal's group."""
+    return {_KEY: entry}
 
 
 def kind(document: dict[str, Any]) -> str:
@@ -191,8 +213,8 @@ def read_teacher(document: dict[str, Any], where: str) -> dict[str, Any]:
     return provenance
 
 
-def read_signal(document: dict[str, Any], where: str) -> tuple[FieldSpec, str]:
-    """Return spec and encoding of a signal's group.
+def read_signal(document: dict[str, Any], where: str) -> tuple[FieldSpec, str, dict[str, Any]]:
+    """Return spec and encoding of a signal's group, and all that it says.
 
     Raises
     ------
@@ -204,15 +226,20 @@ def read_signal(document: dict[str, Any], where: str) -> tuple[FieldSpec, str]:
     entry = document["attributes"].get(_KEY)
     if kind(document) != "signal" or not isinstance(entry, dict):
         raise IntegrityError(f"{where}: damaged, describes no signal; restore it from a copy of the store")
-    encoding = find_encoding(entry.get("encoding"), where).name
+    encoding = check_signal_encoding(entry.get("encoding"), where)
     texts = {key: entry.get(key) for key in ("name", "axis", "dtype", "unit", "symmetry")}
     shape, most = entry.get("shape"), entry.get("max_per_atom", 0)
     if not all(isinstance(t, str) for t in texts.values()) or not _is_shape(shape) or type(most) is not int:
         raise IntegrityError(f"{where}: damaged description of a signal; restore it from a copy of the store")
     spec = FieldSpec(shape=tuple(shape or ()), max_per_atom=most, **texts)  # type: ignore[arg-type]  # checked above and below
-    check_name(spec.name, "signal", parts=True)
-    check_signal_spec(spec, encoding)
-    return spec, encoding
+    try:
+        check_name(spec.name, "signal", parts=True)
+        check_signal_spec(spec, encoding)
+    except CacheError as error:
+        raise IntegrityError(
+            f"{where}: {shorten(str(error), _SHOWN)}; restore it from a copy of the store"
+        ) from error
+    return spec, encoding, entry
 
 
 def _is_shape(shape: object) -> bool:

@@ -2,48 +2,50 @@
 
 Three things overlap: a thread reads systems and builds neighbours, the teacher runs, a thread copies what it
 gave to the host, checks it and writes it. Shards are done one after another; a finished one is never redone.
+Processes that share the work share nothing but the store: jobs of an array, or the workers of `distributed`.
 """
 
 import logging
 import time
-from collections.abc import Callable
-from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
-from functools import partial
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
-from molkd.cache_schema.encoding import encoding_for
 from molkd.cache_schema.layout import PLAN
 from molkd.cache_schema.manifest import finalize_if_complete
 from molkd.cache_schema.reader import Cache
+from molkd.cache_schema.remote import is_url
 from molkd.cache_schema.writer import Store
 from molkd.pipeline.config import CacheConfig, IngestConfig
-from molkd.pipeline.data.sources import open_source
 from molkd.pipeline.device import choose_device
+from molkd.pipeline.encodings import asked_encodings, settle_encodings, warn_of_errors
 from molkd.pipeline.errors import ConfigError, TeacherError
-from molkd.pipeline.forecast import Forecast, forecast
 from molkd.pipeline.ingest import ingest
-from molkd.pipeline.prefetch import Background, prefetch
+from molkd.pipeline.places import is_there, resolved
+from molkd.pipeline.prefetch import Background
 from molkd.pipeline.progress import Progress
 from molkd.pipeline.scope import Scope, source_of
-from molkd.pipeline.shard_output import Written, commit, write
-from molkd.pipeline.teacher_pass import TeacherPass, make_work
+from molkd.pipeline.shard_output import Written
+from molkd.pipeline.shard_work import (
+    PREFETCH,
+    Outcome,
+    Stage,
+    announce,
+    compute_shard,
+    missing_groups,
+    missing_shards,
+)
+from molkd.pipeline.teacher_pass import TeacherPass
 from molkd.pipeline.teachers.interface import Teacher
 from molkd.pipeline.teachers.load import load_teacher
-from molkd.pipeline.transfer import HostCopy, pin, side_stream
 
 log = logging.getLogger(__name__)
 
-_BATCH_ATOMS = {"cpu": 1024, "cuda": 16_384}
-_BATCH_EDGES = {"cpu": 60_000, "cuda": 1_000_000}
-_PREFETCH = 3  # batches
 ALL = "all"  # among the signals asked for: every one but those on edges
-_PROBE_SYSTEMS = 256
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,7 @@ class CacheSummary:
 
 def cache_teacher(
     config: CacheConfig,
-    data: Path | None = None,
+    data: Path | str | None = None,
     *,
     energy_key: str | None = None,
     forces_key: str | None = None,
@@ -77,6 +79,8 @@ def cache_teacher(
 
     Raises
     ------
+    ConfigError
+        If a job of an array is to make the store, or there is no scheduler at the address.
     TeacherError
         If the teacher lacks a signal, or gives non-finite numbers for a system, which is named.
     ModelError
@@ -85,50 +89,92 @@ def cache_teacher(
         If the store holds another teacher of this name, or cannot be written.
     """
     began = time.perf_counter()
+
+    def fill_store() -> None:
+        if data is not None:
+            prepare_store(config.store, data, energy_key=energy_key, forces_key=forces_key)
+
+    if config.worker is not None and not (config.store / PLAN).exists():
+        is_given = data is not None and str(data) != str(config.store)
+        raise ConfigError(
+            f"{config.store}: no store yet, and jobs of an array would each make it; first run "
+            f"kd ingest {data if is_given else 'DATA'} {config.store}, "
+            f"then the array with kd cache-teacher {config.store}"
+        )
+    if config.workers is not None or config.scheduler is not None:
+        from molkd.pipeline.distributed import cache_on_workers  # Dask takes half a second to import
+
+        done = cache_on_workers(config, fill_store)
+    else:
+        done = _cache_here(config, fill_store)
+    if not finalize_if_complete(done.store):
+        log.info("%s: shards or other signals are unfinished, so no manifest yet", config.store)
+    with Cache.open(config.store) as cache:
+        if config.max_error is not None:
+            warn_of_errors(cache, done.name, done.groups, config.max_error)
+        return CacheSummary(
+            store=str(config.store),
+            teacher=done.name,
+            signals={s: done.store.signal(group).encoding for s, group in done.groups.items()},
+            n_systems=cache.n_systems,
+            n_atoms=cache.n_atoms,
+            n_computed=done.n_computed,
+            seconds=time.perf_counter() - began,
+            bytes_written=done.written.n_bytes,
+            bad_systems=[source_of(cache, i) for i in sorted(done.written.bad_systems)],
+        )
+
+
+def _cache_here(config: CacheConfig, fill_store: Callable[[], None]) -> Outcome:
+    """Do all missing shards, or those of this job of an array, in this process."""
     teacher = open_teacher(config)
-    if data is not None:
-        prepare_store(config.store, data, energy_key=energy_key, forces_key=forces_key)
-    cache = Cache.open(config.store)
-    scope_of(teacher).check_store(cache)
-    store = Store.open(config.store, mode="a")
-    name = config.name or teacher.info.name
-    encodings = choose_encodings(teacher, config)
-    store.add_teacher(name, provenance(teacher))
-    groups = {s: store.add_signal(name, teacher.signals[s], e) for s, e in encodings.items()}
-    shards = sorted(set[int]().union(*(store.missing_shards(group) for group in groups.values())))
-    if not shards:
-        log.info("%s: all of %s is there, nothing to do", config.store, ", ".join(groups))
-    n_total = sum(len(store.systems_of_shard(s)) for s in shards)
-    teacher_pass = TeacherPass(teacher, cache)
+    fill_store()
+    stage = make_room(config, teacher)
+    store, groups = stage.store, stage.groups
+    shards = missing_shards(store, groups)
+    if config.worker is not None:
+        index, of = config.worker
+        shards = [shard for shard in shards if shard % of == index]
+    n_total = announce(store, groups, shards)
     n_computed, written = 0, Written()
-    with Progress(n_total, "teacher", "system") as progress, Background("kd-write", _PREFETCH) as writing:
+    with Progress(n_total, "teacher", "system") as progress, Background("kd-write", PREFETCH) as writing:
         for shard in shards:
             # Asked anew each time: another process may have finished this shard meanwhile.
-            wanted = {s: group for s, group in groups.items() if shard in store.missing_shards(group)}
+            wanted = missing_groups(store, groups, shard)
             n_systems = len(store.systems_of_shard(shard))
             if not wanted:
                 progress.update(n_systems)
                 continue
-            _cache_shard(teacher_pass, store, shard, wanted, config, writing, written, progress.update)
+            compute_shard(stage, shard, wanted, writing, written, progress.update)
             n_computed += n_systems
-    if not finalize_if_complete(store):
-        log.info("%s: other signals are unfinished, so no manifest yet", config.store)
-    return CacheSummary(
-        store=str(config.store),
-        teacher=name,
-        signals=encodings,
-        n_systems=cache.n_systems,
-        n_atoms=cache.n_atoms,
-        n_computed=n_computed,
-        seconds=time.perf_counter() - began,
-        bytes_written=written.n_bytes,
-        bad_systems=[source_of(cache, i) for i in sorted(written.bad_systems)],
-    )
+    return Outcome(store, stage.name, groups, n_computed, written)
 
 
-def choose_encodings(teacher: Teacher, config: CacheConfig) -> dict[str, str]:
-    """Return signal -> encoding; energies and forces keep their precision, features are narrowed."""
-    return {s: encoding_for(teacher.signals[s], config.encoding) for s in asked_signals(teacher, config)}
+def make_room(config: CacheConfig, teacher: Teacher) -> Stage:
+    """Make room in the store for what is asked of the teacher, the encodings settled.
+
+    Raises
+    ------
+    ModelError, TeacherError, CacheError
+        As `cache_teacher`.
+    """
+    cache = Cache.open(config.store)
+    scope_of(teacher).check_store(cache)
+    store = Store.open(config.store, mode="a")
+    name = config.name or teacher.info.name
+    specs = {s: teacher.signals[s] for s in asked_signals(teacher, config)}
+    asked = asked_encodings(specs, config, cache.n_atoms, declared_encodings(store, name, specs))
+    store.add_teacher(name, provenance(teacher))
+    teacher_pass = TeacherPass(teacher, cache)
+    settled = settle_encodings(teacher_pass, store, name, asked, config)
+    groups = {s: store.add_signal(name, specs[s], f.encoding, f.codebook) for s, f in settled.items()}
+    return Stage(config, store, teacher_pass, name, groups)
+
+
+def declared_encodings(store: Store, teacher: str, signals: Iterable[str]) -> dict[str, str]:
+    """Return signal -> encoding of the signals that the store has of a teacher, finished or not."""
+    found = {s: store.find_signal(teacher, s) for s in signals}
+    return {s: signal.encoding for s, signal in found.items() if signal is not None}
 
 
 def asked_signals(teacher: Teacher, config: CacheConfig) -> list[str]:
@@ -151,7 +197,7 @@ def asked_signals(teacher: Teacher, config: CacheConfig) -> list[str]:
 
 
 def prepare_store(
-    store: Path, data: Path, *, energy_key: str | None = None, forces_key: str | None = None
+    store: Path, data: Path | str, *, energy_key: str | None = None, forces_key: str | None = None
 ) -> None:
     """Make sure that the store holds the structures of `data`; a store given as data is used as it is.
 
@@ -163,57 +209,23 @@ def prepare_store(
         As `ingest`.
     """
     check_place(store, data, (energy_key, forces_key))
-    if data.resolve() != store.resolve():
+    if resolved(data) != store.resolve():
         ingest(IngestConfig(data=(data,), store=store, energy_key=energy_key, forces_key=forces_key))
 
 
-def check_place(store: Path, data: Path, keys: tuple[str | None, str | None]) -> None:
+def check_place(store: Path, data: Path | str, keys: tuple[str | None, str | None]) -> None:
     """Refuse data that name no store to go to, and keys where no file is read."""
-    if data.exists() and not (data / PLAN).exists() and data.resolve() == store.resolve():
+    is_store = is_url(data) or (Path(data) / PLAN).exists()
+    if is_there(data) and not is_store and resolved(data) == store.resolve():
         raise ConfigError(
             f"{data}: is not a store; name one that its structures and the signals go to, "
             f"for example kd cache-teacher {data} NAME.kdcache --teacher ..."
         )
-    if (data / PLAN).exists() and any(keys):
+    if is_store and any(keys):
         raise ConfigError(
             f"{data}: is a store, its labels were chosen when it was made; "
             "give --energy-key and --forces-key to kd ingest"
         )
-
-
-def plan_teacher(
-    config: CacheConfig, data: Path, *, energy_key: str | None = None, forces_key: str | None = None
-) -> Forecast:
-    """Price stage one without writing anything but a probe file that is removed again.
-
-    Raises
-    ------
-    ConfigError, DataError, ModelError, TeacherError
-        What the real run would refuse, as far as a sample of the data shows it.
-    """
-    check_place(config.store, data, (energy_key, forces_key))
-    teacher = open_teacher(config)
-    source = open_source(data, energy_key=energy_key, forces_key=forces_key)
-    try:
-        rng = np.random.default_rng(0)
-        chosen = rng.choice(len(source), size=min(len(source), _PROBE_SYSTEMS), replace=False)
-        sample = [source.read(int(i)) for i in chosen]
-        n_systems = len(source)
-    finally:
-        source.close()
-    for system in sample:
-        scope_of(teacher).check(system)
-    atoms = sum(s.n_atoms for s in sample) / len(sample)
-    budget = config.batch_atoms or _BATCH_ATOMS.get(teacher.device.type, _BATCH_ATOMS["cpu"])
-    return forecast(
-        config.store,
-        teacher,
-        sample,
-        n_systems,
-        choose_encodings(teacher, config),
-        batch_size=max(1, int(budget / atoms)),
-        new_store=not (config.store / PLAN).exists(),
-    )
 
 
 def open_teacher(config: CacheConfig) -> Teacher:
@@ -248,45 +260,3 @@ def provenance(teacher: Teacher) -> dict[str, Any]:
         "code": f"molkd {version('molkd')}, torch {torch.__version__}",
         **info.extra,
     }
-
-
-def _cache_shard(
-    teacher_pass: TeacherPass,
-    store: Store,
-    shard: int,
-    groups: dict[str, str],
-    config: CacheConfig,
-    writing: Background,
-    written: Written,
-    on_systems: Callable[[int], object],
-) -> None:
-    """Compute the given signals of one shard; writing and committing follow behind.
-
-    Bytes and systems that are given up are added to `written`.
-    """
-    teacher, cache = teacher_pass.teacher, teacher_pass.cache
-    kind = teacher.device.type
-    stream = side_stream(teacher.device)
-    works = make_work(
-        cache,
-        np.asarray(store.systems_of_shard(shard), dtype=np.int64),
-        teacher.neighbor_rule,
-        teacher.dtype,
-        config.batch_atoms or _BATCH_ATOMS.get(kind, _BATCH_ATOMS["cpu"]),
-        config.batch_edges or _BATCH_EDGES.get(kind, _BATCH_EDGES["cpu"]),
-    )
-    if stream is not None:
-        works = (replace(work, batch=pin(work.batch)) for work in works)  # in the prefetch thread
-    with ExitStack() as stack:
-        writers = {s: stack.enter_context(store.shard_writer(group, shard)) for s, group in groups.items()}
-        stack.callback(writing.settle)  # if anything fails: nobody writes any more when the files are dropped
-        for work in prefetch(works, _PREFETCH):
-            for part, signals in teacher_pass.run(work, tuple(groups)):
-                copy = HostCopy(signals, stream)
-                job = partial(write, writers, teacher.signals, part, copy, cache, written)
-                writing.submit(partial(job, skip_bad=config.skip_bad))
-                on_systems(len(part.indices))
-        stack.pop_all()
-    # Files are forced to disk and committed while the teacher is at the next shard. After a failed write rows
-    # are missing, and a writer that lacks rows commits nothing.
-    writing.submit(partial(commit, writers, written))

@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from molkd.cache_schema.findings import Report
 from molkd.cache_schema.summary import describe_report
-from molkd.cache_schema.verify import Report
 
 _ROW = "  {:<34} {:<5} {:>10} {:>10} {:>11} {:>10} {:>10} {:>7}  {}"
 _HEAD = ("check", "unit", "largest", "mean", "largest/rms", "mean/rms", "allowed", "used", "")

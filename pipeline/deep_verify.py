@@ -7,17 +7,18 @@ teacher, which a second run in float64 measures.
 
 from collections.abc import Callable, Iterable
 from functools import cache as kept
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from molkd.cache_schema.encoding import ENCODINGS, rounding_error
+from molkd.cache_schema.encoding import ENCODINGS, is_fitted, rounding_error
 from molkd.cache_schema.jsonfile import canonical
 from molkd.cache_schema.reader import Cache, SignalEntry
+from molkd.cache_schema.teachers import TEACHER_IDENTITY
 from molkd.cache_schema.verify import Progress, verify
-from molkd.cache_schema.writer import TEACHER_IDENTITY
 from molkd.pipeline.caching import provenance
 from molkd.pipeline.deep_report import Compared, DeepReport, Deviation
 from molkd.pipeline.device import choose_device
@@ -25,7 +26,7 @@ from molkd.pipeline.errors import CacheError
 from molkd.pipeline.graphs.batch import to_device
 from molkd.pipeline.graphs.neighbors import canonical_order
 from molkd.pipeline.scope import source_of
-from molkd.pipeline.sum_rules import Arrays, sum_rules
+from molkd.pipeline.sum_rules import Arrays, Bound, sum_rules
 from molkd.pipeline.teacher_pass import build_work
 from molkd.pipeline.teachers.interface import Teacher
 from molkd.pipeline.teachers.load import load_teacher
@@ -36,7 +37,7 @@ _FLOOR = 2  # units of rounding of a signal's largest value, where a few systems
 
 
 def deep_verify(
-    store: Path,
+    store: str | Path,
     *,
     teacher: str | None = None,
     n_systems: int = 32,
@@ -132,7 +133,7 @@ class _Values:
     ) -> None:
         self.cache, self.name, self.systems, self.report = cache, name, systems, report
         self.entries: dict[str, SignalEntry] = cache.teachers[name].signals
-        self.encodings = {signal: entry.encoding for signal, entry in self.entries.items()}
+        self.bounds = {signal: _bound(entry) for signal, entry in self.entries.items()}
         self.provenance = cache.teachers[name].provenance
         self.precision = str(self.provenance.get("precision", "float32"))
         if self.precision not in ("float32", "float64"):
@@ -166,7 +167,7 @@ class _Values:
         if self.live is not None:
             self._recompute(self.live, read)
         for index, arrays in zip(self.systems, read, strict=True):
-            for compared in sum_rules(arrays, self.encodings, self.eps, v2v_is_sum=self.v2v_is_sum):
+            for compared in sum_rules(arrays, self.bounds, self.eps, v2v_is_sum=self.v2v_is_sum):
                 self._add(compared, index)
         self.report.checks += self.checks.values()
 
@@ -195,7 +196,7 @@ class _Values:
                 own, expected = stored[f"teacher/{signal}"], values[signal].astype(np.float64)
                 if own.shape != expected.shape:
                     continue  # other edges, which is reported
-                allowed = rounding_error(expected, ENCODINGS[self.encodings[signal]]) + noise[signal]
+                allowed = self.bounds[signal](expected) + noise[signal]
                 compared = Compared(f"{signal} = recomputed", own.astype(np.float64), expected, allowed)
                 self._add(compared, index)
 
@@ -233,7 +234,8 @@ class _Values:
             "teacher/edge/shift": out["edge_shift"],
         }
         eps = float(np.finfo(out["edge"].dtype).eps)
-        rules = sum_rules(arrays, {"edge": "fp64", "v2v": "fp64"}, eps, v2v_is_sum=True)
+        exact = dict.fromkeys(("edge", "v2v"), partial(rounding_error, encoding=ENCODINGS["fp64"]))
+        rules = sum_rules(arrays, exact, eps, v2v_is_sum=True)
         return all((np.abs(rule.found - rule.expected) <= rule.allowed).all() for rule in rules)
 
     def _same_order(self, index: int, stored: Arrays, values: Arrays) -> None:
@@ -257,6 +259,18 @@ class _Values:
         stored["teacher/edge/index"] = stored["teacher/edge/index"][:, orders[0]]
         stored["teacher/edge/shift"] = stored["teacher/edge/shift"][orders[0]]
         values["edge"] = values["edge"][orders[1]]
+
+
+def _bound(entry: SignalEntry) -> Bound:
+    """Return how far a value of this size can be from what the teacher gave.
+
+    Of a plain encoding that is its rounding; of a fitted one the largest error that any value of the store
+    has, which the commit records hold, and the rounding of decoding it.
+    """
+    if not is_fitted(entry.encoding):
+        return partial(rounding_error, encoding=ENCODINGS[entry.encoding])
+    largest = entry.error_max_abs + 4 * float(np.finfo(np.float32).eps) * entry.max_abs
+    return lambda values: np.full(values.shape, largest)
 
 
 def _rms(entry: SignalEntry) -> float:

@@ -20,6 +20,7 @@ from molkd.pipeline.evaluation.report import Report, write_report
 from molkd.pipeline.evaluation.result import FOLDER, Evaluation
 from molkd.pipeline.evaluation.results import TeacherResult
 from molkd.pipeline.evaluation.runs import read_run
+from molkd.pipeline.places import is_there, resolved, short_name
 from molkd.pipeline.progress import Progress
 from molkd.pipeline.scope import Scope
 from molkd.pipeline.teachers.interface import Teacher
@@ -48,7 +49,7 @@ class EvaluationSummary:
 
 def evaluate_model(
     model: str,
-    data: Path,
+    data: Path | str,
     *,
     predictions: Path | None = None,
     energy_key: str | None = None,
@@ -96,7 +97,7 @@ def evaluate_model(
 class _TestSet:
     """Data that runs and teacher are measured on."""
 
-    path: Path
+    path: Path | str
     keys: tuple[str | None, str | None]  # names of energy and forces in the file
     fingerprint: str | None  # of systems and labels; None: the file is no longer there
 
@@ -106,7 +107,7 @@ def report_runs(
     out: Path,
     *,
     teacher: str | None = None,
-    test: Sequence[Path] = (),
+    test: Sequence[Path | str] = (),
     energy_key: str | None = None,
     forces_key: str | None = None,
     device: str = "auto",
@@ -145,15 +146,15 @@ def report_runs(
 
 
 def _test_sets(
-    runs: Sequence[Path], given: Sequence[Path], keys: tuple[str | None, str | None]
+    runs: Sequence[Path], given: Sequence[Path | str], keys: tuple[str | None, str | None]
 ) -> dict[str, _TestSet]:
     """Return the test data by name: the file's name up to the first dot."""
-    found: dict[str, dict[Path, _TestSet]] = {}  # name -> place -> data
+    found: dict[str, dict[Path | str, _TestSet]] = {}  # name -> place -> data
     for run in runs:
         for name, path in make_config(TrainConfig, read_yaml(run / "config.yaml")).test.items():
-            found.setdefault(name, {})[path.resolve()] = _TestSet(path, (None, None), None)
+            found.setdefault(name, {})[resolved(path)] = _TestSet(path, (None, None), None)
     for path in given:
-        found.setdefault(path.name.split(".")[0], {})[path.resolve()] = _TestSet(path, keys, None)
+        found.setdefault(short_name(path), {})[resolved(path)] = _TestSet(path, keys, None)
     return {name: _the_one(name, list(places.values())) for name, places in found.items()}
 
 
@@ -161,7 +162,7 @@ def _the_one(name: str, candidates: Sequence[_TestSet]) -> _TestSet:
     """Return the data behind a name; several places will do if they hold the same systems and labels."""
     there = []
     for candidate in candidates:
-        if candidate.path.exists() or candidate.keys != (None, None):
+        if is_there(candidate.path) or candidate.keys != (None, None):
             with closing(_open(candidate)) as source:
                 there.append(replace(candidate, fingerprint=fingerprint(source)))
     for other in there[1:]:
@@ -224,7 +225,7 @@ def _open(data: _TestSet) -> Source:
 
 
 def _evaluate_set(teacher: Teacher, data: _TestSet, batch_size: int) -> Evaluation:
-    if not data.path.exists():
+    if not is_there(data.path):
         raise DataError(
             f"{data.path}: test data of a run, no longer there; name their present place with --test"
         )

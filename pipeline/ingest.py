@@ -183,7 +183,11 @@ def _without_duplicates(
 
 
 def _create(
-    config: IngestConfig, table: _Table, keep: NDArray[np.int64], paths: Sequence[Path], n_duplicates: int
+    config: IngestConfig,
+    table: _Table,
+    keep: NDArray[np.int64],
+    paths: Sequence[Path | str],
+    n_duplicates: int,
 ) -> Store:
     energy, ids = np.array(table.energy)[keep], _id_array(table.ids)[keep]
     return create_store(

@@ -1,26 +1,26 @@
 """Rules that cached signals obey whatever the teacher: atoms add up to the energy, edges to e2n and v2v."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from molkd.cache_schema.encoding import ENCODINGS, rounding_error
 from molkd.pipeline.deep_report import Compared
 
 Arrays = dict[str, NDArray[Any]]
+Bound = Callable[[NDArray[Any]], NDArray[np.float64]]  # how far stored values can be from what was given
 
 
 def sum_rules(
-    arrays: Arrays, encodings: Mapping[str, str], eps: float, *, v2v_is_sum: bool
+    arrays: Arrays, bounds: Mapping[str, Bound], eps: float, *, v2v_is_sum: bool
 ) -> Iterator[Compared]:
     """Yield every rule that one system's signals can be put to.
 
     Parameters
     ----------
     arrays : of one system, as `Cache.read` gives it: positions, cell and the teacher's signals
-    encodings : signal -> encoding
+    bounds : signal -> what its encoding may have changed
     eps : unit of rounding of the precision that the teacher computed in
     v2v_is_sum : whether the teacher's v2v is defined as a sum over edges (Eq. 6)
     """
@@ -34,19 +34,19 @@ def sum_rules(
     if {"edge", "e2n"} <= own.keys():
         weights = np.ones((len(own["edge"]), 1))
         errors = np.zeros_like(weights)
-        summed, allowed = _sum_at_receivers(own, encodings["edge"], weights, errors, eps)
-        allowed = allowed[:, 0] + rounding_error(own["e2n"], ENCODINGS[encodings["e2n"]])
+        summed, allowed = _sum_at_receivers(own, bounds["edge"], weights, errors, eps)
+        allowed = allowed[:, 0] + bounds["e2n"](own["e2n"])
         yield Compared("e2n = sum of edge", own["e2n"].astype(np.float64), summed[:, 0], allowed)
     if v2v_is_sum and {"edge", "v2v"} <= own.keys():
         unit, errors = _directions(own, eps)
-        summed, allowed = _sum_at_receivers(own, encodings["edge"], unit, errors, eps)
-        allowed += rounding_error(own["v2v"], ENCODINGS[encodings["v2v"]])
+        summed, allowed = _sum_at_receivers(own, bounds["edge"], unit, errors, eps)
+        allowed += bounds["v2v"](own["v2v"])
         yield Compared("v2v = sum of edge x direction", own["v2v"].astype(np.float64), summed, allowed)
 
 
 def _sum_at_receivers(
     own: Arrays,
-    encoding: str,
+    bound: Bound,
     weights: NDArray[np.float64],
     errors: NDArray[np.float64],
     eps: float,
@@ -56,7 +56,7 @@ def _sum_at_receivers(
     n_edges = np.bincount(receiver, minlength=n_atoms)
     # Errors of each term: stored in so many bits, weights computed, and added up in the teacher's precision.
     relative = eps * (1 + np.sqrt(n_edges[receiver]))[:, None, None]
-    stored = rounding_error(own["edge"], ENCODINGS[encoding])[:, None]
+    stored = bound(own["edge"])[:, None]
     terms = weights[:, :, None] * edge[:, None]
     spread = np.abs(weights)[:, :, None] * stored + errors[:, :, None] * np.abs(edge)[:, None]
     sums, allowed = (np.zeros((n_atoms, *terms.shape[1:])) for _ in range(2))

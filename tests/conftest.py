@@ -2,6 +2,8 @@
 
 import os
 
+os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start, too: the last bits depend on it
+
 from hypothesis import settings
 from jaxtyping import install_import_hook
 

@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import click
@@ -77,13 +78,32 @@ def test_readme_shows_every_command():
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
 def test_python_blocks(page, tmp_path, monkeypatch):
-    """Every block compiles; those marked ``python runnable`` run, one after the other in an empty folder."""
-    monkeypatch.chdir(tmp_path)
+    """Every block compiles; those marked ``python runnable`` run in turn beside example.kdcache."""
+    run_blocks(page, tmp_path, monkeypatch)
+
+
+def run_blocks(page, folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    shutil.copytree(ROOT / "tests/data/golden_v1_fitted.kdcache", "example.kdcache")
     names: dict[str, object] = {}
     for info, text in blocks(page, "python"):
         code = compile(text, f"{page.name}", "exec")
         if "runnable" in info.split():
             exec(code, names)
+    return names
+
+
+def test_a_store_is_read_without_molkd(tmp_path, monkeypatch):
+    """Section 12 of the format's page gives the values that tests/cache_schema/golden_v1.py stored."""
+    page = ROOT / "docs/cache-format.md"
+    assert not any("molkd." in text for _, text in blocks(page, "python"))
+    names = run_blocks(page, tmp_path, monkeypatch)
+    copper, water = names["formulas"].index([29]), names["formulas"].index([8, 1, 1])
+    scale = 1025 / 1024
+    assert names["features"][copper].values.tolist() == [[1 + 0.5 * 127 * scale, 0.25 * 20 * scale]]
+    assert names["features"][water].values.tolist() == [[1 + 0.5 * 127 * scale, 0]] * 3
+    row = names["systems"]["row"].values[copper]
+    assert names["vectors"][row].tolist() == [[-2 * scale, 127 * scale, 7 * scale], [0] * 3, [0] * 3]
 
 
 def anchors(page):

@@ -9,6 +9,7 @@ from typing import Protocol
 
 from molkd.cache_schema.layout import PLAN
 from molkd.cache_schema.reader import Cache
+from molkd.cache_schema.remote import is_url
 from molkd.pipeline.data.ase_source import AseDatabaseReader, AseFileReader
 from molkd.pipeline.data.aselmdb import AseLmdbReader, is_aselmdb
 from molkd.pipeline.data.extxyz import COMPRESSIONS, ExtxyzReader
@@ -56,7 +57,7 @@ def open_source(path: str | Path, *, energy_key: str | None = None, forces_key: 
 
     Parameters
     ----------
-    path : file, or folder of LMDB shards
+    path : file, folder of LMDB shards, store, or URL of a store
     energy_key, forces_key : the label's name in the file, for files with several; by default the ASE
         calculator's results, then common names. ``free_energy`` is only taken if named.
 
@@ -65,9 +66,9 @@ def open_source(path: str | Path, *, energy_key: str | None = None, forces_key: 
     DataError
         If the file is missing, damaged, empty or of an unknown format, or has no label of the given name.
     """
-    path = Path(path)
-    if (path / PLAN).exists():
+    if is_url(path) or (Path(path) / PLAN).exists():
         return StoreSource(Cache.open(path))
+    path = Path(path)
     try:
         reader = _open_reader(path)
     except OSError as error:

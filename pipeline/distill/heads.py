@@ -151,8 +151,10 @@ class Objective(nn.Module):
         heads: nn.ModuleDict,
         energy_weight: float,
         forces_weight: float,
+        ratios: Mapping[str, float] | None = None,
     ) -> None:
         super().__init__()
+        self.ratios = ratios or {}  # teacher's tap -> components over channels, where learnt in a basis
         self.terms = terms
         self.weights = weights  # by label
         self.energy_weight = energy_weight
@@ -175,7 +177,8 @@ class Objective(nn.Module):
         if term.name == "vanilla2":
             return vanilla2_loss(outputs, targets)
         mapped = self.heads[_key(term.label)](_joined([outputs[tap] for tap in term.student_taps]))
-        return feature_loss(mapped, targets.teacher[term.teacher_tap], term.loss)
+        loss = feature_loss(mapped, targets.teacher[term.teacher_tap], term.loss)
+        return loss * self.ratios.get(term.teacher_tap, 1.0)
 
 
 def _joined(features: list[Tensor]) -> Tensor:

@@ -48,7 +48,7 @@ def read_held_out(config: TrainConfig) -> HeldOut:
     return HeldOut(frozenset(ids | {s.id for s in val}), val, tuple(examples.values()))
 
 
-def read_systems(path: Path, config: TrainConfig) -> Iterator[System]:
+def read_systems(path: Path | str, config: TrainConfig) -> Iterator[System]:
     """Yield the systems of a file, each checked."""
     source = open_source(path, energy_key=config.energy_key, forces_key=config.forces_key)
     try:

@@ -1,6 +1,6 @@
 """Batches of a store for training: one prefetch thread reads, builds neighbours and normalises labels."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -8,9 +8,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from molkd.cache_schema.epoch import iterate_epoch, read_epoch
+from molkd.cache_schema.epoch import decoded, iterate_epoch, read_epoch
+from molkd.cache_schema.layout import SCALE
 from molkd.cache_schema.reader import Cache
 from molkd.pipeline.data.references import LabelScale, reference_table
+from molkd.pipeline.distill.coded import Coded, coded_signals
 from molkd.pipeline.distill.losses import Targets
 from molkd.pipeline.distill.teacher_graph import require_rule, sorted_edges, teacher_config
 from molkd.pipeline.graphs.batch import Batch, Edges, make_batch
@@ -38,6 +40,7 @@ class CacheLoader:
     rule : the student's neighbour rule
     scale : how labels and the teacher's energies and forces are normalised
     signals : the teacher's signals to deliver; with "edge" the batches are built on the teacher's edges
+    rotated : signals that are learnt in the basis of their encoding
     edge_rule : of a student that picks the edges of its features from its own graph: the batches stay as
         `rule` says, and the teacher's edges have to be those of `edge_rule`
     """
@@ -54,6 +57,7 @@ class CacheLoader:
         teacher: str | None = None,
         signals: tuple[str, ...] = (),
         edge_rule: NeighborRule | None = None,
+        rotated: Collection[str] = (),
         pin: bool = False,
     ) -> None:
         self.cache = cache
@@ -66,6 +70,8 @@ class CacheLoader:
         self.signals = signals
         self.edge_rule = edge_rule
         self.pin = pin
+        self._rotated = rotated
+        self._codebooks = coded_signals(cache, teacher, signals)
         self.epoch = 0
         self.batch_in_epoch = 0  # the next batch to deliver
         self._references = reference_table(scale.references)  # (119,) eV
@@ -115,14 +121,16 @@ class CacheLoader:
             teacher=self.teacher,
             signals=self.signals,
             start_batch=start_batch,
+            decode=False,
         )
         for _, arrays in batches:
             yield self.make_sample(arrays)
 
     def make_sample(self, arrays: dict[str, NDArray[Any]]) -> Sample:
-        """Build neighbours and normalised targets from the concatenated arrays of one batch."""
+        """Build neighbours and normalised targets from the concatenated arrays of one batch, as stored."""
         rule: NeighborRule | Edges = self.rule
         if "edge" in self.signals:
+            arrays = decoded(self.cache, self.teacher, ("edge",), arrays)
             arrays = sorted_edges(arrays)
             if self.edge_rule is None:
                 rule = arrays["teacher/edge/index"], arrays["teacher/edge/shift"]
@@ -147,9 +155,12 @@ class CacheLoader:
         offset = np.add.reduceat(references, np.cumsum(n_atoms) - n_atoms) + self.scale.energy_mean  # (S,)
         # Atomic energies carry the mean in equal parts, as Potential.predict gives them back.
         atom_offset = references + np.repeat(self.scale.energy_mean / n_atoms, n_atoms)  # (N,)
-        teacher: dict[str, Tensor] = {}
+        teacher: dict[str, Any] = {}
         for name in self.signals:
             values = arrays[f"teacher/{name}"]
+            if f"teacher/{name}/{SCALE}" in arrays:
+                teacher[name] = self._coded(name, values, arrays[f"teacher/{name}/{SCALE}"])
+                continue
             if name == "energy":
                 values = (values - offset) / self.scale.energy_std
             elif name == "atomic_energies":
@@ -164,10 +175,22 @@ class CacheLoader:
             teacher=teacher,
         )
 
+    def _coded(self, name: str, codes: NDArray[Any], scale: NDArray[Any]) -> Tensor | Coded:
+        """Return rows of a fitted encoding, decoded unless they go to another device."""
+        rows = Coded(
+            torch.from_numpy(codes),
+            torch.from_numpy(scale),
+            self._codebooks[name],
+            rotate=name not in self._rotated,
+        )
+        return rows if self.pin else rows.decode()
+
 
 def sample_to(sample: Sample, device: torch.device) -> Sample:
-    """Move a sample to the device; asynchronous from pinned memory."""
-    return _map(sample, lambda tensor: tensor.to(device, non_blocking=True))
+    """Move a sample to the device, asynchronously from pinned memory, and decode there what is coded."""
+    moved = _map(sample, lambda tensor: tensor.to(device, non_blocking=True))
+    teacher = {k: v.decode() if isinstance(v, Coded) else v for k, v in moved.targets.teacher.items()}
+    return moved._replace(targets=moved.targets._replace(teacher=teacher))
 
 
 def _map(sample: Sample, change: Callable[[Tensor], Tensor]) -> Sample:
@@ -178,7 +201,10 @@ def _map(sample: Sample, change: Callable[[Tensor], Tensor]) -> Sample:
             change(targets.energy),
             change(targets.forces),
             change(targets.free),
-            {name: change(values) for name, values in targets.teacher.items()},
+            {
+                name: values.map(change) if isinstance(values, Coded) else change(values)
+                for name, values in targets.teacher.items()
+            },
         ),
     )
 

@@ -4,7 +4,7 @@ All energies and forces here are in units of the normalised labels (`LabelScale`
 the targets and leaves no trace in the loss. B systems, N atoms.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
@@ -19,7 +19,8 @@ class Targets(NamedTuple):
     energy: Float[Tensor, " S"]  # normalised labels, NaN where missing
     forces: Float[Tensor, "N 3"]  # normalised labels, NaN where missing
     free: Bool[Tensor, " N"]  # atoms that are not fixed
-    teacher: dict[str, Tensor]  # cached signals; energies and forces normalised like the labels
+    teacher: dict[str, Any]  # cached signals (Tensor, `Coded` before they are on a device); energies and
+    # forces normalised like the labels
 
 
 class LossTerms(NamedTuple):
@@ -77,7 +78,8 @@ def vanilla1_loss(outputs: Outputs, targets: Targets, energy_weight: float, forc
 
 def vanilla2_loss(outputs: Outputs, targets: Targets) -> Tensor:
     """Eq. 8, vanilla (2): mean absolute error of the atomic energies over all atoms."""
-    return (outputs["atomic_energies"] - targets.teacher["atomic_energies"]).abs().mean()
+    target: Tensor = targets.teacher["atomic_energies"]
+    return (outputs["atomic_energies"] - target).abs().mean()
 
 
 def fill_labels(targets: Targets) -> Targets:

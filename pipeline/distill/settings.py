@@ -8,6 +8,7 @@ from molkd.cache_schema.reader import Cache
 from molkd.pipeline.config import TrainConfig, make_config, parse_assignments, parse_kd, read_yaml
 from molkd.pipeline.errors import ConfigError
 from molkd.pipeline.models.registry import load_preset
+from molkd.pipeline.places import short_name
 
 _TRAINING_FLAGS = {"epochs": "max_epochs", "steps": "max_steps", "batch_size": "batch_size", "lr": "lr"}
 
@@ -35,8 +36,8 @@ def resolve(config_file: Path | None, assignments: Sequence[str], flags: Mapping
     return make_config(TrainConfig, *layers)
 
 
-def _named(paths: Sequence[Path]) -> dict[str, Path]:
-    names = {path.name.split(".")[0]: path for path in paths}
-    if len(names) < len(paths):
+def _named(places: Sequence[Path | str]) -> dict[str, Path | str]:
+    names = {short_name(place): place for place in places}
+    if len(names) < len(places):
         raise ConfigError("--test: two files of the same name; rename one, so that results can be told apart")
     return names

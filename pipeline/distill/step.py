@@ -90,6 +90,7 @@ def initial_state(cache: Cache, setup: Setup, config: TrainConfig, device: torch
             teacher=setup.teacher,
             signals=setup.signals,
             edge_rule=setup.edge_rule,
+            rotated=setup.rotated,
             pin=device.type == "cuda",
         ),
     )

@@ -14,6 +14,7 @@ from molkd.cache_schema.fields import FieldSpec
 from molkd.cache_schema.reader import Cache
 from molkd.pipeline.config import TrainConfig
 from molkd.pipeline.data.references import LabelScale, fit_label_scale
+from molkd.pipeline.distill.coded import in_basis, ratios, rotated_bases
 from molkd.pipeline.distill.heads import Objective, make_heads, needed_signals
 from molkd.pipeline.distill.lambdas import term_weight
 from molkd.pipeline.distill.statistics import LabelStatistics, label_statistics
@@ -42,6 +43,7 @@ class Setup:
     potential: Potential
     objective: Objective
     edge_rule: NeighborRule | None  # of a student that picks the edges of its features from its own graph
+    rotated: frozenset[str]  # signals learnt in the basis of their encoding
 
 
 def prepare(
@@ -61,7 +63,9 @@ def prepare(
         model: Any = build_model(config.model)
         if "forces" not in model.signals:
             raise ConfigError("a student needs forces: leave model.regress_forces true")
-        heads = make_heads(config.kd, model.signals, _teacher_specs(cache, teacher), _offered(cache, teacher))
+        rotated = rotated_bases(cache, teacher, config.kd) if config.rotated_targets else {}
+        specs = in_basis(_teacher_specs(cache, teacher), rotated)
+        heads = make_heads(config.kd, model.signals, specs, _offered(cache, teacher))
     edge_rule: NeighborRule | None = None if model.edge_rule == model.neighbor_rule else model.edge_rule
     if teacher is not None and "edge" in signals:
         if edge_rule is None:
@@ -77,14 +81,15 @@ def prepare(
     if teacher is not None and uses_energies:
         _check_energy_reference(cache, train, teacher, scale)
     weights = {t.label: term_weight(t, cache, teacher, statistics, scale, config) for t in config.kd}
+    training = config.training
     objective = Objective(
-        config.kd, weights, heads, config.training.energy_weight, config.training.forces_weight
+        config.kd, weights, heads, training.energy_weight, training.forces_weight, ratios(rotated)
     )
     embedded = range(1, int(model.max_atomic_number) + 1)
     Scope(config.student, frozenset(embedded), model.neighbor_rule).check_store(cache, np.flatnonzero(train))
     provenance = _provenance(cache, config, teacher, weights, train) | {"elements": known_elements}
     potential = Potential(model.to(device), scale, {"model": config.model, "provenance": provenance})
-    return Setup(train, val, teacher, signals, potential, objective.to(device), edge_rule)
+    return Setup(train, val, teacher, signals, potential, objective.to(device), edge_rule, frozenset(rotated))
 
 
 def _elements_with_reference(cache: Cache, statistics: LabelStatistics, scale: LabelScale) -> list[int]:

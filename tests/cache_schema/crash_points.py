@@ -14,7 +14,7 @@ from pathlib import Path
 
 from cache_example import make_example, tree_digest, write_all
 
-from molkd.cache_schema import shard_writer
+from molkd.cache_schema import array_file
 from molkd.cache_schema.groups import load_atoms
 from molkd.cache_schema.layout import PLAN
 from molkd.cache_schema.verify import verify
@@ -45,14 +45,14 @@ def count_operations(kill_at: int, report: int) -> None:
                 os.kill(os.getpid(), signal.SIGKILL)
 
     sys.addaudithook(hook)
-    append = shard_writer._ArrayFile.append
+    append = array_file.ArrayFile.append
 
     def counted_append(self, rows):
         sys.audit("append")
         append(self, rows)
         self.handle.flush()  # so that a kill leaves a partly written file
 
-    shard_writer._ArrayFile.append = counted_append
+    array_file.ArrayFile.append = counted_append
     os.fsync = lambda fd: sys.audit("fsync")
     write_all(FOLDER / "x.kdcache", EXAMPLE)
     os.write(report, str(seen).encode())

@@ -1,14 +1,17 @@
 """The stores tests/data/golden_v1*.kdcache: what they hold, and how they were made (format 1, molkd 0.1.0).
 
-golden_v1_edges also has a signal on edges. They are never made again: later versions must read the bytes as
-they are. To see what the writer of today would make: python golden_v1.py FOLDER [edges]
+golden_v1_edges also has a signal on edges, golden_v1_fitted signals in int8 and pca:2. They are never made
+again: later versions must read the bytes as they are. To see what the writer of today would make:
+python golden_v1.py FOLDER [edges] [fitted]
 """
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
+from molkd.cache_schema.codebook import Codebook
 from molkd.cache_schema.fields import edge_spec, energy_spec, node_spec, v2v_spec
 from molkd.cache_schema.identity import system_id
 from molkd.cache_schema.manifest import finalize
@@ -36,7 +39,37 @@ def node(k: int, n: int) -> np.ndarray:
     return np.tile(np.array([0.1, k], dtype=np.float32), (n, 1))
 
 
-def make(path: Path, *, edges: bool = False) -> Store:
+def coded(k: int, n: int) -> np.ndarray:
+    """Features (n, 2) of system k whose codes in int8 are 127 and 10 k: see `BOOK`."""
+    return np.tile(np.array([1 + 0.5 * 127, 0.25 * 10 * k], dtype=np.float32), (n, 1))
+
+
+def rotated(k: int, n: int) -> np.ndarray:
+    """Vectors (n, 3, 3) whose codes are (127, 7, -k) along x and zero along y and z."""
+    along_x = np.array([-k, 127, 7], dtype=np.float32)
+    return np.tile(np.stack([along_x, np.zeros(3), np.zeros(3)]).astype(np.float32), (n, 1, 1))
+
+
+# The largest code, 127, asks for the scale 1, which is rounded up to 1025/1024.
+BOOK = Codebook(
+    "int8",
+    np.array([0.5, 0.25], np.float32),
+    np.full(2, 8, np.uint8),
+    np.array([1.0, 0.0], np.float32),
+    None,
+    1,
+)
+ROTATION = Codebook(
+    "pca:2",
+    np.ones(3, np.float32),
+    np.array([8, 4, 4], np.uint8),
+    None,
+    np.eye(3, dtype=np.float32)[[1, 2, 0]],
+    1,
+)
+
+
+def make(path: Path, *, edges: bool = False, fitted: bool = False) -> Store:
     n_atoms = [len(z) for z in NUMBERS]
     ids = [system_id(*one) for one in zip(NUMBERS, POSITIONS, CELL, PBC, strict=True)]
     store = create_store(
@@ -97,9 +130,17 @@ def make(path: Path, *, edges: bool = False) -> Store:
                         "n_edges": np.array([n]),
                     }
                 )
+    if fitted:
+        for spec, encoding, book, rows in (
+            (node_spec(2, "layer/coded"), "int8", BOOK, coded),
+            (replace(v2v_spec(3), name="layer/rotated"), "pca:2", ROTATION, rotated),
+        ):
+            with store.shard_writer(store.add_signal("golden", spec, encoding, book), 0) as writer:
+                for k in store.input_index:
+                    writer.write({"values": rows(k, n_atoms[k])})
     finalize(store)
     return store
 
 
 if __name__ == "__main__":
-    make(Path(sys.argv[1]), edges="edges" in sys.argv)
+    make(Path(sys.argv[1]), edges="edges" in sys.argv, fitted="fitted" in sys.argv)

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from cache_example import add_signals, create, make_example, shard_arrays, tree_digest, write_all, write_shard
 
-from molkd.cache_schema import files, shard_writer
+from molkd.cache_schema import array_file, files, shard_writer
 from molkd.cache_schema.errors import CacheError
 from molkd.cache_schema.files import TMP_PREFIX, host_name, is_abandoned
 from molkd.cache_schema.reader import Cache
@@ -142,7 +142,7 @@ def test_full_disk(tmp_path, example, monkeypatch):
         raise OSError(28, "No space left on device", str(self.temporary))
 
     with monkeypatch.context() as patch:
-        patch.setattr(shard_writer._ArrayFile, "_write", full)
+        patch.setattr(array_file.ArrayFile, "_write", full)
         with pytest.raises(
             CacheError, match=r"disk full \([\d,]+ bytes needed, [\d,]+ bytes free\); free some space"
         ):

@@ -112,7 +112,7 @@ def test_values_for_a_signal_declared_anew_meanwhile_are_not_committed(store, ex
         (FieldSpec("x", "bond", (4,), "float32", "1"), "fp16", "axis 'bond' is not part of format 1"),
         (edge_spec(4, max_per_atom=0), "fp16", "at most 0 edges an atom; .* a number from 1 to 65536"),
         (edge_spec(4, max_per_atom=65537), "fp16", "at most 65537 edges an atom"),
-        (node_spec(4), "int8", "encoding 'int8'; choose fp32 or fp16"),
+        (node_spec(4), "int4", "encoding 'int4' is unknown"),
         (node_spec(0), "fp16", "at least 1"),
         (node_spec(4, "../../x"), "fp16", "names are letters"),
         (FieldSpec("node", "atom", (4,), "int64", "1"), "fp16", "expected float32 or float64"),

@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from molkd.cache_schema import jsonfile
+from molkd.cache_schema.crc import crc32c, crc_hex
 from molkd.cache_schema.errors import CacheError, IntegrityError
 from molkd.cache_schema.fields import edge_spec
-from molkd.cache_schema.files import crc32c, crc_hex
 from molkd.cache_schema.layout import edge_rows_per_shard
 from molkd.cache_schema.manifest import finalize, info
 from molkd.cache_schema.reader import Cache
@@ -67,7 +67,7 @@ def test_room_for_the_most_edges_of_any_shard(systems, most, data):
         (lambda a: a["index"].__setitem__((-1, 1), 5000), "an edge between atoms that its system"),
         (lambda a: a["shift"].__setitem__((2, 1), 40_000), "shift, shard 0: holds values that are not int16"),
         (lambda a: a["values"].__setitem__((2, 1), np.nan), "NaN in row 2, which is stored system"),
-        (lambda a: a["values"].__setitem__((2, 1), 1e6), "too large for fp16"),
+        (lambda a: a["values"].__setitem__((2, 1), 1e6), "too large for its encoding"),
         (lambda a: a.update(n_edges=np.append(a["n_edges"], 0)), r"\d systems given, the shard has \d"),
     ],
 )

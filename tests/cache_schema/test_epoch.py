@@ -137,8 +137,14 @@ def test_each_window_is_read_once(store_path, monkeypatch):
     plan = iterate_epoch(cache, **settings_)
     assert len(plan.windows) > 2
     calls = []
-    read = cache.read
-    monkeypatch.setattr(cache, "read", lambda indices, *rest: calls.append(indices) or read(indices, *rest))
+    read = cache.read_arrays
+
+    def spy(indices, arrays):
+        if arrays:
+            calls.append(indices)
+        return read(indices, arrays)
+
+    monkeypatch.setattr(cache, "read_arrays", spy)
     list(read_epoch(cache, plan, fields=("positions",)))
     assert [c.tolist() for c in calls] == [sorted(w.tolist()) for w in plan.windows]
 

@@ -20,7 +20,7 @@ IDS = [
 ]
 
 
-@pytest.fixture(params=["golden_v1", "golden_v1_edges"])
+@pytest.fixture(params=["golden_v1", "golden_v1_edges", "golden_v1_fitted"])
 def name(request):
     return request.param
 
@@ -87,9 +87,26 @@ def test_it_holds_its_edges(golden):
         np.testing.assert_array_equal(arrays["teacher/edge"][:, 0], expected)
 
 
+@pytest.mark.parametrize("name", ["golden_v1_fitted"])
+def test_it_holds_its_coded_signals(golden):
+    """Codes by hand: see the functions that made them."""
+    with Cache.open(golden, complete=True) as cache:
+        copper = np.flatnonzero(cache.pbc.all(axis=1))
+        stored = cache.read(copper, (), "golden", ("layer/coded", "layer/rotated"), decode=False)
+        values = cache.read(copper, (), "golden", ("layer/coded", "layer/rotated"))
+    assert stored["teacher/layer/coded"].tolist() == [[127, 20]]
+    assert stored["teacher/layer/rotated"].tolist() == [[[127, 0xE7], [0, 0], [0, 0]]]  # 7 and -2
+    scale = 1025 / 1024
+    assert stored["teacher/layer/rotated/scale"].tolist() == [scale]
+    # The basis turns the components to channels 1, 2, 0.
+    along_x = [-2 * scale, 127 * scale, 7 * scale]
+    assert values["teacher/layer/rotated"].tolist() == [[along_x, [0] * 3, [0] * 3]]
+    assert values["teacher/layer/coded"].tolist() == [[1 + 0.5 * 127 * scale, 0.25 * 20 * scale]]
+
+
 def test_todays_writer_makes_the_same_bytes(name, tmp_path):
     """If this fails the format changed: raise its number, keep reading format 1, add a golden store."""
-    make(tmp_path / "x.kdcache", edges=name.endswith("edges"))
+    make(tmp_path / "x.kdcache", edges=name.endswith("edges"), fitted=name.endswith("fitted"))
     ours, kept = tree_digest(tmp_path / "x.kdcache"), tree_digest(DATA / f"{name}.kdcache")
     assert ours.keys() == kept.keys()
     # Commit records name time and writer; the manifest holds sums, whose last bits depend on the machine.

@@ -94,7 +94,6 @@ def test_version(kd):
         ["ingest", "a", "b", "--frobnicate"],
         ["evaluate", "run", "data", "--batch-size", "0"],
         ["ingest", "a", "b", "--on-conflict", "guess"],
-        ["cache-teacher", "a.kdcache", "--teacher", "b", "--encoding", "fp8"],
     ],
     ids=" ".join,
 )

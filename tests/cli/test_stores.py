@@ -43,7 +43,7 @@ def store(teacher, tmp_path):
 def test_features_beyond_half_precision(kd, refused, loud_teacher, store):
     """The command of the refusal with the option that it names."""
     command = ("cache-teacher", store, "--teacher", loud_teacher, "--signals", "energy,node")
-    refused(*command, says=["too large for fp16", "--encoding fp32"], new=[store.name])
+    refused(*command, says=["too large for its encoding", "--encoding fp32"], new=[store.name])
     unfinished = kd("cache", "info", store)
     assert "UNFINISHED" in unfinished.out
     assert "shards missing" in unfinished.out
@@ -58,9 +58,9 @@ def test_features_beyond_half_precision(kd, refused, loud_teacher, store):
         assert np.isfinite(stored).all()
         assert np.abs(stored).max() > np.finfo(np.float16).max
     # What is finished is kept: half precision would lose it.
-    refused(
-        *command, says=["is stored as fp32", "asked for fp16", "1 of its 1 shards are finished", "--name"]
-    )
+    says = ["is stored as fp32", "asked for fp16", "1 of its 1 shards are finished", "--name"]
+    refused(*command, "--encoding", "fp16", says=says)
+    assert kd(*command, "--json").code == 0  # nothing asked, nothing to do
 
 
 def test_overflow_behind_finished_shards(kd, refused, teacher, store):

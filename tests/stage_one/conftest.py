@@ -33,3 +33,25 @@ def store(made, tmp_path):
 def teacher_file(made):
     """A direct-force PaiNN with random weights."""
     return made / "teacher.safetensors"
+
+
+@pytest.fixture(scope="session")
+def many(tmp_path_factory):
+    """A folder with a store of many small shards, bare and filled by one process; nobody changes it."""
+    from distributed_cases import make_many
+
+    folder = tmp_path_factory.mktemp("many")
+    make_many(folder)
+    return folder
+
+
+@pytest.fixture
+def bare(many, tmp_path):
+    """The bare store of many shards, of its own for this test."""
+    return shutil.copytree(many / "bare.kdcache", tmp_path / "train.kdcache")
+
+
+@pytest.fixture
+def teacher(many):
+    """The teacher that filled the store of many shards."""
+    return many / "teacher.safetensors"

@@ -14,7 +14,7 @@ from pathlib import Path
 
 _EVENTS = {"os.rename", "os.link", "os.mkdir", "os.remove"}
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["molkd.cli", "molkd.pipeline.caching", "torch_geometric"])
+_context.set_forkserver_preload(["molkd.cli", "molkd.pipeline.distributed", "torch_geometric"])
 
 
 @dataclass

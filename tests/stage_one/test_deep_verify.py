@@ -10,7 +10,7 @@ import pytest
 from stage_one_cases import make_store, structures, write_extxyz, write_teacher
 
 from molkd.cache_schema import jsonfile
-from molkd.cache_schema.files import crc32c, crc_hex
+from molkd.cache_schema.crc import crc32c, crc_hex
 from molkd.cache_schema.reader import Cache
 from molkd.cache_schema.verify import verify
 from molkd.pipeline import deep_verify as module

@@ -10,9 +10,10 @@ from stage_one_cases import files, make_store, one_batch, structures, write_extx
 from molkd.cache_schema.reader import Cache
 from molkd.cache_schema.verify import verify
 from molkd.pipeline import caching
-from molkd.pipeline.caching import cache_teacher, plan_teacher
+from molkd.pipeline.caching import cache_teacher
 from molkd.pipeline.config import CacheConfig
 from molkd.pipeline.models.painn import PaiNN
+from molkd.pipeline.planning import plan_teacher
 from molkd.pipeline.teachers.load import load_teacher
 
 ROUNDING = 1e-5  # of float32 sums in another order, relative to the largest value

@@ -5,7 +5,7 @@ import pytest
 from stage_one_cases import files, make_store, structures, write_extxyz
 
 from molkd.cache_schema.reader import Cache
-from molkd.pipeline.caching import cache_teacher, plan_teacher
+from molkd.pipeline.caching import cache_teacher
 from molkd.pipeline.config import CacheConfig
 from molkd.pipeline.data.references import LabelScale
 from molkd.pipeline.data.sources import open_source
@@ -15,6 +15,7 @@ from molkd.pipeline.evaluation.evaluate import known_systems
 from molkd.pipeline.graphs.neighbors import NeighborRule
 from molkd.pipeline.models.potential import Potential
 from molkd.pipeline.models.registry import build_model
+from molkd.pipeline.planning import plan_teacher
 from molkd.pipeline.scope import Scope
 
 OPEN_SPACE = NeighborRule(cutoff=5.0, use_pbc=False)

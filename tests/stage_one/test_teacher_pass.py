@@ -11,9 +11,10 @@ from stage_one_cases import assert_same_files, structures, write_extxyz
 from molkd.cache_schema.reader import Cache
 from molkd.cache_schema.verify import verify
 from molkd.pipeline import caching
-from molkd.pipeline.caching import cache_teacher, plan_teacher
+from molkd.pipeline.caching import cache_teacher
 from molkd.pipeline.config import CacheConfig
 from molkd.pipeline.errors import ConfigError, DataError, TeacherError
+from molkd.pipeline.planning import plan_teacher
 from molkd.pipeline.teachers.load import load_teacher
 from molkd.pipeline.transfer import HostCopy, side_stream
 
@@ -93,15 +94,15 @@ def test_a_shard_finished_by_another_process_is_not_computed_again(store, teache
     twin = shutil.copytree(store, store.with_name("twin.kdcache"))
     alone = cache_teacher(config(twin, teacher_file))
     shards = []
-    original = caching._cache_shard
+    original = caching.compute_shard
 
-    def interrupted(teacher_pass, its_store, shard, *rest):
+    def interrupted(stage, shard, *rest):
         shards.append(shard)
         if len(shards) == 1:
             assert cache_teacher(config(store, teacher_file)).n_computed == alone.n_computed
-        return original(teacher_pass, its_store, shard, *rest)
+        return original(stage, shard, *rest)
 
-    monkeypatch.setattr(caching, "_cache_shard", interrupted)
+    monkeypatch.setattr(caching, "compute_shard", interrupted)
     done = cache_teacher(config(store, teacher_file))
     assert shards == [0, 0, 1, *range(2, max(shards) + 1)]
     assert 0 < done.n_computed < alone.n_computed

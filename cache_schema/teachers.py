@@ -1,0 +1,46 @@
+"""When two teachers are the same: by what changes their output, not by dates, hosts or taps."""
+
+from pathlib import Path
+from typing import Any
+
+from molkd.cache_schema.errors import CacheError
+from molkd.cache_schema.groups import teacher_provenance
+from molkd.cache_schema.jsonfile import canonical
+
+TEACHER_IDENTITY = (
+    "weights_sha256",
+    "architecture",
+    "config",
+    "neighbor_rule",
+    "precision",
+    "energy_reference",
+)
+
+
+def identity(provenance: dict[str, Any]) -> str:
+    """Return a text that is equal for equal teachers."""
+    return canonical([provenance.get(key) for key in TEACHER_IDENTITY])
+
+
+def require_same(root: Path, name: str, provenance: dict[str, Any]) -> None:
+    """Refuse another teacher of a name that a store knows.
+
+    Raises
+    ------
+    CacheError
+        Saying what differs.
+    """
+    known = teacher_provenance(root, name) or {}
+    differs = [k for k in TEACHER_IDENTITY if canonical(known.get(k)) != canonical(provenance.get(k))]
+    if differs:
+        shown = "; ".join(f"{k} {short(known.get(k))}, given {short(provenance.get(k))}" for k in differs)
+        raise CacheError(
+            f"{root}: its teacher {name} is another one ({shown}); "
+            "give this one another name, or take the teacher the store was made with"
+        )
+
+
+def short(value: object) -> str:
+    """Return a value as text, the end of a long one left out."""
+    text = value if isinstance(value, str) else canonical(value)
+    return text if len(text) <= 20 else f"{text[:16]}..."
