@@ -3,7 +3,7 @@
 The store's order is random already, so this is as good as a full shuffle, and every block is one run of rows.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -168,7 +168,7 @@ def read_epoch(
     narrow = {name: array for name, array in arrays.items() if name not in wide}
     on_systems = [name for name in fields if name in SYSTEM_FIELDS]
     on_edges = [name for name in signals if f"teacher/{name}" not in arrays]
-    ahead = _Ahead(plan, lambda systems: cache.announce(systems, arrays))
+    ahead = _Ahead(plan, cache, narrow, wide)
     window = -1
     held: _Window | None = None
     for begin, end in zip(plan.batch_ptr[start_batch:-1], plan.batch_ptr[start_batch + 1 :], strict=True):
@@ -193,28 +193,44 @@ def read_epoch(
 
 
 class _Ahead:
-    """Announces the systems of the next window while one is used, a part after each share of its batches."""
+    """Announces the systems of the next window while one is used.
 
-    def __init__(self, plan: EpochPlan, announce: Callable[[NDArray[np.int64]], None]) -> None:
-        self._windows, self._ptr, self._announce = plan.windows, plan.window_ptr, announce
+    Narrow arrays, which a window reads first and whole, are announced at once; wide ones a part after each
+    share of the batches, so that they do not crowd out what is needed earlier.
+    """
+
+    def __init__(
+        self,
+        plan: EpochPlan,
+        cache: Cache,
+        narrow: Mapping[str, ArrayReader],
+        wide: Mapping[str, ArrayReader],
+    ) -> None:
+        self._windows, self._ptr = plan.windows, plan.window_ptr
+        self._cache, self._narrow, self._wide = cache, narrow, wide
         self._announced = -1  # the last window of which all is announced, or being so
         self._parts: list[NDArray[np.int64]] = []
         self._window = 0
 
     def enter(self, window: int) -> None:
         """Begin with a window: announce what of it has not been, and get the next one ready."""
-        for part in self._parts if self._announced == window else [np.sort(self._windows[window])]:
-            self._announce(part)
+        if self._announced != window:
+            self._parts = [np.sort(self._windows[window])]
+            self._cache.announce(self._parts[0], self._narrow)
+        for part in self._parts:
+            self._cache.announce(part, self._wide)
         self._window, self._announced = window, window + 1
-        following = self._windows[window + 1] if window + 1 < len(self._windows) else np.empty(0, np.int64)
-        self._parts = np.array_split(np.sort(following), _PARTS)
+        last = window + 1 == len(self._windows)
+        following = np.empty(0, np.int64) if last else np.sort(self._windows[window + 1])
+        self._cache.announce(following, self._narrow)
+        self._parts = np.array_split(following, _PARTS)
 
     def use(self, place: int) -> None:
         """Announce as much of the next window as is used of this one, up to system `place` of the order."""
         begin, end = self._ptr[self._window], self._ptr[self._window + 1]
         left = int(_PARTS * (end - place) // max(end - begin, 1))
         while len(self._parts) > left:
-            self._announce(self._parts.pop(0))
+            self._cache.announce(self._parts.pop(0), self._wide)
 
 
 def decoded(
