@@ -6,8 +6,9 @@ Makes FOLDER/made-up.kdcache (systems of 75 atoms; node 256, v2v 3 x 256 in int8
 FOLDER/*.lmdb with one pickled PyG record of float32 tensors a system, as OC20's files are and fairchem reads
 them (8 and 2 GB). Everything on one core, batches of 32; the readers take turns, figures are medians. Warm:
 an epoch after the first, which compares the checksums. Cold: the files were dropped from the page cache and
-opened anew, checksums included. LMDB is credited with reading and unpickling alone, without making a batch of
-the records; its readahead is on, as in fairchem.
+opened anew, checksums included. The disk itself is read by O_DIRECT in turns with an epoch, each with half of
+the shards. LMDB is credited with reading and unpickling alone, without making a batch of the records; its
+readahead is on, as in fairchem.
 """
 
 import argparse
@@ -16,7 +17,7 @@ import os
 import pickle
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 
@@ -62,7 +63,7 @@ def main() -> None:
     store = args.folder / "made-up.kdcache"
     make_store(store, args.systems)
     opened = Opened(store)
-    print(f"memcpy {memcpy() / 1e9:.1f} GB/s; disk, O_DIRECT in 8 MB {direct(store) / 1e9:.2f} GB/s")
+    print(f"memcpy {memcpy() / 1e9:.1f} GB/s")
     for name, signals in SETS.items():
         rivals: dict[str, Callable[[], Iterator[tuple[int, int]]]] = {
             "epoch": lambda signals=signals: epoch(opened, signals)
@@ -81,6 +82,8 @@ def main() -> None:
             limits["LMDB"] = 2_000 // BATCH
         for state in ("warm", *(() if "cold" in args.skip else ("cold",))):
             measure(name, state, rivals, limits, opened, args.repeats)
+        if "cold" not in args.skip:
+            against_disk(opened, signals, 4)
 
 
 def measure(
@@ -94,7 +97,7 @@ def measure(
     """Let the readers take turns and print their medians and ratios."""
     rates: dict[str, list[dict[str, float]]] = {rival: [] for rival in rivals}
     for _ in range(repeats):
-        copy, disk = memcpy(), direct(opened.path) if state == "cold" else np.nan
+        copy = memcpy()
         for rival, read in rivals.items():
             if state == "cold":
                 drop(opened.path.parent)
@@ -110,7 +113,6 @@ def measure(
                     "MB/s": n_bytes / seconds / 1e6,
                     "CPU ms/system": 1e3 * (time.process_time() - cpu) / n_systems,
                     "of memcpy": n_bytes / seconds / copy,
-                    "of disk": n_bytes / seconds / disk,
                     "read/used": (bytes_from_disk() - before) / n_bytes,
                 }
             )
@@ -138,9 +140,11 @@ def exhaust(items: Iterator[tuple[int, int]], limit: int | None) -> tuple[int, i
     return int(total[0]), int(total[1])
 
 
-def epoch(opened: Opened, signals: tuple[str, ...]) -> Iterator[tuple[int, int]]:
+def epoch(
+    opened: Opened, signals: tuple[str, ...], subset: np.ndarray | None = None
+) -> Iterator[tuple[int, int]]:
     """Shuffled batches as training reads them, not decoded."""
-    plan = iterate_epoch(opened.cache, batch_size=BATCH, seed=0, epoch=0)
+    plan = iterate_epoch(opened.cache, subset=subset, batch_size=BATCH, seed=0, epoch=0)
     batches = read_epoch(opened.cache, plan, fields=FIELDS, teacher=TEACHER, signals=signals, decode=False)
     for indices, arrays in batches:
         yield len(indices), sum(a.nbytes for a in arrays.values())
@@ -211,14 +215,38 @@ def memcpy() -> float:
     return len(source) / statistics.median(seconds[1:])
 
 
-def direct(store: Path) -> float:
-    """Bytes per second of reading the largest files past the page cache, one after the other, up to 1 GB."""
-    files = sorted(store.rglob("values/c/*/0*"), key=lambda p: p.stat().st_size if p.is_file() else 0)
+def against_disk(opened: Opened, signals: tuple[str, ...], repeats: int) -> None:
+    """Let an epoch and O_DIRECT take turns, cold, each with every other shard."""
+    pairs = []
+    for turn in range(repeats):
+        drop(opened.path.parent)
+        opened.forget()
+        mine = opened.cache.systems.shard % 2 == turn % 2
+        files = [path for s in signals for path in shard_files(opened.path, s, 1 - turn % 2)]
+        if turn % 4 < 2:
+            disk = direct(files)
+        began = time.perf_counter()
+        _, n_bytes = exhaust(epoch(opened, signals, mine), None)
+        rate = n_bytes / (time.perf_counter() - began)
+        if turn % 4 >= 2:
+            disk = direct(files)
+        pairs.append((rate, disk))
+    shown = ", ".join(f"{rate / 1e9:.2f} where it gave {disk / 1e9:.2f}" for rate, disk in pairs)
+    ratio = statistics.median(rate / disk for rate, disk in pairs)
+    print(f"  epoch over the disk, each with half of the shards: {ratio:.2f} (GB/s: {shown})")
+
+
+def shard_files(store: Path, signal: str, parity: int) -> list[Path]:
+    """Return the files of a signal's codes, of the even or the odd shards."""
+    shards = (store / "data.zarr" / "teachers" / TEACHER / signal / "values" / "c").iterdir()
+    return [file for s in shards if int(s.name) % 2 == parity for file in s.rglob("*") if file.is_file()]
+
+
+def direct(files: Iterable[Path]) -> float:
+    """Bytes per second of reading files past the page cache, one after the other."""
     buffer = mmap.mmap(-1, 1 << 23)
     done, began = 0, time.perf_counter()
-    for path in reversed(files):
-        if not path.is_file() or done > 1 << 30:
-            continue
+    for path in files:
         fd = os.open(path, os.O_RDONLY | os.O_DIRECT)
         offset = 0
         while (got := os.preadv(fd, [buffer], offset)) > 0:
