@@ -1,6 +1,6 @@
 """Make a store, add teachers and signals to it, and hand out writers of its shards."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -142,6 +142,11 @@ class Store:
         """Return a signal as it is declared; None if it is not."""
         group = signal_group(teacher, signal)
         return self._load(group).signal if self._place(group) is not None else None
+
+    def find_signals(self, teacher: str, signals: Iterable[str]) -> dict[str, Signal]:
+        """Return those of the signals that are declared, finished or not."""
+        found = {name: self.find_signal(teacher, name) for name in signals}
+        return {name: signal for name, signal in found.items() if signal is not None}
 
     def add_signal(
         self,

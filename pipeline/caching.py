@@ -7,7 +7,7 @@ Processes that share the work share nothing but the store: jobs of an array, or 
 
 import logging
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -163,18 +163,13 @@ def make_room(config: CacheConfig, teacher: Teacher) -> Stage:
     store = Store.open(config.store, mode="a")
     name = config.name or teacher.info.name
     specs = {s: teacher.signals[s] for s in asked_signals(teacher, config)}
-    asked = asked_encodings(specs, config, cache.n_atoms, declared_encodings(store, name, specs))
+    declared = {s: signal.encoding for s, signal in store.find_signals(name, specs).items()}
+    asked = asked_encodings(specs, config, cache.n_atoms, declared)
     store.add_teacher(name, provenance(teacher))
     teacher_pass = TeacherPass(teacher, cache)
     settled = settle_encodings(teacher_pass, store, name, asked, config)
     groups = {s: store.add_signal(name, specs[s], f.encoding, f.codebook) for s, f in settled.items()}
     return Stage(config, store, teacher_pass, name, groups)
-
-
-def declared_encodings(store: Store, teacher: str, signals: Iterable[str]) -> dict[str, str]:
-    """Return signal -> encoding of the signals that the store has of a teacher, finished or not."""
-    found = {s: store.find_signal(teacher, s) for s in signals}
-    return {s: signal.encoding for s, signal in found.items() if signal is not None}
 
 
 def asked_signals(teacher: Teacher, config: CacheConfig) -> list[str]:

@@ -83,8 +83,7 @@ def find_store(store: Store, teacher: str, provenance: dict[str, Any], signals: 
     """
     if teacher in store.teachers:
         require_same(store.path, teacher, provenance)
-    found = {s: store.find_signal(teacher, s) for s in signals}
-    declared = {s: signal for s, signal in found.items() if signal is not None}
+    declared = store.find_signals(teacher, signals)
     systems, n_shards = store.systems, store.plan.n_shards
     return PlannedStore(
         path=store.path,
