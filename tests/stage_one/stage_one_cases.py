@@ -107,6 +107,26 @@ def one_batch(atoms: ase.Atoms, rule: NeighborRule, dtype: torch.dtype) -> Batch
     )
 
 
+class Shuffled:
+    """A teacher that gives its edges in an order of its own, systems mixed."""
+
+    def __init__(self, teacher):
+        self._teacher = teacher
+        self.random = torch.Generator().manual_seed(1)
+
+    def __getattr__(self, name):
+        return getattr(self._teacher, name)
+
+    def compute(self, batch, signals):
+        out = self._teacher.compute(batch, signals)
+        order = torch.randperm(out["edge_index"].shape[1], generator=self.random)
+        return out | {
+            "edge": out["edge"][order],
+            "edge_index": out["edge_index"][:, order],
+            "edge_shift": out["edge_shift"][order],
+        }
+
+
 def files(folder: Path) -> dict[str, bytes]:
     """Return every file below a folder with its bytes."""
     return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}

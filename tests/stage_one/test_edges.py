@@ -5,7 +5,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from stage_one_cases import files, make_store, one_batch, structures, write_extxyz, write_teacher
+from stage_one_cases import Shuffled, files, make_store, one_batch, structures, write_extxyz, write_teacher
 
 from molkd.cache_schema.reader import Cache
 from molkd.cache_schema.verify import verify
@@ -36,26 +36,6 @@ def small(tmp_path_factory):
 @pytest.fixture
 def store(small, tmp_path):
     return shutil.copytree(small / "s.kdcache", tmp_path / "s.kdcache")
-
-
-class Shuffled:
-    """A teacher that gives its edges in an order of its own, systems mixed."""
-
-    def __init__(self, teacher):
-        self._teacher = teacher
-        self.random = torch.Generator().manual_seed(1)
-
-    def __getattr__(self, name):
-        return getattr(self._teacher, name)
-
-    def compute(self, batch, signals):
-        out = self._teacher.compute(batch, signals)
-        order = torch.randperm(out["edge_index"].shape[1], generator=self.random)
-        return out | {
-            "edge": out["edge"][order],
-            "edge_index": out["edge_index"][:, order],
-            "edge_shift": out["edge_shift"][order],
-        }
 
 
 def by_edge(index, shift, values):

@@ -6,7 +6,7 @@ import ase
 import numpy as np
 import pytest
 import torch
-from stage_one_cases import make_store, structures, write_extxyz, write_teacher
+from stage_one_cases import Shuffled, make_store, structures, write_extxyz, write_teacher
 
 from molkd.cache_schema.codebook import encode_rows
 from molkd.cache_schema.fields import energy_spec, forces_spec, node_spec, v2v_spec
@@ -48,22 +48,6 @@ def test_systems_that_differ_in_size_are_stored_as_usual(gemnet, tmp_path):
     settings = {"teacher": str(gemnet), "signals": ("node", "v2v"), "encoding": "int8"}
     summary = cache_teacher(CacheConfig(store=lonely(tmp_path), **settings))
     assert summary.signals == {"node": "int8", "v2v": "int8"}
-
-
-class Shuffled:
-    """A teacher that gives edges in an order of its own."""
-
-    def __init__(self, teacher):
-        self._teacher = teacher
-
-    def __getattr__(self, name):
-        return getattr(self._teacher, name)
-
-    def compute(self, batch, signals):
-        out = self._teacher.compute(batch, signals)
-        order = torch.randperm(out["edge_index"].shape[1], generator=torch.Generator().manual_seed(0))
-        edges = {"edge": out["edge"][order], "edge_index": out["edge_index"][:, order]}
-        return out | edges | {"edge_shift": out["edge_shift"][order]}
 
 
 def sample_of(path, teacher, signals, **settings):
