@@ -10,10 +10,12 @@ import click
 
 from molkd.cache_schema.errors import MolkdError
 from molkd.pipeline.allocator import keep_freed_memory
+from molkd.pipeline.commands.evaluation import evaluate, report
 from molkd.pipeline.commands.output import NEW_PATH, NEW_STORE, PATH, STORE, as_json, given, show
 from molkd.pipeline.commands.plan import asks_teacher, plan, scale_file, teacher_config
 from molkd.pipeline.commands.repair import repair
 from molkd.pipeline.commands.sharing import COMMANDS
+from molkd.pipeline.commands.training import train_student
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -189,109 +191,8 @@ def teacher_info(as_json: bool, teacher: str, scale_file: Path | None) -> None:
     show(describe_teacher(teacher, scale_file=scale_file), as_json)
 
 
-@kd.command("train-student")
-@click.argument("store", type=STORE)
-@click.option("--student", required=True, help="Preset: painn-small, schnet, gemnet-oc-small, ...")
-@click.option(
-    "--kd",
-    "kd_terms",
-    multiple=True,
-    metavar="LOSS[:TAPS][=LAMBDA]",
-    help="none, n2n, e2n, v2v, e2e, vanilla1 or vanilla2; TAPS are U4, U2+U4 or 'H3->U4'.",
-)
-@click.option("--out", required=True, type=NEW_PATH, help="Run folder.")
-@click.option(
-    "--kd-head", type=click.Choice(["identity", "linear", "mlp"]), default="linear", show_default=True
-)
-@click.option("--kd-loss", type=click.Choice(["mse", "mae"]), default="mse", show_default=True)
-@click.option("--teacher", help="Which one, if the store has several.")
-@click.option("--pseudo-labels", is_flag=True, default=None, help="Missing labels come from the teacher.")
-@click.option("--val", type=STORE, help="Validation data or store; default: a part of STORE by id.")
-@click.option("--val-fraction", type=float, help="Share of STORE held out by id; default 0.1.")
-@click.option("--test", multiple=True, type=STORE, help="Evaluated once at the end; never trained on.")
-@click.option("--energy-key", help="Name of the energy in validation and test files (eV).")
-@click.option("--forces-key", help="Name of the forces in validation and test files (eV/A).")
-@click.option("--epochs", type=int, help="Passes over the training systems.")
-@click.option("--steps", type=int, help="Steps at most.")
-@click.option("--batch-size", type=int, help="Systems a step.")
-@click.option("--lr", type=float, help="Initial learning rate.")
-@click.option("--seed", type=int)
-@click.option("--device", help="auto, cpu, cuda, cuda:1.")
-@click.option("--amp", type=click.Choice(["off", "bf16"]), help="Mixed precision; default off.")
-@click.option("--tensorboard", is_flag=True, default=None, help="Also write TensorBoard events.")
-@click.option("--label", help="Name in reports.")
-@click.option("--config", "config_file", type=PATH, help="YAML file of settings.")
-@click.option(
-    "--set", "assignments", multiple=True, metavar="KEY=VALUE", help="Any setting: training.lr=1e-4"
-)
-@as_json
-def train_student(
-    as_json: bool, config_file: Path | None, assignments: tuple[str, ...], **flags: Any
-) -> None:
-    """Train a student on STORE; --kd says what it learns from the cached teacher.
-
-    LAMBDA is the paper's weight, or auto: then the term starts as large as the loss on the labels. TAPS say
-    which layers n2n and e2n compare: U4 is one of the student, U2+U4 are two of them together, and in H3->U4
-    the teacher's H3 is learnt (quote the > for the shell). e2e trains on the teacher's edges. With --kd none
-    this is ordinary training, also the way to train a teacher. The same command continues.
-
-    \b
-    Example:
-      kd train-student coll.kdcache --student painn-small --kd n2n=auto --kd v2v=1.0 --out runs/n2n
-      kd train-student coll.kdcache --student painn-small --kd 'n2n:H3->U2+U4' --out runs/layers
-      kd train-student coll.kdcache --student painn-big --kd none --out runs/teacher
-    """
-    from molkd.pipeline.distill.settings import resolve
-    from molkd.pipeline.distill.train import train_student as run
-
-    summary = run(resolve(config_file, assignments, given(flags)))
-    show(summary, as_json)
-    if not summary.finished:
-        sys.exit(130)  # interrupted: what waits for this run must not go on
-
-
-@kd.command()
-@click.argument("model")
-@click.argument("data", type=STORE)
-@scale_file
-@click.option("--predictions", type=NEW_PATH, help="Write structures, labels and predictions as extxyz.")
-@click.option("--energy-key", help="Name of the energy in the files (eV).")
-@click.option("--forces-key", help="Name of the forces in the files (eV/A).")
-@click.option("--batch-size", type=click.IntRange(min=1), default=32, show_default=True)
-@click.option("--device", default="auto", show_default=True)
-@as_json
-def evaluate(as_json: bool, **flags: Any) -> None:
-    """Measure MODEL (a run, a model file or any teacher) on the labels of DATA.
-
-    \b
-    Example:
-      kd evaluate runs/n2n test.extxyz --predictions predicted.extxyz
-    """
-    from molkd.pipeline.evaluating import evaluate_model
-
-    show(evaluate_model(**flags), as_json)
-
-
-@kd.command()
-@click.argument("runs", nargs=-1, required=True, type=PATH)
-@click.option("--out", required=True, type=NEW_PATH, help="Folder for report.md, tables and pictures.")
-@click.option("--teacher", help="Evaluated too; needed for the share of the gap closed.")
-@scale_file
-@click.option("--test", multiple=True, type=STORE, help="More data that runs and teacher are measured on.")
-@click.option("--energy-key", help="Name of the energy in the files of --test (eV).")
-@click.option("--forces-key", help="Name of the forces in the files of --test (eV/A).")
-@click.option("--device", default="auto", show_default=True)
-@as_json
-def report(as_json: bool, **flags: Any) -> None:
-    """Compare RUNS: table with mean and spread over seeds, gap closed, learning curves, parity plots, cards.
-
-    \b
-    Example:
-      kd report runs/* --out report --teacher teacher.safetensors --test test.extxyz
-    """
-    from molkd.pipeline.evaluating import report_runs
-
-    show(report_runs(**flags), as_json)
+for command in (train_student, evaluate, report):
+    kd.add_command(command)
 
 
 @kd.command()

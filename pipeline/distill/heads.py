@@ -3,22 +3,12 @@
 import difflib
 from collections.abc import Collection, Mapping
 
-import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from molkd.cache_schema.fields import FieldSpec
 from molkd.pipeline.config import KDTerm
-from molkd.pipeline.distill.losses import (
-    LossTerms,
-    Targets,
-    base_loss,
-    feature_loss,
-    vanilla1_loss,
-    vanilla2_loss,
-)
 from molkd.pipeline.errors import ConfigError
-from molkd.pipeline.models.interface import Outputs
 from molkd.pipeline.models.matmul import Linear
 
 
@@ -93,7 +83,7 @@ def make_heads(
     offered: Collection[str] = (),
 ) -> nn.ModuleDict:
     """Build the heads of all terms; parameters and errors as of `make_head`."""
-    return nn.ModuleDict({_key(term.label): make_head(term, student, teacher, offered) for term in terms})
+    return nn.ModuleDict({head_key(term): make_head(term, student, teacher, offered) for term in terms})
 
 
 def _check_teacher(term: KDTerm, cached: Mapping[str, FieldSpec], offered: Collection[str]) -> None:
@@ -136,61 +126,6 @@ def _nearest(name: str, valid: Collection[str]) -> str:
     return difflib.get_close_matches(name, valid, n=1, cutoff=0.0)[0]
 
 
-class Objective(nn.Module):
-    """L = L_0 + sum of weight x L_KD (Eq. 2), with one head per term, as `make_heads` gives them.
-
-    Attributes
-    ----------
-    taps : the features that the student has to give beside energy and forces
-    """
-
-    def __init__(
-        self,
-        terms: tuple[KDTerm, ...],
-        weights: Mapping[str, float],
-        heads: nn.ModuleDict,
-        energy_weight: float,
-        forces_weight: float,
-        ratios: Mapping[str, float] | None = None,
-    ) -> None:
-        super().__init__()
-        self.ratios = ratios or {}  # teacher's tap -> components over channels, where learnt in a basis
-        self.terms = terms
-        self.weights = weights  # by label
-        self.energy_weight = energy_weight
-        self.forces_weight = forces_weight
-        self.taps = tuple(sorted({tap for term in terms for tap in term.student_taps}))
-        self.heads = heads
-
-    def forward(self, outputs: Outputs, targets: Targets) -> LossTerms:
-        """Return the total and every unweighted part, KD terms under their labels."""
-        total, parts = base_loss(outputs, targets, self.energy_weight, self.forces_weight)
-        parts = dict(parts)
-        for term in self.terms:
-            parts[term.label] = self._term(term, outputs, targets)
-            total = total + self.weights[term.label] * parts[term.label]
-        return LossTerms(total, parts)
-
-    def _term(self, term: KDTerm, outputs: Outputs, targets: Targets) -> Tensor:
-        if term.name == "vanilla1":
-            return vanilla1_loss(outputs, targets, self.energy_weight, self.forces_weight)
-        if term.name == "vanilla2":
-            return vanilla2_loss(outputs, targets)
-        mapped = self.heads[_key(term.label)](_joined([outputs[tap] for tap in term.student_taps]))
-        loss = feature_loss(mapped, targets.teacher[term.teacher_tap], term.loss)
-        return loss * self.ratios.get(term.teacher_tap, 1.0)
-
-
-def _joined(features: list[Tensor]) -> Tensor:
-    """Put features behind each other over channels, in the precision of heads and losses."""
-    return features[0].float() if len(features) == 1 else torch.cat([f.float() for f in features], dim=-1)
-
-
-def _key(label: str) -> str:
-    return label.replace(".", "_")  # torch allows no dots in names of modules
-
-
-def needed_signals(terms: tuple[KDTerm, ...], *, pseudo_labels: bool) -> tuple[str, ...]:
-    """Return the teacher's signals that a run reads, sorted."""
-    names = {name for term in terms for name in term.signals}
-    return tuple(sorted(names | ({"energy", "forces"} if pseudo_labels else set())))
+def head_key(term: KDTerm) -> str:
+    """Return the name of a term's head among modules; torch allows no dots in it."""
+    return term.label.replace(".", "_")

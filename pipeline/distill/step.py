@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from molkd.cache_schema.reader import Cache
 from molkd.pipeline.config import TrainConfig
-from molkd.pipeline.distill.heads import Objective
 from molkd.pipeline.distill.loader import CacheLoader, Sample, sample_to
 from molkd.pipeline.distill.losses import LossTerms, fill_labels
+from molkd.pipeline.distill.objective import Objective
 from molkd.pipeline.distill.optim import lr_factor, make_ema, make_optimizer, update_ema
 from molkd.pipeline.distill.student import Setup
 from molkd.pipeline.models.potential import Potential

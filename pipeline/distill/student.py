@@ -15,8 +15,9 @@ from molkd.cache_schema.reader import Cache
 from molkd.pipeline.config import TrainConfig
 from molkd.pipeline.data.references import LabelScale, fit_label_scale
 from molkd.pipeline.distill.coded import in_basis, ratios, rotated_bases
-from molkd.pipeline.distill.heads import Objective, make_heads, needed_signals
+from molkd.pipeline.distill.heads import make_heads
 from molkd.pipeline.distill.lambdas import term_weight
+from molkd.pipeline.distill.objective import Objective, needed_signals
 from molkd.pipeline.distill.statistics import LabelStatistics, label_statistics
 from molkd.pipeline.distill.systems import choose_systems, choose_teacher
 from molkd.pipeline.distill.teacher_graph import check_reach, refuse_ties

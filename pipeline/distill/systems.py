@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from molkd.cache_schema.reader import Cache
 from molkd.pipeline.config import TrainConfig
 from molkd.pipeline.data.splits import split_mask
-from molkd.pipeline.distill.heads import needed_signals
+from molkd.pipeline.distill.objective import needed_signals
 from molkd.pipeline.distill.statistics import labelled_systems
 from molkd.pipeline.errors import CacheError, ConfigError, DataError
 

@@ -14,7 +14,8 @@ from molkd.cache_schema.fields import (
     v2v_spec,
 )
 from molkd.pipeline.config import KDTerm, make_config, parse_kd
-from molkd.pipeline.distill.heads import LinearHead, MLPHead, Objective, make_head, make_heads, needed_signals
+from molkd.pipeline.distill.heads import LinearHead, MLPHead, make_head, make_heads
+from molkd.pipeline.distill.objective import Objective, needed_signals
 from molkd.pipeline.errors import ConfigError
 from molkd.pipeline.models.registry import build_model
 

@@ -7,7 +7,7 @@ import torch
 
 from molkd.cache_schema.fields import edge_spec, node_spec, v2v_spec
 from molkd.pipeline.config import KDTerm
-from molkd.pipeline.distill.heads import Objective, make_heads
+from molkd.pipeline.distill.heads import make_heads
 from molkd.pipeline.distill.losses import (
     Targets,
     base_loss,
@@ -18,6 +18,7 @@ from molkd.pipeline.distill.losses import (
     vanilla1_loss,
     vanilla2_loss,
 )
+from molkd.pipeline.distill.objective import Objective
 
 NAN = math.nan
 ENERGY = torch.tensor([1.0, 5.0, -2.0])

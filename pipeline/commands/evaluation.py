@@ -1,0 +1,52 @@
+"""`kd evaluate` and `kd report`: how good models are, alone and beside each other."""
+
+from typing import Any
+
+import click
+
+from molkd.pipeline.commands.output import NEW_PATH, PATH, STORE, as_json, show
+from molkd.pipeline.commands.plan import scale_file
+
+
+@click.command()
+@click.argument("model")
+@click.argument("data", type=STORE)
+@scale_file
+@click.option("--predictions", type=NEW_PATH, help="Write structures, labels and predictions as extxyz.")
+@click.option("--energy-key", help="Name of the energy in the files (eV).")
+@click.option("--forces-key", help="Name of the forces in the files (eV/A).")
+@click.option("--batch-size", type=click.IntRange(min=1), default=32, show_default=True)
+@click.option("--device", default="auto", show_default=True)
+@as_json
+def evaluate(as_json: bool, **flags: Any) -> None:
+    """Measure MODEL (a run, a model file or any teacher) on the labels of DATA.
+
+    \b
+    Example:
+      kd evaluate runs/n2n test.extxyz --predictions predicted.extxyz
+    """
+    from molkd.pipeline.evaluating import evaluate_model
+
+    show(evaluate_model(**flags), as_json)
+
+
+@click.command()
+@click.argument("runs", nargs=-1, required=True, type=PATH)
+@click.option("--out", required=True, type=NEW_PATH, help="Folder for report.md, tables and pictures.")
+@click.option("--teacher", help="Evaluated too; needed for the share of the gap closed.")
+@scale_file
+@click.option("--test", multiple=True, type=STORE, help="More data that runs and teacher are measured on.")
+@click.option("--energy-key", help="Name of the energy in the files of --test (eV).")
+@click.option("--forces-key", help="Name of the forces in the files of --test (eV/A).")
+@click.option("--device", default="auto", show_default=True)
+@as_json
+def report(as_json: bool, **flags: Any) -> None:
+    """Compare RUNS: table with mean and spread over seeds, gap closed, learning curves, parity plots, cards.
+
+    \b
+    Example:
+      kd report runs/* --out report --teacher teacher.safetensors --test test.extxyz
+    """
+    from molkd.pipeline.evaluating import report_runs
+
+    show(report_runs(**flags), as_json)

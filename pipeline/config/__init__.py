@@ -1,0 +1,23 @@
+"""Typed settings. Defaults live here; later wins: defaults < preset < YAML < --set < flags."""
+
+from molkd.pipeline.config.base import Settings, dump_yaml, make_config, parse_assignments, read_yaml
+from molkd.pipeline.config.kd import OWN_TAPS, VANILLA_SIGNALS, KDTerm, parse_kd
+from molkd.pipeline.config.stage_one import CacheConfig, IngestConfig
+from molkd.pipeline.config.training import ScheduleConfig, TrainConfig, TrainingConfig
+
+__all__ = [
+    "OWN_TAPS",
+    "VANILLA_SIGNALS",
+    "CacheConfig",
+    "IngestConfig",
+    "KDTerm",
+    "ScheduleConfig",
+    "Settings",
+    "TrainConfig",
+    "TrainingConfig",
+    "dump_yaml",
+    "make_config",
+    "parse_assignments",
+    "parse_kd",
+    "read_yaml",
+]

@@ -1,0 +1,131 @@
+"""One distillation loss as a user asks for it, and how it is written on the command line."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, Self
+
+from pydantic import model_validator
+
+from molkd.pipeline.config.base import Settings, number
+from molkd.pipeline.errors import ConfigError
+
+# What a feature loss compares unless taps are given: the teacher's signal, the student's features.
+OWN_TAPS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "n2n": ("node", ("node",)),
+    "e2n": ("e2n", ("node",)),
+    "v2v": ("v2v", ("v2v",)),
+    "e2e": ("edge", ("edge",)),
+}
+VANILLA_SIGNALS = {"vanilla1": ("energy", "forces"), "vanilla2": ("atomic_energies",)}
+
+
+class KDTerm(Settings):
+    """One distillation loss: weight x loss(head(student's features), teacher's signal).
+
+    Taps are names of signals; `U4` is short for `layer/U4`, and a loss without taps takes its own.
+    """
+
+    name: Literal["n2n", "e2n", "v2v", "e2e", "vanilla1", "vanilla2"]
+    teacher_tap: str = ""  # the signal to learn; none with vanilla losses
+    student_taps: tuple[str, ...] = ()  # the features to learn it with, several one behind the other
+    weight: float | Literal["auto"] = "auto"
+    head: Literal["identity", "linear", "mlp"] = "linear"  # on the student's features; not vanilla
+    loss: Literal["mse", "mae"] = "mse"  # not vanilla
+
+    @property
+    def signals(self) -> tuple[str, ...]:
+        """The teacher's signals that the loss reads."""
+        return VANILLA_SIGNALS.get(self.name) or (self.teacher_tap,)
+
+    @property
+    def label(self) -> str:
+        """The term as it is written on the command line, without its weight: n2n, n2n:U4, n2n:H3->U2+U4."""
+        taps = (self.teacher_tap, self.student_taps)
+        if self.name in VANILLA_SIGNALS or taps == OWN_TAPS[self.name]:
+            return self.name
+        student = "+".join(tap.removeprefix("layer/") for tap in self.student_taps)
+        if self.teacher_tap == OWN_TAPS[self.name][0]:
+            return f"{self.name}:{student}"
+        return f"{self.name}:{self.teacher_tap.removeprefix('layer/')}->{student}"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _name_taps(cls, values: Any) -> Any:
+        own = OWN_TAPS.get(str(values.get("name"))) if isinstance(values, Mapping) else None
+        if own is None:
+            return values
+        teacher, student = values.get("teacher_tap"), values.get("student_taps")
+        chosen: dict[str, Any] = {"teacher_tap": teacher or own[0], "student_taps": student or own[1]}
+        if isinstance(chosen["teacher_tap"], str):
+            chosen["teacher_tap"] = _full_tap(chosen["teacher_tap"])
+        if isinstance(chosen["student_taps"], list | tuple):
+            chosen["student_taps"] = [
+                _full_tap(t) if isinstance(t, str) else t for t in chosen["student_taps"]
+            ]
+        return {**values, **chosen}
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.name == "v2v" and self.head == "mlp":
+            raise ValueError(
+                "v2v takes head identity or linear: an MLP on vector components is not equivariant"
+            )
+        if self.weight != "auto" and not 0 < self.weight < math.inf:
+            raise ValueError("the weight must be positive and finite")
+        self._check_taps()
+        return self
+
+    def _check_taps(self) -> None:
+        if self.name not in ("n2n", "e2n"):
+            if (self.teacher_tap, self.student_taps) != OWN_TAPS.get(self.name, ("", ())):
+                raise ValueError(f"{self.name} takes no taps; they go with n2n and e2n, as in n2n:H3->U4")
+            return
+        if len(set(self.student_taps)) < len(self.student_taps):
+            raise ValueError(f"{self.label} names a tap of the student twice")
+        of_layer = self.name == "n2n" and self.teacher_tap.startswith("layer/")
+        if not of_layer and self.teacher_tap != OWN_TAPS[self.name][0]:
+            raise ValueError(
+                f"{self.label}: e2n learns the teacher's e2n, n2n its node or a layer; "
+                "write n2n:H3->U4 for a layer"
+            )
+        wrong = [t for t in self.student_taps if t in ("v2v", "edge")]
+        if wrong:
+            raise ValueError(
+                f"{self.label}: {wrong[0]} is no scalar feature of atoms; take node or layers, as in n2n:U4"
+            )
+
+
+def _full_tap(text: str) -> str:
+    return text if "/" in text or text in ("node", "e2n", "v2v", "edge") else f"layer/{text}"
+
+
+def parse_kd(texts: Sequence[str], head: str = "linear", loss: str = "mse") -> list[dict[str, Any]]:
+    """Read ``--kd`` values: ``none``, or ``LOSS[:[TEACHER_TAP->]STUDENT_TAPS][=LAMBDA]``.
+
+    Without LAMBDA, or with ``auto``, the weight is chosen from the data; several taps are joined by ``+``.
+    """
+    if "none" in texts and len(texts) > 1:
+        raise ConfigError("--kd none cannot be combined with other losses")
+    terms: list[dict[str, Any]] = []
+    for text in texts:
+        if text == "none":
+            continue
+        what, _, weight = text.partition("=")
+        name, colon, taps = what.partition(":")
+        value = "auto" if weight in ("", "auto") else number(weight)
+        if isinstance(value, str) and value != "auto":
+            raise ConfigError(f"--kd {text}: the weight is a number or auto, for example {what}=1.0")
+        term: dict[str, Any] = {"name": name, "weight": value, "loss": loss}
+        term["head"] = "linear" if name == "v2v" and head == "mlp" else head
+        terms.append(term | (_parse_taps(taps, text) if colon else {}))
+    return terms
+
+
+def _parse_taps(taps: str, text: str) -> dict[str, Any]:
+    teacher, arrow, student = taps.rpartition("->")
+    names = student.split("+")
+    if taps.endswith("-"):  # a shell took "> U4" for itself
+        raise ConfigError(f"--kd {text}: quote what holds ->, as in --kd 'n2n:H3->U4'")
+    if not all(names) or bool(arrow) != bool(teacher):
+        raise ConfigError(f"--kd {text}: a tap is missing; write n2n:U4, n2n:U2+U4 or 'n2n:H3->U4'")
+    return {"student_taps": names} | ({"teacher_tap": teacher} if teacher else {})

@@ -1,0 +1,76 @@
+"""Settings of stage two: `kd train-student`."""
+
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import Field, model_validator
+
+from molkd.pipeline.config.base import Settings
+from molkd.pipeline.config.kd import KDTerm
+from molkd.pipeline.places import Place
+
+
+class ScheduleConfig(Settings):
+    """Learning rate over steps: linear warm-up, then exponential decay, milestones or plateaus."""
+
+    kind: Literal["warmup_exponential", "warmup_milestones", "plateau", "constant"] = "warmup_exponential"
+    warmup_steps: int = Field(0, ge=0)
+    warmup_factor: float = Field(0.2, gt=0, le=1)  # where the warm-up starts
+    decay_rate: float = Field(0.01, gt=0, le=1)  # reached after decay_steps
+    decay_steps: int | None = None  # None: the length of the run
+    milestones: tuple[int, ...] = ()
+    gamma: float = Field(0.1, gt=0, le=1)  # factor at each milestone or plateau
+    patience: int = Field(3, ge=0)  # validations that may be no better before a plateau is called
+
+
+class TrainingConfig(Settings):
+    """How the weights move; presets fill it with the paper's Tables 5 and 6."""
+
+    batch_size: int = Field(32, ge=1)
+    lr: float = Field(1e-3, gt=0)
+    weight_decay: float = Field(0.0, ge=0)
+    amsgrad: bool = True
+    adam_eps: float = Field(1e-8, gt=0)
+    schedule: ScheduleConfig = ScheduleConfig()
+    ema_decay: float | None = Field(0.999, ge=0, lt=1)
+    clip_grad_norm: float | None = Field(10.0, gt=0)
+    energy_weight: float = Field(1.0, ge=0)  # a_E of Eq. 1
+    forces_weight: float = Field(100.0, ge=0)  # a_F of Eq. 1
+    normalization: Literal["energy", "forces", "none"] = "energy"
+    references: Literal["fit", "none"] | dict[int, float] = "fit"  # energy per element in eV
+    max_epochs: int = Field(100, ge=1)
+    max_steps: int | None = Field(None, ge=1)  # the smaller of both ends the run
+
+
+class TrainConfig(Settings):
+    """`kd train-student`: one run."""
+
+    store: Place
+    out: Path
+    student: str
+    model: dict[str, Any] = Field(default_factory=dict)  # the architecture's own settings
+    training: TrainingConfig = TrainingConfig()
+    kd: tuple[KDTerm, ...] = ()  # empty: no distillation
+    teacher: str | None = None  # which one, if the store has several
+    pseudo_labels: bool = False  # where a label is missing the base loss takes the teacher's
+    rotated_targets: bool = False  # compare features in the basis of their encoding (pca), not decoded
+    val: Place | None = None  # file or store; None: val_fraction of the store, by id
+    val_fraction: float = Field(0.1, ge=0, lt=1)
+    test: dict[str, Place] = Field(default_factory=dict)  # evaluated once at the end
+    energy_key: str | None = None  # name of the energy in val and test files; None tries the usual ones
+    forces_key: str | None = None
+    val_every: int | None = Field(None, ge=1)  # steps; None: once an epoch, but at most 50 times a run
+    checkpoint_every: int = Field(1000, ge=1)  # steps
+    log_every: int = Field(50, ge=1)
+    seed: int = Field(0, ge=0)
+    device: str = "auto"
+    amp: Literal["off", "bf16"] = "off"
+    tensorboard: bool = False
+    label: str = ""  # name of the run in reports
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        labels = [term.label for term in self.kd]
+        if len(set(labels)) != len(labels):
+            raise ValueError("each KD loss can be given once, or with other taps")
+        return self

@@ -1,0 +1,74 @@
+"""What a student minimises: the loss on labels and every distillation loss with its weight (Eq. 2)."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from molkd.pipeline.config import KDTerm
+from molkd.pipeline.distill.heads import head_key
+from molkd.pipeline.distill.losses import (
+    LossTerms,
+    Targets,
+    base_loss,
+    feature_loss,
+    vanilla1_loss,
+    vanilla2_loss,
+)
+from molkd.pipeline.models.interface import Outputs
+
+
+class Objective(nn.Module):
+    """L = L_0 + sum of weight x L_KD (Eq. 2), with one head per term, as `make_heads` gives them.
+
+    Attributes
+    ----------
+    taps : the features that the student has to give beside energy and forces
+    """
+
+    def __init__(
+        self,
+        terms: tuple[KDTerm, ...],
+        weights: Mapping[str, float],
+        heads: nn.ModuleDict,
+        energy_weight: float,
+        forces_weight: float,
+        ratios: Mapping[str, float] | None = None,
+    ) -> None:
+        super().__init__()
+        self.ratios = ratios or {}  # teacher's tap -> components over channels, where learnt in a basis
+        self.terms = terms
+        self.weights = weights  # by label
+        self.energy_weight = energy_weight
+        self.forces_weight = forces_weight
+        self.taps = tuple(sorted({tap for term in terms for tap in term.student_taps}))
+        self.heads = heads
+
+    def forward(self, outputs: Outputs, targets: Targets) -> LossTerms:
+        """Return the total and every unweighted part, KD terms under their labels."""
+        total, parts = base_loss(outputs, targets, self.energy_weight, self.forces_weight)
+        parts = dict(parts)
+        for term in self.terms:
+            parts[term.label] = self._term(term, outputs, targets)
+            total = total + self.weights[term.label] * parts[term.label]
+        return LossTerms(total, parts)
+
+    def _term(self, term: KDTerm, outputs: Outputs, targets: Targets) -> Tensor:
+        if term.name == "vanilla1":
+            return vanilla1_loss(outputs, targets, self.energy_weight, self.forces_weight)
+        if term.name == "vanilla2":
+            return vanilla2_loss(outputs, targets)
+        mapped = self.heads[head_key(term)](_joined([outputs[tap] for tap in term.student_taps]))
+        loss = feature_loss(mapped, targets.teacher[term.teacher_tap], term.loss)
+        return loss * self.ratios.get(term.teacher_tap, 1.0)
+
+
+def _joined(features: list[Tensor]) -> Tensor:
+    """Put features behind each other over channels, in the precision of heads and losses."""
+    return features[0].float() if len(features) == 1 else torch.cat([f.float() for f in features], dim=-1)
+
+
+def needed_signals(terms: tuple[KDTerm, ...], *, pseudo_labels: bool) -> tuple[str, ...]:
+    """Return the teacher's signals that a run reads, sorted."""
+    names = {name for term in terms for name in term.signals}
+    return tuple(sorted(names | ({"energy", "forces"} if pseudo_labels else set())))
