@@ -13,7 +13,7 @@ from molkd.cache_schema.layout import SCALE
 from molkd.cache_schema.reader import Cache
 from molkd.pipeline.data.references import LabelScale, reference_table
 from molkd.pipeline.distill.coded import Coded, coded_signals
-from molkd.pipeline.distill.losses import Targets
+from molkd.pipeline.distill.losses import Targets, Weights
 from molkd.pipeline.distill.teacher_graph import require_rule, sorted_edges, teacher_config
 from molkd.pipeline.graphs.batch import Batch, Edges, make_batch
 from molkd.pipeline.graphs.neighbors import NeighborRule
@@ -205,6 +205,7 @@ def _map(sample: Sample, change: Callable[[Tensor], Tensor]) -> Sample:
                 name: values.map(change) if isinstance(values, Coded) else change(values)
                 for name, values in targets.teacher.items()
             },
+            Weights(*(change(w) for w in targets.weights)) if targets.weights else None,
         ),
     )
 

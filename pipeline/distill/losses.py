@@ -1,16 +1,27 @@
 """The training losses (Eq. 1, 2) and the distillation losses (Eq. 3 to 8), each with its normaliser.
 
 All energies and forces here are in units of the normalised labels (`LabelScale`). A missing label is NaN in
-the targets and leaves no trace in the loss. B systems, N atoms.
+the targets and leaves no trace in the loss. S systems, N atoms, E edges.
+
+A batch may weigh its systems (`Weights`). Each loss is then the sum of weight x error over the same count as
+without weights, never over the sum of weights: where the mean weight is one the scale of a loss stays.
 """
 
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from molkd.pipeline.models.interface import Outputs
+
+
+class Weights(NamedTuple):
+    """How much the systems of a batch count in every loss, for each kind of row; see `spread_weights`."""
+
+    systems: Float[Tensor, " S"]
+    atoms: Float[Tensor, " N"]
+    edges: Float[Tensor, " E"]  # of the teacher's edges; empty where no loss compares edges
 
 
 class Targets(NamedTuple):
@@ -21,6 +32,7 @@ class Targets(NamedTuple):
     free: Bool[Tensor, " N"]  # atoms that are not fixed
     teacher: dict[str, Any]  # cached signals (Tensor, `Coded` before they are on a device); energies and
     # forces normalised like the labels
+    weights: Weights | None = None  # None: all systems count alike
 
 
 class LossTerms(NamedTuple):
@@ -30,15 +42,28 @@ class LossTerms(NamedTuple):
     parts: dict[str, Tensor]
 
 
-def energy_loss(predicted: Float[Tensor, " S"], target: Float[Tensor, " S"]) -> Tensor:
+def spread_weights(
+    weights: Float[Tensor, " S"], n_atoms: Int[Tensor, " S"], n_edges: Int[Tensor, " S"] | None = None
+) -> Weights:
+    """Give the atoms and edges of a system its weight."""
+    edges = weights[:0] if n_edges is None else weights.repeat_interleave(n_edges)
+    return Weights(weights, weights.repeat_interleave(n_atoms), edges)
+
+
+def energy_loss(
+    predicted: Float[Tensor, " S"], target: Float[Tensor, " S"], weights: Float[Tensor, " S"] | None = None
+) -> Tensor:
     """L_E of Eq. 1: mean absolute error over the systems that have an energy; 0 if none has."""
     known = torch.isfinite(target)
     error = torch.where(known, predicted - target.nan_to_num(), 0).abs()
-    return error.sum() / known.sum().clamp(min=1)
+    return _weighted(error, weights).sum() / known.sum().clamp(min=1)
 
 
 def forces_loss(
-    predicted: Float[Tensor, "N 3"], target: Float[Tensor, "N 3"], free: Bool[Tensor, " N"]
+    predicted: Float[Tensor, "N 3"],
+    target: Float[Tensor, "N 3"],
+    free: Bool[Tensor, " N"],
+    weights: Float[Tensor, " N"] | None = None,
 ) -> Tensor:
     """L_F of Eq. 1: mean over free labelled atoms of the Euclidean norm of the force error; 0 if none is.
 
@@ -48,38 +73,54 @@ def forces_loss(
     error = torch.where(counted[:, None], predicted - target.nan_to_num(), 0)
     # The norm's gradient at exactly zero error is undefined; these rows are masked or perfectly fitted.
     norm = error.square().sum(dim=1).clamp(min=1e-24).sqrt() * counted
-    return norm.sum() / counted.sum().clamp(min=1)
+    return _weighted(norm, weights).sum() / counted.sum().clamp(min=1)
 
 
 def base_loss(outputs: Outputs, targets: Targets, energy_weight: float, forces_weight: float) -> LossTerms:
     """L_0 of Eq. 1: a_E L_E + a_F L_F."""
-    energy = energy_loss(outputs["energy"], targets.energy)
-    forces = forces_loss(outputs["forces"], targets.forces, targets.free)
+    energy, forces = _energy_and_forces(outputs, targets.energy, targets.forces, targets)
     return LossTerms(energy_weight * energy + forces_weight * forces, {"energy": energy, "forces": forces})
 
 
-def feature_loss(mapped: Tensor, target: Tensor, kind: str) -> Tensor:
+def feature_loss(mapped: Tensor, target: Tensor, kind: str, weights: Tensor | None = None) -> Tensor:
     """L_feat of Eq. 3 for n2n, e2n (Eqs. 4, 5), v2v (Eq. 6) and e2e: one mean over all rows and channels.
 
-    Fixed atoms count; there is no average per system. `mapped` and `target` are (N, C), (N, 3, C) or (E, C).
+    Fixed atoms count; there is no average per system. `mapped` and `target` are (N, C), (N, 3, C) or (E, C),
+    `weights` is (N,) or (E,).
     """
     error = mapped.float() - target.float()
     if not len(error):  # no edges; the mean of nothing would be NaN
         return error.sum()
-    return error.square().mean() if kind == "mse" else error.abs().mean()
+    return _weighted(error.square() if kind == "mse" else error.abs(), weights).mean()
 
 
 def vanilla1_loss(outputs: Outputs, targets: Targets, energy_weight: float, forces_weight: float) -> Tensor:
     """Eq. 7, vanilla (1): the training loss against the teacher's energy and forces, free atoms only."""
-    energy = energy_loss(outputs["energy"], targets.teacher["energy"])
-    forces = forces_loss(outputs["forces"], targets.teacher["forces"], targets.free)
+    teacher = targets.teacher
+    energy, forces = _energy_and_forces(outputs, teacher["energy"], teacher["forces"], targets)
     return energy_weight * energy + forces_weight * forces
 
 
 def vanilla2_loss(outputs: Outputs, targets: Targets) -> Tensor:
     """Eq. 8, vanilla (2): mean absolute error of the atomic energies over all atoms."""
     target: Tensor = targets.teacher["atomic_energies"]
-    return (outputs["atomic_energies"] - target).abs().mean()
+    weights = targets.weights.atoms if targets.weights else None
+    return _weighted((outputs["atomic_energies"] - target).abs(), weights).mean()
+
+
+def _energy_and_forces(
+    outputs: Outputs, energy: Tensor, forces: Tensor, targets: Targets
+) -> tuple[Tensor, Tensor]:
+    weights = targets.weights
+    return (
+        energy_loss(outputs["energy"], energy, weights.systems if weights else None),
+        forces_loss(outputs["forces"], forces, targets.free, weights.atoms if weights else None),
+    )
+
+
+def _weighted(errors: Tensor, weights: Tensor | None) -> Tensor:
+    """Multiply each row of errors by its weight; without weights nothing is computed."""
+    return errors if weights is None else errors * weights.view(-1, *(1 for _ in errors.shape[1:]))
 
 
 def fill_labels(targets: Targets) -> Targets:

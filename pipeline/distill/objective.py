@@ -59,7 +59,9 @@ class Objective(nn.Module):
         if term.name == "vanilla2":
             return vanilla2_loss(outputs, targets)
         mapped = self.heads[head_key(term)](_joined([outputs[tap] for tap in term.student_taps]))
-        loss = feature_loss(mapped, targets.teacher[term.teacher_tap], term.loss)
+        weights = targets.weights
+        rows = (weights.edges if term.name == "e2e" else weights.atoms) if weights else None
+        loss = feature_loss(mapped, targets.teacher[term.teacher_tap], term.loss, rows)
         return loss * self.ratios.get(term.teacher_tap, 1.0)
 
 
