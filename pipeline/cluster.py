@@ -84,7 +84,7 @@ def local_cluster(device: str, n_workers: int, deaths: int) -> Iterator[tuple[Sp
     ConfigError
         If the device does not exist, or processes cannot be started.
     """
-    devices = _devices(device)
+    devices = visible_devices(device)
     options = {
         "host": _LOOPBACK,
         "nthreads": 1,
@@ -120,7 +120,7 @@ def local_cluster(device: str, n_workers: int, deaths: int) -> Iterator[tuple[Sp
         yield cluster, threads
 
 
-def _devices(name: str) -> list[str]:
+def visible_devices(name: str) -> list[str]:
     """Return the ids of the GPUs to hand out, as CUDA_VISIBLE_DEVICES names them; none for the CPU."""
     device = choose_device(name)
     if device.type != "cuda":

@@ -3,9 +3,11 @@
 from molkd.cache_schema.errors import CacheError, IntegrityError, MolkdError
 
 __all__ = [
+    "BusyError",
     "CacheError",
     "ConfigError",
     "DataError",
+    "DivergedError",
     "IntegrityError",
     "ModelError",
     "MolkdError",
@@ -21,8 +23,16 @@ class ConfigError(MolkdError):
     """A setting that does not exist or does not fit; names the nearest valid one."""
 
 
+class BusyError(ConfigError):
+    """A folder in which another process is at work."""
+
+
 class ModelError(MolkdError):
     """A model that cannot be built, loaded or applied as asked."""
+
+
+class DivergedError(ModelError):
+    """A run whose loss is not finite any more."""
 
 
 class TeacherError(MolkdError):

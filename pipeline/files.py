@@ -1,5 +1,9 @@
-"""Writing files so that a crash leaves the old one or the new one, never half of one."""
+"""Writing files so that a crash leaves the old one or the new one, and keeping others out of a folder."""
 
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from molkd.cache_schema.files import make_folder, write_file
@@ -22,3 +26,25 @@ def write_atomic(path: Path, content: bytes | str) -> None:
         raise DataError(
             f"{path}: cannot be written ({reason}); check the path, its rights and the free space"
         ) from error
+
+
+@contextmanager
+def locked_folder(path: Path, *, wait: bool = False) -> Iterator[None]:
+    """Keep other processes out of a folder; no file is left, and file systems without locks do without.
+
+    Raises
+    ------
+    BlockingIOError
+        If another process is in, unless we are to wait for it.
+    """
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise
+        except OSError:
+            pass
+        yield
+    finally:
+        os.close(descriptor)

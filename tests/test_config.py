@@ -12,6 +12,8 @@ from molkd.pipeline.config import (
     TrainConfig,
     dump_yaml,
     make_config,
+    merged,
+    nested,
     parse_assignments,
     parse_kd,
     read_yaml,
@@ -302,3 +304,12 @@ def test_any_resolved_file_loads_back_to_itself(values, tmp_path_factory):
 def test_settings_of_stage_one_load_back_too(values, tmp_path_factory):
     config = make_config(CacheConfig, values)
     assert load_back(config, tmp_path_factory.getbasetemp()) == config
+
+
+def test_keys_with_dots_and_nested_mappings_say_the_same():
+    dotted = {"training.lr": "1e-3", "training.schedule.kind": "constant", "seed": 2}
+    assert nested(dotted) == {"training": {"lr": 1e-3, "schedule": {"kind": "constant"}}, "seed": 2}
+    assert nested({"training.lr": 1, "training": {"batch_size": 2}}) == {
+        "training": {"lr": 1, "batch_size": 2}
+    }
+    assert merged({"a": {"b": 1, "c": 2}}, {"a": {"c": 3}}, {"d": 4}) == {"a": {"b": 1, "c": 3}, "d": 4}

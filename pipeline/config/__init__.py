@@ -1,6 +1,14 @@
 """Typed settings. Defaults live here; later wins: defaults < preset < YAML < --set < flags."""
 
-from molkd.pipeline.config.base import Settings, dump_yaml, make_config, parse_assignments, read_yaml
+from molkd.pipeline.config.base import (
+    Settings,
+    dump_yaml,
+    make_config,
+    merged,
+    nested,
+    parse_assignments,
+    read_yaml,
+)
 from molkd.pipeline.config.kd import OWN_TAPS, VANILLA_SIGNALS, KDTerm, parse_kd
 from molkd.pipeline.config.stage_one import CacheConfig, IngestConfig
 from molkd.pipeline.config.training import ScheduleConfig, TrainConfig, TrainingConfig
@@ -17,6 +25,8 @@ __all__ = [
     "TrainingConfig",
     "dump_yaml",
     "make_config",
+    "merged",
+    "nested",
     "parse_assignments",
     "parse_kd",
     "read_yaml",

@@ -28,11 +28,8 @@ def make_config(kind: type[S], *layers: Mapping[str, Any]) -> S:
     ConfigError
         With every problem and, for an unknown key, the nearest valid one.
     """
-    merged: dict[str, Any] = {}
-    for layer in layers:
-        merged = _merge(merged, layer)
     try:
-        return kind.model_validate(merged)
+        return kind.model_validate(merged(*layers))
     except ValidationError as error:
         problems = [_explain(kind, problem) for problem in error.errors()]
         raise ConfigError("; ".join(problems)) from None
@@ -40,7 +37,7 @@ def make_config(kind: type[S], *layers: Mapping[str, Any]) -> S:
 
 def parse_assignments(assignments: Sequence[str]) -> dict[str, Any]:
     """Turn ``a.b=c`` strings into nested mappings; values are read as YAML."""
-    result: dict[str, Any] = {}
+    layers: list[dict[str, Any]] = []
     for text in assignments:
         key, separator, value = text.partition("=")
         if not separator or not key:
@@ -49,11 +46,26 @@ def parse_assignments(assignments: Sequence[str]) -> dict[str, Any]:
             parsed = yaml.safe_load(value)
         except yaml.YAMLError:
             raise ConfigError(f"--set {text}: {value!r} cannot be read as a YAML value") from None
-        if isinstance(parsed, str):
-            parsed = number(parsed)
-        for part in reversed(key.split(".")):
-            parsed = {part: parsed}
-        result = _merge(result, parsed)
+        layers.append(nested({key: parsed}))
+    return merged(*layers)
+
+
+def nested(assignments: Mapping[str, Any]) -> dict[str, Any]:
+    """Turn keys with dots into nested mappings: ``{"training.lr": 1}`` into ``{"training": {"lr": 1}}``."""
+    result: dict[str, Any] = {}
+    for key, value in assignments.items():
+        inner: Any = number(value) if isinstance(value, str) else value
+        for part in reversed(str(key).split(".")):
+            inner = {part: inner}
+        result = _merge(result, inner)
+    return result
+
+
+def merged(*layers: Mapping[str, Any]) -> dict[str, Any]:
+    """Merge nested mappings key by key; later wins."""
+    result: dict[str, Any] = {}
+    for layer in layers:
+        result = _merge(result, layer)
     return result
 
 
@@ -75,11 +87,11 @@ def dump_yaml(config: Settings) -> str:
 
 
 def _merge(base: Mapping[str, Any], extra: Mapping[str, Any]) -> dict[str, Any]:
-    merged = dict(base)
+    result = dict(base)
     for key, value in extra.items():
-        old = merged.get(key)
-        merged[key] = _merge(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
-    return merged
+        old = result.get(key)
+        result[key] = _merge(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
+    return result
 
 
 def number(text: str) -> float | str:

@@ -1,22 +1,20 @@
 """The folder of one training run: settings, log, metrics, last.pt to go on from, best.safetensors to keep."""
 
 import csv
-import fcntl
 import io
 import json
 import logging
 import math
-import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from molkd.pipeline.config import TrainConfig, dump_yaml, make_config, read_yaml
-from molkd.pipeline.errors import ConfigError, IntegrityError
-from molkd.pipeline.files import write_atomic
+from molkd.pipeline.errors import BusyError, ConfigError, IntegrityError
+from molkd.pipeline.files import locked_folder, write_atomic
 
 _MAY_CHANGE = {
     "out",
@@ -37,6 +35,7 @@ class RunFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.best = path / "best.safetensors"
+        self._config = path / "config.yaml"
         self._last = path / "last.pt"
         self._metrics = path / "metrics.csv"
         self._summary = path / "metrics.json"
@@ -50,41 +49,44 @@ class RunFolder:
         ConfigError
             If the folder holds a run with other settings; nothing in it is touched.
         """
-        target = self.path / "config.yaml"
-        if target.exists() and (self._metrics.exists() or self._last.exists() or self._summary.exists()):
-            old = make_config(TrainConfig, read_yaml(target)).model_dump(mode="json")
-            new = config.model_dump(mode="json")
-            differ = [key for key in new if key not in _MAY_CHANGE and new[key] != old.get(key)]
-            if differ:
-                raise ConfigError(
-                    f"{self.path}: holds a run with other settings ({', '.join(differ)}); "
-                    "give another --out, or remove the folder to start over"
-                )
-        write_atomic(target, dump_yaml(config))
+        if differ := self.differing(config):
+            raise ConfigError(
+                f"{self.path}: holds a run with other settings ({', '.join(differ)}); "
+                "give another --out, or remove the folder to start over"
+            )
+        write_atomic(self._config, dump_yaml(config))
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether there is anything of a run inside."""
+        return any(file.exists() for file in (self._metrics, self._last, self._summary))
+
+    def differing(self, config: TrainConfig) -> list[str]:
+        """Return which settings that matter a run that has begun there has otherwise."""
+        if not (self._config.exists() and self.has_begun):
+            return []
+        old = make_config(TrainConfig, read_yaml(self._config)).model_dump(mode="json")
+        new = config.model_dump(mode="json")
+        return [key for key in new if key not in _MAY_CHANGE and new[key] != old.get(key)]
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Keep other processes out of the folder; no file is left, and file systems without locks do without.
+        """Keep other processes out of the folder.
 
         Raises
         ------
-        ConfigError
+        BusyError
             If another process is training in this folder.
         """
-        descriptor = os.open(self.path, os.O_RDONLY)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(descriptor)
-            raise ConfigError(
-                f"{self.path}: another process is training in this folder; wait for it, or give another --out"
-            ) from None
-        except OSError:
-            pass
-        try:
+        with ExitStack() as stack:
+            try:
+                stack.enter_context(locked_folder(self.path))
+            except BlockingIOError:
+                raise BusyError(
+                    f"{self.path}: another process is training in this folder; wait for it, "
+                    "or give another --out"
+                ) from None
             yield
-        finally:
-            os.close(descriptor)
 
     @contextmanager
     def log_to_file(self) -> Iterator[None]:

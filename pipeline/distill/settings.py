@@ -31,9 +31,23 @@ def resolve(config_file: Path | None, assignments: Sequence[str], flags: Mapping
     if training:
         flags["training"] = training
     cache = Cache.open(flags["store"])
-    preset = load_preset(flags["student"], periodic=bool(cache.pbc.any()))
-    layers = [preset, read_yaml(config_file) if config_file else {}, parse_assignments(assignments), flags]
-    return make_config(TrainConfig, *layers)
+    layers = [read_yaml(config_file) if config_file else {}, parse_assignments(assignments), flags]
+    return train_config(flags["student"], *layers, periodic=bool(cache.pbc.any()))
+
+
+def train_config(student: str, *layers: Mapping[str, Any], periodic: bool) -> TrainConfig:
+    """Return the settings of a run: the preset of the student, then the layers; later wins.
+
+    Parameters
+    ----------
+    periodic : whether the data are; says which preset a name without -oc20 or -coll stands for
+
+    Raises
+    ------
+    ConfigError
+        If there is no such preset, or a setting is unknown or out of range.
+    """
+    return make_config(TrainConfig, load_preset(student, periodic=periodic), *layers)
 
 
 def _named(places: Sequence[Path | str]) -> dict[str, Path | str]:

@@ -6,7 +6,6 @@ No teacher runs here, and nothing of `teachers` or `caching` is imported.
 import hashlib
 import logging
 import math
-import signal
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -26,9 +25,10 @@ from molkd.pipeline.distill.run_folder import RunFolder
 from molkd.pipeline.distill.scale_factors import fit_on_first_batches
 from molkd.pipeline.distill.step import TrainState, accumulate, initial_state, train_step
 from molkd.pipeline.distill.student import Setup, prepare
-from molkd.pipeline.errors import CacheError, ModelError
+from molkd.pipeline.errors import CacheError, DivergedError, ModelError
 from molkd.pipeline.evaluation.evaluate import evaluate
 from molkd.pipeline.evaluation.result import FOLDER, Evaluation
+from molkd.pipeline.interrupts import interruptible
 from molkd.pipeline.models.potential import Potential
 from molkd.pipeline.progress import Progress
 
@@ -100,7 +100,7 @@ def _train(config: TrainConfig, run: RunFolder) -> TrainSummary:
     run.start_metrics(_columns(part_names), state.step)
 
     with (
-        _interruptible() as interrupted,
+        interruptible() as interrupted,
         _tensorboard(config, run, state.step) as writer,
         Progress(total_steps, "train", "step", state.step) as progress,
     ):
@@ -198,7 +198,7 @@ def _mean_losses(state: TrainState, config: TrainConfig) -> list[float]:
     means: list[float] = (state.sums / state.n_summed).tolist()
     state.sums, state.n_summed = None, 0
     if not math.isfinite(means[0]):
-        raise ModelError(
+        raise DivergedError(
             f"{config.out}: the loss is not finite around step {state.step}; "
             "lower training.lr or the weight of --kd, or remove the folder and start with --amp off"
         )
@@ -273,23 +273,6 @@ def _test(config: TrainConfig, run: RunFolder, device: torch.device) -> dict[str
         evaluation.save(run.path / FOLDER / f"{name}.npz")
         results[name] = evaluation.to_report()
     return results
-
-
-@contextmanager
-def _interruptible() -> Iterator[Any]:
-    """Turn SIGINT and SIGTERM into a flag, so that the current step ends and a checkpoint is written."""
-    caught: list[int] = []
-    handlers: dict[int, Any] = {}
-    try:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            handlers[number] = signal.signal(number, lambda n, _: caught.append(n))
-    except ValueError:
-        pass  # not the main thread: whoever runs us handles signals
-    try:
-        yield lambda: bool(caught)
-    finally:
-        for caught_number, handler in handlers.items():
-            signal.signal(caught_number, handler)
 
 
 @contextmanager

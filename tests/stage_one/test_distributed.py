@@ -223,12 +223,12 @@ def test_each_worker_gets_a_gpu_in_turn(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    assert cluster._devices("auto") == ["0", "1", "2"]
-    assert cluster._devices("cuda:1") == ["1"]
-    assert cluster._devices("cpu") == []
+    assert cluster.visible_devices("auto") == ["0", "1", "2"]
+    assert cluster.visible_devices("cuda:1") == ["1"]
+    assert cluster.visible_devices("cpu") == []
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,GPU-7f,2")  # as a batch system gives them
-    assert cluster._devices("auto") == ["4", "GPU-7f", "2"]
-    assert cluster._devices("cuda:2") == ["2"]
+    assert cluster.visible_devices("auto") == ["4", "GPU-7f", "2"]
+    assert cluster.visible_devices("cuda:2") == ["2"]
 
 
 @pytest.mark.slow
