@@ -1,9 +1,10 @@
 """Targets that stay coded until they are on the device, or are learnt in the basis of their encoding."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from molkd.cache_schema.codebook import Codebook, decode_rows
@@ -29,6 +30,26 @@ class Coded(NamedTuple):
         """Return the values (N, ..., C), or components (N, ..., K), float32, on the device of the codes."""
         values: Tensor = decode_rows(self.codes, self.scale, self.codebook, rotate=self.rotate)
         return values
+
+
+class CodedParts(NamedTuple):
+    """Rows of a signal from several stores, each as it is stored there."""
+
+    parts: tuple[Tensor | Coded, ...]
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> "CodedParts":
+        """Apply a change of place to the tensors."""
+        return CodedParts(tuple(p.map(change) if isinstance(p, Coded) else change(p) for p in self.parts))
+
+    def decode(self) -> Tensor:
+        """Return the values (N, ..., C), float32, on the device of the parts."""
+        return torch.cat([p.decode() if isinstance(p, Coded) else p for p in self.parts])
+
+
+def join_rows(parts: Sequence[Tensor | Coded]) -> Tensor | CodedParts:
+    """Put the rows of several stores one behind the other; what is coded stays so until it is decoded."""
+    tensors = [part for part in parts if isinstance(part, Tensor)]
+    return torch.cat(tensors) if len(tensors) == len(parts) else CodedParts(tuple(parts))
 
 
 def rotated_bases(cache: Cache, teacher: str | None, terms: tuple[KDTerm, ...]) -> dict[str, Codebook]:

@@ -8,11 +8,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from molkd.cache_schema.epoch import decoded, iterate_epoch, read_epoch
+from molkd.cache_schema.epoch import EpochPlan, decoded, iterate_epoch, read_epoch
 from molkd.cache_schema.layout import SCALE
 from molkd.cache_schema.reader import Cache
 from molkd.pipeline.data.references import LabelScale, reference_table
-from molkd.pipeline.distill.coded import Coded, coded_signals
+from molkd.pipeline.distill.coded import Coded, CodedParts, coded_signals
 from molkd.pipeline.distill.losses import Targets, Weights
 from molkd.pipeline.distill.teacher_graph import require_rule, sorted_edges, teacher_config
 from molkd.pipeline.graphs.batch import Batch, Edges, make_batch
@@ -20,7 +20,8 @@ from molkd.pipeline.graphs.neighbors import NeighborRule
 from molkd.pipeline.prefetch import prefetch
 
 _FIELDS = ("atomic_numbers", "positions", "tags", "fixed", "cell", "pbc", "energy", "forces")
-_PREFETCH = 4  # batches ready ahead of the step
+_CODED = (Coded, CodedParts)
+PREFETCH = 4  # batches ready ahead of the step
 
 
 class Sample(NamedTuple):
@@ -98,7 +99,7 @@ class CacheLoader:
             self.batch_in_epoch = 0
 
     def _rest_of_epoch(self) -> Iterator[Sample]:
-        samples = prefetch(self._read(self.epoch, self.batch_in_epoch), _PREFETCH)
+        samples = prefetch(self._read(self.epoch, self.batch_in_epoch), PREFETCH)
         try:
             for sample in samples:
                 self.batch_in_epoch += 1
@@ -107,13 +108,17 @@ class CacheLoader:
             samples.close()
 
     def _read(self, epoch: int, start_batch: int) -> Iterator[Sample]:
-        plan = iterate_epoch(
-            self.cache,
-            subset=self.subset,
-            batch_size=self.batch_size,
-            seed=self.seed,
-            epoch=epoch,
+        for sample in self.read(self.plan(epoch), start_batch):
+            yield pinned(sample) if self.pin else sample
+
+    def plan(self, epoch: int) -> EpochPlan:
+        """Return which systems make the batches of an epoch."""
+        return iterate_epoch(
+            self.cache, subset=self.subset, batch_size=self.batch_size, seed=self.seed, epoch=epoch
         )
+
+    def read(self, plan: EpochPlan, start_batch: int = 0) -> Iterator[Sample]:
+        """Read the batches of a plan from number `start_batch` on, in this thread and unpinned."""
         batches = read_epoch(
             self.cache,
             plan,
@@ -146,8 +151,7 @@ class CacheLoader:
             fixed=arrays["fixed"],
             rule=rule,
         )
-        sample = Sample(batch, self._targets(arrays))
-        return _pin(sample) if self.pin else sample
+        return Sample(batch, self._targets(arrays))
 
     def _targets(self, arrays: dict[str, NDArray[Any]]) -> Targets:
         n_atoms = arrays["n_atoms"]
@@ -189,7 +193,7 @@ class CacheLoader:
 def sample_to(sample: Sample, device: torch.device) -> Sample:
     """Move a sample to the device, asynchronously from pinned memory, and decode there what is coded."""
     moved = _map(sample, lambda tensor: tensor.to(device, non_blocking=True))
-    teacher = {k: v.decode() if isinstance(v, Coded) else v for k, v in moved.targets.teacher.items()}
+    teacher = {k: v.decode() if isinstance(v, _CODED) else v for k, v in moved.targets.teacher.items()}
     return moved._replace(targets=moved.targets._replace(teacher=teacher))
 
 
@@ -202,7 +206,7 @@ def _map(sample: Sample, change: Callable[[Tensor], Tensor]) -> Sample:
             change(targets.forces),
             change(targets.free),
             {
-                name: values.map(change) if isinstance(values, Coded) else change(values)
+                name: values.map(change) if isinstance(values, _CODED) else change(values)
                 for name, values in targets.teacher.items()
             },
             Weights(*(change(w) for w in targets.weights)) if targets.weights else None,
@@ -210,7 +214,8 @@ def _map(sample: Sample, change: Callable[[Tensor], Tensor]) -> Sample:
     )
 
 
-def _pin(sample: Sample) -> Sample:
+def pinned(sample: Sample) -> Sample:
+    """Return the sample in memory that a device copies from while it computes."""
     return _map(sample, lambda tensor: tensor.pin_memory())
 
 

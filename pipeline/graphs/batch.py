@@ -17,6 +17,8 @@ from torch import Tensor
 from molkd.pipeline.data.system import System
 from molkd.pipeline.graphs.neighbors import NeighborRule, neighbor_lists
 
+_PER_ROW = ("atomic_numbers", "positions", "cell", "pbc", "tags", "fixed", "edge_shift")
+
 Edges = tuple[NDArray[np.int64], NDArray[np.integer]]  # edge_index (2, E), edge_shift (E, 3)
 
 
@@ -92,6 +94,20 @@ def batch_from_systems(
         fixed=np.concatenate([s.fixed for s in systems]),
         rule=rule,
         dtype=dtype,
+    )
+
+
+def join_batches(batches: Sequence[Batch]) -> Batch:
+    """Put the systems of several batches one behind the other; their edges stay as they are, and sorted."""
+    first_system = np.cumsum([0, *(b.n_systems for b in batches)])[:-1].tolist()
+    first_atom = np.cumsum([0, *(b.n_atoms for b in batches)])[:-1].tolist()
+    shifted = list(zip(batches, first_system, first_atom, strict=True))
+    columns = {name: torch.cat([getattr(b, name) for b in batches]) for name in _PER_ROW}
+    return Batch(
+        **columns,
+        system_idx=torch.cat([b.system_idx + system for b, system, _ in shifted]),
+        atoms_ptr=torch.cat([batches[0].atoms_ptr[:1], *(b.atoms_ptr[1:] + atom for b, _, atom in shifted)]),
+        edge_index=torch.cat([b.edge_index + atom for b, _, atom in shifted], dim=1),
     )
 
 
