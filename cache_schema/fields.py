@@ -61,9 +61,9 @@ def node_spec(n_channels: int, name: str = "node") -> FieldSpec:
     return FieldSpec(name, "atom", (n_channels,), "float32", "1")
 
 
-def v2v_spec(n_channels: int) -> FieldSpec:
+def v2v_spec(n_channels: int, name: str = "v2v") -> FieldSpec:
     """Vector features per atom (Eq. 6, v2v), shape (3, C)."""
-    return FieldSpec("v2v", "atom", (3, n_channels), "float32", "1", "vector")
+    return FieldSpec(name, "atom", (3, n_channels), "float32", "1", "vector")
 
 
 def e2n_spec(n_channels: int) -> FieldSpec:

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from molkd.cache_schema.fields import FieldSpec
 from molkd.cache_schema.layout import PLAN
 from molkd.cache_schema.manifest import finalize_if_complete
 from molkd.cache_schema.reader import Cache
@@ -45,7 +46,7 @@ from molkd.pipeline.teachers.load import load_teacher
 
 log = logging.getLogger(__name__)
 
-ALL = "all"  # among the signals asked for: every one but those on edges
+ALL = "all"  # among the signals asked for: every one but those on edges and the vectors inside a model
 
 
 @dataclass(frozen=True)
@@ -173,14 +174,16 @@ def make_room(config: CacheConfig, teacher: Teacher) -> Stage:
 
 
 def asked_signals(teacher: Teacher, config: CacheConfig) -> list[str]:
-    """Return the signals to store; `ALL` stands for those on systems and atoms, edges are asked for by name.
+    """Return the signals to store; `ALL` stands for those on systems and atoms but vectors of layers.
+
+    The latter are three times as wide as scalars, and like features of edges they are asked for by name.
 
     Raises
     ------
     TeacherError
         If the teacher lacks one of them, naming those it has.
     """
-    usual = [name for name, spec in teacher.signals.items() if spec.axis != "edge"]
+    usual = [name for name, spec in teacher.signals.items() if spec.axis != "edge" and not _is_wide(spec)]
     named = [s for name in config.signals for s in (usual if name == ALL else [name])]
     unknown = [s for s in named if s not in teacher.signals]
     if unknown:
@@ -189,6 +192,10 @@ def asked_signals(teacher: Teacher, config: CacheConfig) -> list[str]:
             f"it has {', '.join(sorted(teacher.signals))}"
         )
     return list(dict.fromkeys(named))
+
+
+def _is_wide(spec: FieldSpec) -> bool:
+    return spec.name.startswith("layer/") and spec.symmetry == "vector"
 
 
 def prepare_store(

@@ -158,6 +158,18 @@ def test_kd_texts():
         ("e2n:U4=3", "e2n:U4", "e2n", ("layer/U4",), 3.0),
         ("e2n:e2n", "e2n:e2n", "e2n", ("e2n",), "auto"),
         ("v2v=2", "v2v", "v2v", ("v2v",), 2.0),
+        ("v2v:UV4=2", "v2v:UV4", "v2v", ("layer/UV4",), 2.0),
+        ("v2v:MV1->UV2+v2v", "v2v:MV1->UV2+v2v", "layer/MV1", ("layer/UV2", "v2v"), "auto"),
+        ("n2n=10,loss=huber", "n2n,loss=huber", "node", ("node",), 10.0),
+        ("n2n:H3->U4,head=mlp", "n2n:H3->U4,head=mlp", "layer/H3", ("layer/U4",), "auto"),
+        (
+            "e2n=1,delta=0.5,loss=huber,head=identity",
+            "e2n,head=identity,loss=huber,delta=0.5",
+            "e2n",
+            ("node",),
+            1.0,
+        ),
+        ("n2n,loss=mse,head=linear", "n2n", "node", ("node",), "auto"),
         ("e2e:edge->edge", "e2e", "edge", ("edge",), "auto"),
         ("vanilla2", "vanilla2", "", (), "auto"),
     ],
@@ -167,6 +179,28 @@ def test_taps_are_written_short_and_kept_in_full(text, label, teacher, student, 
     assert (term.label, term.teacher_tap, term.student_taps, term.weight) == (label, teacher, student, weight)
     again = make_config(TrainConfig, NEEDED, {"kd": parse_kd([term.label])}).kd[0]
     assert again.model_dump(exclude={"weight"}) == term.model_dump(exclude={"weight"})
+
+
+def test_a_term_written_out_is_read_back_as_it_is():
+    texts = [
+        "n2n:H3->U2+U4=0.123456789,head=mlp,loss=huber,delta=0.001",
+        "v2v=1e-12,loss=mae",
+        "vanilla1=auto",
+    ]
+    terms = make_config(TrainConfig, NEEDED, {"kd": parse_kd(texts)}).kd
+    assert make_config(TrainConfig, NEEDED, {"kd": parse_kd([term.text for term in terms])}).kd == terms
+
+
+def test_a_term_chooses_for_itself_what_the_flags_choose_for_all():
+    terms = parse_kd(["n2n", "n2n,loss=mse", "v2v,head=identity", "e2n,delta=2"], head="mlp", loss="huber")
+    chosen = [(t["name"], t["head"], t["loss"], t.get("delta")) for t in terms]
+    assert chosen == [
+        ("n2n", "mlp", "huber", None),
+        ("n2n", "mlp", "mse", None),
+        ("v2v", "identity", "huber", None),
+        ("e2n", "mlp", "huber", 2.0),
+    ]
+    assert len(make_config(TrainConfig, NEEDED, {"kd": terms}).kd) == 4  # one loss twice, in two ways
 
 
 def test_settings_written_before_there_were_taps_load(tmp_path):
@@ -180,12 +214,29 @@ def test_settings_written_before_there_were_taps_load(tmp_path):
     ("kd", "message"),
     [
         (["n2n=1", "n2n=2"], "each KD loss can be given once"),
-        (["n2n:U4=1", "n2n:node->U4=2"], "each KD loss can be given once, or with other taps"),
-        (["v2v:U4"], "v2v takes no taps; they go with n2n and e2n"),
+        (
+            ["n2n:U4=1", "n2n:node->U4=2"],
+            "each KD loss can be given once, or with another head, loss or taps",
+        ),
+        (["v2v:node"], "node is no vector feature of atoms; take v2v or layers of vectors, as in v2v:UV4"),
+        (["v2v:node->v2v"], "v2v its v2v or a layer of vectors"),
+        (["n2n=1,loss=huber", "n2n=2,loss=huber"], "given once, or with another head, loss or taps"),
+        (["n2n=1,huber"], "'huber' is no choice; after the weight stand head, loss, delta, each once"),
+        (["n2n,head=mlp,head=linear"], "'head=linear' is no choice"),
+        (["n2n,weight=1"], "'weight=1' is no choice"),
+        (["n2n,loss="], "'loss=' is no choice"),
+        (["n2n,loss=square"], "'mse', 'mae'"),
+        (["n2n,head=deep"], "'identity', 'linear' or 'mlp'"),
+        (["n2n,delta=2"], "delta goes with loss huber"),
+        (["n2n,loss=huber,delta=0"], "positive and finite"),
+        (["n2n,loss=huber,delta=inf"], "positive and finite"),
+        (["n2n,loss=huber,delta=x"], "delta"),
+        (["v2v,head=mlp"], "an MLP on vector components is not equivariant"),
+        (["vanilla1,loss=mae"], "vanilla1 takes neither head nor loss"),
         (["e2e:H1->edge"], "e2e takes no taps"),
         (["vanilla1:U4"], "vanilla1 takes no taps"),
         (["n2n:U4+U4"], "n2n:U4.U4 names a tap of the student twice"),
-        (["e2n:H3->U4"], "write n2n:H3->U4 for a layer"),
+        (["e2n:H3->U4"], "e2n learns the teacher's e2n, .* write n2n:H3->U4 for a layer"),
         (["n2n:v2v->node"], "e2n learns the teacher's e2n, n2n its node or a layer"),
         (["n2n:v2v"], "v2v is no scalar feature of atoms"),
         (["n2n:H3-"], "quote what holds ->"),  # what a shell leaves of n2n:H3->U4
@@ -242,7 +293,7 @@ terms = st.sampled_from(["n2n", "e2n", "v2v", "e2e", "vanilla1", "vanilla2"]).fl
             "name": st.just(name),
             "weight": st.one_of(st.just("auto"), positive),
             "head": st.sampled_from(["identity", "linear"] + ["mlp"] * (name != "v2v")),
-            "loss": st.sampled_from(["mse", "mae"]),
+            "loss": st.sampled_from(["mse", "mae", "huber"]),
         },
         optional={
             "teacher_tap": st.sampled_from(["node", "layer/H3", "H3"]),

@@ -16,14 +16,25 @@ from molkd.pipeline.commands.output import NEW_PATH, PATH, STORE, as_json, given
     "--kd",
     "kd_terms",
     multiple=True,
-    metavar="LOSS[:TAPS][=LAMBDA]",
-    help="none, n2n, e2n, v2v, e2e, vanilla1 or vanilla2; TAPS are U4, U2+U4 or 'H3->U4'.",
+    metavar="LOSS[:TAPS][=LAMBDA][,KEY=VALUE]",
+    help="none, n2n, e2n, v2v, e2e, vanilla1 or vanilla2; TAPS are U4, U2+U4 or 'H3->U4'; "
+    "KEY is head, loss or delta.",
 )
 @click.option("--out", required=True, type=NEW_PATH, help="Run folder.")
 @click.option(
-    "--kd-head", type=click.Choice(["identity", "linear", "mlp"]), default="linear", show_default=True
+    "--kd-head",
+    type=click.Choice(["identity", "linear", "mlp"]),
+    default="linear",
+    show_default=True,
+    help="Of all losses on features that do not choose their own.",
 )
-@click.option("--kd-loss", type=click.Choice(["mse", "mae"]), default="mse", show_default=True)
+@click.option(
+    "--kd-loss",
+    type=click.Choice(["mse", "mae", "huber"]),
+    default="mse",
+    show_default=True,
+    help="The same.",
+)
 @click.option("--teacher", help="Which one, if the store has several.")
 @click.option("--pseudo-labels", is_flag=True, default=None, help="Missing labels come from the teacher.")
 @click.option("--val", type=STORE, help="Validation data or store; default: a part of STORE by id.")
@@ -51,14 +62,17 @@ def train_student(
     """Train a student on STORE; --kd says what it learns from the cached teacher.
 
     LAMBDA is the paper's weight, or auto: then the term starts as large as the loss on the labels. TAPS say
-    which layers n2n and e2n compare: U4 is one of the student, U2+U4 are two of them together, and in H3->U4
-    the teacher's H3 is learnt (quote the > for the shell). e2e trains on the teacher's edges. With --kd none
-    this is ordinary training, also the way to train a teacher. The same command continues.
+    which layers n2n, e2n and v2v compare: U4 is one of the student, U2+U4 are two of them together, and in
+    H3->U4 the teacher's H3 is learnt (quote the > for the shell). Each loss may choose its head (identity,
+    linear, mlp) and how features are compared (mse, mae, huber with its delta). e2e trains on the teacher's
+    edges. With --kd none this is ordinary training, also the way to train a teacher. The same command
+    continues.
 
     \b
     Example:
       kd train-student coll.kdcache --student painn-small --kd n2n=auto --kd v2v=1.0 --out runs/n2n
       kd train-student coll.kdcache --student painn-small --kd 'n2n:H3->U2+U4' --out runs/layers
+      kd train-student coll.kdcache --student painn-small --kd n2n=10,head=mlp,loss=huber --out runs/huber
       kd train-student coll.kdcache --student painn-big --kd none --out runs/teacher
     """
     from molkd.pipeline.distill.settings import resolve

@@ -9,11 +9,12 @@ from molkd.pipeline.config.base import (
     parse_assignments,
     read_yaml,
 )
-from molkd.pipeline.config.kd import OWN_TAPS, VANILLA_SIGNALS, KDTerm, parse_kd
+from molkd.pipeline.config.kd import OPTIONS, OWN_TAPS, VANILLA_SIGNALS, KDTerm, parse_kd
 from molkd.pipeline.config.stage_one import CacheConfig, IngestConfig
 from molkd.pipeline.config.training import ScheduleConfig, TrainConfig, TrainingConfig
 
 __all__ = [
+    "OPTIONS",
     "OWN_TAPS",
     "VANILLA_SIGNALS",
     "CacheConfig",

@@ -16,7 +16,10 @@ OWN_TAPS: dict[str, tuple[str, tuple[str, ...]]] = {
     "v2v": ("v2v", ("v2v",)),
     "e2e": ("edge", ("edge",)),
 }
+OPTIONS = ("head", "loss", "delta")  # of a term on features, after its weight: n2n=10,head=mlp,loss=huber
 VANILLA_SIGNALS = {"vanilla1": ("energy", "forces"), "vanilla2": ("atomic_energies",)}
+
+_OF_OTHER_KIND = {False: ("v2v", "edge"), True: ("node", "e2n", "edge")}  # by: is it a loss on vectors?
 
 
 class KDTerm(Settings):
@@ -30,7 +33,8 @@ class KDTerm(Settings):
     student_taps: tuple[str, ...] = ()  # the features to learn it with, several one behind the other
     weight: float | Literal["auto"] = "auto"
     head: Literal["identity", "linear", "mlp"] = "linear"  # on the student's features; not vanilla
-    loss: Literal["mse", "mae"] = "mse"  # not vanilla
+    loss: Literal["mse", "mae", "huber"] = "mse"  # not vanilla
+    delta: float = 1.0  # of huber: where squares turn into absolute values, in the signal's unit
 
     @property
     def signals(self) -> tuple[str, ...]:
@@ -39,7 +43,26 @@ class KDTerm(Settings):
 
     @property
     def label(self) -> str:
-        """The term as it is written on the command line, without its weight: n2n, n2n:U4, n2n:H3->U2+U4."""
+        """The term as it is written on the command line, without its weight: n2n:H3->U2+U4,loss=huber."""
+        return self._what + self._options
+
+    @property
+    def text(self) -> str:
+        """The term as it is written on the command line: n2n:H3->U2+U4=10,loss=huber."""
+        return f"{self._what}={_short(self.weight)}{self._options}"
+
+    @property
+    def _options(self) -> str:
+        """Every choice that is not the usual one; losses on outputs have none."""
+        if self.name in VANILLA_SIGNALS:
+            return ""
+        fields = type(self).model_fields
+        chosen = {key: getattr(self, key) for key in OPTIONS if getattr(self, key) != fields[key].default}
+        return "".join(f",{key}={_short(value)}" for key, value in chosen.items())
+
+    @property
+    def _what(self) -> str:
+        """Name and taps: n2n, n2n:U4, n2n:H3->U2+U4."""
         taps = (self.teacher_tap, self.student_taps)
         if self.name in VANILLA_SIGNALS or taps == OWN_TAPS[self.name]:
             return self.name
@@ -70,29 +93,43 @@ class KDTerm(Settings):
             raise ValueError(
                 "v2v takes head identity or linear: an MLP on vector components is not equivariant"
             )
+        if not 0 < self.delta < math.inf or (self.delta != 1 and self.loss != "huber"):
+            raise ValueError("delta goes with loss huber, and must be positive and finite")
         if self.weight != "auto" and not 0 < self.weight < math.inf:
             raise ValueError("the weight must be positive and finite")
         self._check_taps()
         return self
 
     def _check_taps(self) -> None:
-        if self.name not in ("n2n", "e2n"):
+        if self.name not in ("n2n", "e2n", "v2v"):
             if (self.teacher_tap, self.student_taps) != OWN_TAPS.get(self.name, ("", ())):
-                raise ValueError(f"{self.name} takes no taps; they go with n2n and e2n, as in n2n:H3->U4")
+                raise ValueError(
+                    f"{self.name} takes no taps; they go with n2n, e2n and v2v, as in n2n:H3->U4"
+                )
             return
         if len(set(self.student_taps)) < len(self.student_taps):
             raise ValueError(f"{self.label} names a tap of the student twice")
-        of_layer = self.name == "n2n" and self.teacher_tap.startswith("layer/")
+        of_layer = self.name != "e2n" and self.teacher_tap.startswith("layer/")
         if not of_layer and self.teacher_tap != OWN_TAPS[self.name][0]:
             raise ValueError(
-                f"{self.label}: e2n learns the teacher's e2n, n2n its node or a layer; "
-                "write n2n:H3->U4 for a layer"
+                f"{self.label}: e2n learns the teacher's e2n, n2n its node or a layer, v2v its v2v or a "
+                "layer of vectors; write n2n:H3->U4 for a layer"
             )
-        wrong = [t for t in self.student_taps if t in ("v2v", "edge")]
+        wrong = [t for t in self.student_taps if t in _OF_OTHER_KIND[self.name == "v2v"]]
+        if wrong and self.name == "v2v":
+            raise ValueError(
+                f"{self.label}: {wrong[0]} is no vector feature of atoms; take v2v or layers of vectors, "
+                "as in v2v:UV4"
+            )
         if wrong:
             raise ValueError(
                 f"{self.label}: {wrong[0]} is no scalar feature of atoms; take node or layers, as in n2n:U4"
             )
+
+
+def _short(value: float | str) -> str:
+    """Write 1.0 as 1 and 0.1 as 0.1, and no number shorter than it is."""
+    return f"{value:g}" if isinstance(value, float) and float(f"{value:g}") == value else str(value)
 
 
 def _full_tap(text: str) -> str:
@@ -100,25 +137,44 @@ def _full_tap(text: str) -> str:
 
 
 def parse_kd(texts: Sequence[str], head: str = "linear", loss: str = "mse") -> list[dict[str, Any]]:
-    """Read ``--kd`` values: ``none``, or ``LOSS[:[TEACHER_TAP->]STUDENT_TAPS][=LAMBDA]``.
+    """Read ``--kd`` values: ``none``, or ``LOSS[:[TEACHER_TAP->]STUDENT_TAPS][=LAMBDA][,KEY=VALUE...]``.
 
     Without LAMBDA, or with ``auto``, the weight is chosen from the data; several taps are joined by ``+``.
+
+    Parameters
+    ----------
+    head, loss : of the terms that do not choose their own (KEY is one of `OPTIONS`)
     """
     if "none" in texts and len(texts) > 1:
         raise ConfigError("--kd none cannot be combined with other losses")
-    terms: list[dict[str, Any]] = []
-    for text in texts:
-        if text == "none":
-            continue
-        what, _, weight = text.partition("=")
-        name, colon, taps = what.partition(":")
-        value = "auto" if weight in ("", "auto") else number(weight)
-        if isinstance(value, str) and value != "auto":
-            raise ConfigError(f"--kd {text}: the weight is a number or auto, for example {what}=1.0")
-        term: dict[str, Any] = {"name": name, "weight": value, "loss": loss}
-        term["head"] = "linear" if name == "v2v" and head == "mlp" else head
-        terms.append(term | (_parse_taps(taps, text) if colon else {}))
-    return terms
+    return [_parse_term(text, head, loss) for text in texts if text != "none"]
+
+
+def _parse_term(text: str, head: str, loss: str) -> dict[str, Any]:
+    term, *options = text.split(",")
+    what, _, weight = term.partition("=")
+    name, colon, taps = what.partition(":")
+    value = "auto" if weight in ("", "auto") else number(weight)
+    if isinstance(value, str) and value != "auto":
+        raise ConfigError(f"--kd {text}: the weight is a number or auto, for example {what}=1.0")
+    usual = {"head": "linear" if name == "v2v" and head == "mlp" else head, "loss": loss}
+    chosen = _parse_options(options, text)
+    if chosen and name in VANILLA_SIGNALS:
+        raise ConfigError(f"--kd {text}: {name} takes neither head nor loss, it is the loss on the labels")
+    return {"name": name, "weight": value} | usual | chosen | (_parse_taps(taps, text) if colon else {})
+
+
+def _parse_options(options: Sequence[str], text: str) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for option in options:
+        key, _, value = option.partition("=")
+        if key not in OPTIONS or not value or key in found:
+            raise ConfigError(
+                f"--kd {text}: {option!r} is no choice; after the weight stand {', '.join(OPTIONS)}, each "
+                "once, as in n2n=10,head=mlp,loss=huber"
+            )
+        found[key] = number(value)
+    return found
 
 
 def _parse_taps(taps: str, text: str) -> dict[str, Any]:

@@ -72,5 +72,5 @@ class TrainConfig(Settings):
     def _check(self) -> Self:
         labels = [term.label for term in self.kd]
         if len(set(labels)) != len(labels):
-            raise ValueError("each KD loss can be given once, or with other taps")
+            raise ValueError("each KD loss can be given once, or with another head, loss or taps")
         return self

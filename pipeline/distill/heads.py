@@ -11,6 +11,13 @@ from molkd.pipeline.config import KDTerm
 from molkd.pipeline.errors import ConfigError
 from molkd.pipeline.models.matmul import Linear
 
+_KINDS = {
+    "n2n": "scalar features",
+    "e2n": "scalar features",
+    "v2v": "vector features",
+    "e2e": "features of edges",
+}
+
 
 class LinearHead(nn.Module):
     """Learned linear map over channels; without bias for vectors, which keeps them equivariant."""
@@ -89,6 +96,11 @@ def make_heads(
 def _check_teacher(term: KDTerm, cached: Mapping[str, FieldSpec], offered: Collection[str]) -> None:
     for name in term.signals:
         if name in cached:
+            if term.student_taps and cached[name].symmetry != _symmetry(term):
+                raise ConfigError(
+                    f"--kd {term.label}: {term.name} learns {_KINDS[term.name]}, and the teacher's "
+                    f"{name.removeprefix('layer/')} is {cached[name].symmetry}"
+                )
             continue
         if offered and name not in (*offered, "energy", "forces"):
             hint = f"; did you mean {_nearest(name, offered)}?" if name.startswith("layer/") else ""
@@ -103,23 +115,27 @@ def _check_teacher(term: KDTerm, cached: Mapping[str, FieldSpec], offered: Colle
 
 
 def _check_student(term: KDTerm, student: Mapping[str, FieldSpec]) -> None:
-    if term.name in ("v2v", "e2e"):
-        if term.student_taps[0] not in student:
-            kind = "vector features" if term.name == "v2v" else "features of edges"
-            raise ConfigError(
-                f"--kd {term.name} needs {kind}, this student has none; "
-                "take n2n, or a PaiNN or GemNet-OC student"
-            )
+    """Refuse taps that the student does not have, or whose features are of another kind than the loss's."""
+    if not term.student_taps:
         return
-    scalars = {n for n, s in student.items() if s.axis == "atom" and s.symmetry == "invariant" and s.shape}
-    for tap in term.student_taps:
-        if tap not in scalars:
-            valid = [name.removeprefix("layer/") for name in sorted(scalars)]
-            short = tap.removeprefix("layer/")
+    axis, kind = "edge" if term.name == "e2e" else "atom", _KINDS[term.name]
+    features = {name: s for name, s in student.items() if s.axis == axis and s.unit == "1"}
+    valid = {name.removeprefix("layer/"): n for name, n in features.items() if n.symmetry == _symmetry(term)}
+    if not valid:
+        raise ConfigError(
+            f"--kd {term.label} needs {kind}, this student has none; "
+            "take n2n, or a PaiNN or GemNet-OC student"
+        )
+    for tap in (tap.removeprefix("layer/") for tap in term.student_taps):
+        if tap not in valid:
             raise ConfigError(
-                f"--kd {term.label}: the student has no scalar features {short}; "
-                f"did you mean {_nearest(short, valid)}? valid taps: {', '.join(valid)}"
+                f"--kd {term.label}: the student has no {kind} {tap}; "
+                f"did you mean {_nearest(tap, valid)}? valid taps: {', '.join(sorted(valid))}"
             )
+
+
+def _symmetry(term: KDTerm) -> str:
+    return "vector" if term.name == "v2v" else "invariant"
 
 
 def _nearest(name: str, valid: Collection[str]) -> str:

@@ -3,10 +3,12 @@
 import logging
 
 import numpy as np
+from numpy.typing import NDArray
 
 from molkd.cache_schema.reader import Cache
 from molkd.pipeline.config import KDTerm, TrainConfig
 from molkd.pipeline.data.references import LabelScale
+from molkd.pipeline.distill.start_values import measured_start
 from molkd.pipeline.distill.statistics import LabelStatistics, mean_atomic_energy
 from molkd.pipeline.errors import CacheError
 
@@ -29,11 +31,16 @@ def term_weight(
     statistics: LabelStatistics,
     scale: LabelScale,
     config: TrainConfig,
+    systems: NDArray[np.integer],
 ) -> float:
     """Lambda of Eq. 2: as given, or such that the term starts as large as the base loss.
 
     "Starts" means for a student that knows only the mean: the start of n2n with a linear head is the signal's
     variance, whatever its width or units.
+
+    Parameters
+    ----------
+    systems : (S,) stored indices of what is trained on
     """
     if term.weight != "auto":
         return term.weight
@@ -43,6 +50,8 @@ def term_weight(
     entry = cache.teachers[teacher].signals[signal]
     if term.name == "vanilla2":
         start = mean_atomic_energy(cache, teacher, scale)
+    elif term.loss not in ("mse", "mae"):
+        start = measured_start(term, cache, teacher, systems)
     else:
         assert entry.statistics is not None  # complete signals have statistics
         variance = float(np.mean(entry.statistics.variance))

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.nn import functional
 
 from molkd.pipeline.models.interface import Outputs
 
@@ -82,16 +83,26 @@ def base_loss(outputs: Outputs, targets: Targets, energy_weight: float, forces_w
     return LossTerms(energy_weight * energy + forces_weight * forces, {"energy": energy, "forces": forces})
 
 
-def feature_loss(mapped: Tensor, target: Tensor, kind: str, weights: Tensor | None = None) -> Tensor:
+def feature_loss(
+    mapped: Tensor, target: Tensor, kind: str, weights: Tensor | None = None, *, delta: float = 1.0
+) -> Tensor:
     """L_feat of Eq. 3 for n2n, e2n (Eqs. 4, 5), v2v (Eq. 6) and e2e: one mean over all rows and channels.
 
     Fixed atoms count; there is no average per system. `mapped` and `target` are (N, C), (N, 3, C) or (E, C),
     `weights` is (N,) or (E,).
+
+    Parameters
+    ----------
+    kind : mse, mae, or huber: half the square up to `delta`, from there on delta x (abs(error) - delta / 2)
     """
     error = mapped.float() - target.float()
     if not len(error):  # no edges; the mean of nothing would be NaN
         return error.sum()
-    return _weighted(error.square() if kind == "mse" else error.abs(), weights).mean()
+    if kind == "huber":
+        error = functional.huber_loss(error, torch.zeros_like(error), reduction="none", delta=delta)
+    else:
+        error = error.square() if kind == "mse" else error.abs()
+    return _weighted(error, weights).mean()
 
 
 def vanilla1_loss(outputs: Outputs, targets: Targets, energy_weight: float, forces_weight: float) -> Tensor:

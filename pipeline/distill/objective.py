@@ -61,7 +61,7 @@ class Objective(nn.Module):
         mapped = self.heads[head_key(term)](_joined([outputs[tap] for tap in term.student_taps]))
         weights = targets.weights
         rows = (weights.edges if term.name == "e2e" else weights.atoms) if weights else None
-        loss = feature_loss(mapped, targets.teacher[term.teacher_tap], term.loss, rows)
+        loss = feature_loss(mapped, targets.teacher[term.teacher_tap], term.loss, rows, delta=term.delta)
         return loss * self.ratios.get(term.teacher_tap, 1.0)
 
 

@@ -81,13 +81,14 @@ def prepare(
     known_elements = _elements_with_reference(cache, statistics, scale)
     if teacher is not None and uses_energies:
         _check_energy_reference(cache, train, teacher, scale)
-    weights = {t.label: term_weight(t, cache, teacher, statistics, scale, config) for t in config.kd}
+    systems = np.flatnonzero(train)
+    weights = {t.label: term_weight(t, cache, teacher, statistics, scale, config, systems) for t in config.kd}
     training = config.training
     objective = Objective(
         config.kd, weights, heads, training.energy_weight, training.forces_weight, ratios(rotated)
     )
     embedded = range(1, int(model.max_atomic_number) + 1)
-    Scope(config.student, frozenset(embedded), model.neighbor_rule).check_store(cache, np.flatnonzero(train))
+    Scope(config.student, frozenset(embedded), model.neighbor_rule).check_store(cache, systems)
     provenance = _provenance(cache, config, teacher, weights, train) | {"elements": known_elements}
     potential = Potential(model.to(device), scale, {"model": config.model, "provenance": provenance})
     return Setup(train, val, teacher, signals, potential, objective.to(device), edge_rule, frozenset(rotated))

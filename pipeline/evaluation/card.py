@@ -6,6 +6,7 @@ from typing import Any
 
 from ase.data import chemical_symbols
 
+from molkd.pipeline.config import OPTIONS
 from molkd.pipeline.evaluation.metrics import REPORTED
 from molkd.pipeline.evaluation.seeds import SeedStat
 from molkd.pipeline.evaluation.tables import Column, format_number, markdown_table
@@ -150,7 +151,7 @@ def _strategy(provenance: Mapping[str, Any], teacher: Mapping[str, Any]) -> str:
     if not terms and not provenance.get("pseudo_labels"):
         return "None: trained on the labels alone (`--kd none`)."
     lines = [
-        f"- loss {term.get('label', term['name'])}: weight {_short(term.get('weight'))}"
+        f"- loss {_taps(term)}: weight {_short(term.get('weight'))}"
         + "".join(f", {key} {term[key]}" for key in _choices(term))
         for term in terms
     ]
@@ -170,9 +171,16 @@ def _strategy(provenance: Mapping[str, Any], teacher: Mapping[str, Any]) -> str:
     return "\n".join([*lines, about])
 
 
+def _taps(term: Mapping[str, Any]) -> str:
+    """Return the name of a loss with its taps, without the choices that `_choices` tells."""
+    return str(term.get("label", term["name"])).partition(",")[0]
+
+
 def _choices(term: Mapping[str, Any]) -> list[str]:
     """Return the settings that mean something for a loss: the vanilla ones have neither head nor choice."""
-    return [] if str(term["name"]).startswith("vanilla") else [key for key in ("head", "loss") if key in term]
+    if str(term["name"]).startswith("vanilla"):
+        return []
+    return [key for key in OPTIONS if key in term and (key != "delta" or term.get("loss") == "huber")]
 
 
 def _units(scale: Mapping[str, Any]) -> str:

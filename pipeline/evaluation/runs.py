@@ -112,15 +112,8 @@ def read_curves(path: Path) -> dict[str, NDArray[np.float64]]:
 
 
 def kd_setting(config: Mapping[str, Any]) -> str:
-    """Name the distillation of a config: "none", or for example "n2n=auto + v2v=1 from painn"."""
-    terms = []
-    for term in config.get("kd") or ():
-        label = make_config(KDTerm, term).label
-        choices = () if label.startswith("vanilla") else (("head", "linear"), ("loss", "mse"))
-        extras = [term[key] for key, default in choices if term.get(key, default) != default]
-        weight = term.get("weight", "auto")
-        value = weight if isinstance(weight, str) else f"{weight:g}"
-        terms.append(f"{label}={value}" + (f" ({', '.join(extras)})" if extras else ""))
+    """Name the distillation of a config: "none", or for example "n2n=auto,loss=mae + v2v=1 from painn"."""
+    terms = [make_config(KDTerm, term).text for term in config.get("kd") or ()]
     if config.get("pseudo_labels"):
         terms.append("pseudo-labels")
     if not terms:

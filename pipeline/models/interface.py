@@ -14,7 +14,8 @@ e2n                (N, C)      1       edge features summed at their receivers, 
 edge               (E, C)      1       edge features, on request; with them come
 edge_index         (2, E)      1       their sender and receiver, and
 edge_shift         (E, 3)      1       the sender's image, both as in Batch
-layer/<tap>        (N, C)      1       features inside the model, on request
+layer/<tap>        (N, C)      1       features inside the model, on request; (N, 3, C) where
+                                       `signals` declares vectors
 =================  ==========  ======  ==================================================
 
 What is on request comes only if `taps` names it (edge_index and edge_shift with "edge").

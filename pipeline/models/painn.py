@@ -179,12 +179,16 @@ class PaiNN(nn.Module):
 
     @property
     def signals(self) -> dict[str, FieldSpec]:
-        """Everything `forward` can give; M and U number the message and update blocks from 1."""
+        """Everything `forward` can give; M and U number the message and update blocks from 1.
+
+        M1 and U1 are scalars, MV1 and UV1 the vectors beside them.
+        """
         C = self.config.hidden_channels
-        layers = [f"layer/{block}{i + 1}" for i in range(self.config.num_layers) for block in "MU"]
+        layers = [(block, i + 1) for i in range(self.config.num_layers) for block in "MU"]
         specs = [energy_spec(), atomic_energies_spec(), node_spec(C), v2v_spec(C)]
         specs += [forces_spec()] if self.config.regress_forces else []
-        specs += [node_spec(C, name) for name in layers]
+        specs += [node_spec(C, f"layer/{block}{i}") for block, i in layers]
+        specs += [v2v_spec(C, f"layer/{block}V{i}") for block, i in layers]
         specs.append(edge_spec(C, self.edge_rule.max_edges_per_atom))
         return {spec.name: spec for spec in specs}
 
@@ -212,13 +216,11 @@ class PaiNN(nn.Module):
             dx, dvec = message(x, vec, batch.edge_index, edge_rbf, edge_unit)
             x = (x + dx) * (1 / math.sqrt(2))
             vec = dvec if vec is None else vec + dvec
-            if f"layer/M{i + 1}" in taps:
-                outputs[f"layer/M{i + 1}"] = x
+            outputs |= _asked({f"layer/M{i + 1}": x, f"layer/MV{i + 1}": vec}, taps)
             dx, dvec = update(x, vec)
             x = self.get_submodule(f"upd_out_scalar_scale_{i}")(x + dx)
             vec = vec + dvec
-            if f"layer/U{i + 1}" in taps:
-                outputs[f"layer/U{i + 1}"] = x
+            outputs |= _asked({f"layer/U{i + 1}": x, f"layer/UV{i + 1}": vec}, taps)
 
         with full_precision(x):
             atomic_energies = self.out_energy(x).squeeze(1)  # (N,)
@@ -235,6 +237,10 @@ class PaiNN(nn.Module):
             outputs["edge"] = (vec.index_select(0, sender) * vec.index_select(0, receiver)).sum(1)  # (E, C)
             outputs |= {"edge_index": batch.edge_index, "edge_shift": batch.edge_shift}
         return outputs
+
+
+def _asked(features: dict[str, Tensor], taps: Collection[str]) -> dict[str, Tensor]:
+    return {name: values for name, values in features.items() if name in taps}
 
 
 def mlp(n_in: int, n_hidden: int, n_out: int) -> nn.Sequential:

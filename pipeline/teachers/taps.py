@@ -21,6 +21,8 @@ _OF_MODEL = {
 _LAYERS = {
     "M": "scalar features after message block {}",
     "U": "scalar features after update block {}",
+    "MV": "vector features after message block {}",
+    "UV": "vector features after update block {}",
     "I": "scalar features after interaction block {}",
     "H": "atom features after interaction block {}",
     "X": "atom features of the output block after interaction block {}",
@@ -35,4 +37,5 @@ def places(architecture: str, signals: Iterable[str]) -> dict[str, str]:
 
 def _layer(name: str) -> str:
     tap = name.removeprefix("layer/")
-    return _LAYERS.get(tap[:1], "features {}").format(tap[1:])
+    kind = tap.rstrip("0123456789")
+    return _LAYERS.get(kind, "features {}").format(tap.removeprefix(kind))

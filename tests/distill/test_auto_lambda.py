@@ -87,6 +87,9 @@ def weight_of(store, tmp_path, *, scale="none", **term):
     [
         ({"name": "n2n"}, 0.48),  # mean over channels of 0.96 and 0
         ({"name": "n2n", "loss": "mae"}, 0.48**0.5),
+        ({"name": "n2n", "loss": "huber"}, 0.236),  # errors 0.8 and 1.2: (3 x 0.32 + 2 x 0.7) / 10
+        ({"name": "n2n", "loss": "huber", "delta": 0.5}, 0.1775),  # (3 x 0.275 + 2 x 0.475) / 10
+        ({"name": "v2v", "loss": "huber"}, 1.0),  # 2, -2 and 0 around zero: (1.5 + 1.5 + 0) / 3
         ({"name": "v2v"}, 8 / 3),
         ({"name": "vanilla2"}, 0.5),
         ({"name": "n2n", "student_taps": ["U1", "M2"]}, 0.48),  # whatever of the student learns it
@@ -95,7 +98,7 @@ def weight_of(store, tmp_path, *, scale="none", **term):
         ({"name": "e2n"}, 7.2),
         ({"name": "e2e"}, 0.5),
     ],
-    ids=["n2n", "n2n-mae", "v2v", "vanilla2", "taps", "layer", "layer-mae", "e2n", "e2e"],
+    ids=lambda term: "-".join(map(str, term.values())) if isinstance(term, dict) else "",
 )
 def test_auto_starts_the_term_as_large_as_the_base_loss(hand_store, tmp_path, term, start):
     assert weight_of(hand_store, tmp_path, **term) == pytest.approx(L0 / start, rel=1e-6)

@@ -122,6 +122,36 @@ def test_layers_of_teacher_and_student_choose_the_widths():
         assert module.linear.bias is not None
 
 
+def test_layers_of_vectors_choose_the_widths_of_v2v():
+    teacher = TEACHER | {"layer/MV3": v2v_spec(40, "layer/MV3")}
+    R = rotation()
+    for text, n_in, n_out in (("v2v:UV1", 16, 24), ("v2v:MV1+v2v", 32, 24), ("v2v:MV3->UV1+UV2", 32, 40)):
+        module = make_head(KDTerm(**parse_kd([text])[0]), PAINN, teacher)
+        vectors = torch.randn(5, 3, n_in)
+        mapped = module(vectors)
+        assert mapped.shape == (5, 3, n_out), text
+        turned, expected = module(R @ vectors), R @ mapped
+        torch.testing.assert_close(turned, expected, rtol=0, atol=ROTATION_NOISE)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "v2v:U1",
+            "student has no vector features U1; did you mean .*V1.*valid taps: MV1, MV2, UV1, UV2, v2v",
+        ),
+        ("n2n:UV1", "the student has no scalar features UV1; did you mean U1"),
+        ("v2v:H3->UV1", "v2v learns vector features, and the teacher's H3 is invariant"),
+        ("n2n:MV3->U1", "n2n learns scalar features, and the teacher's MV3 is vector"),
+    ],
+)
+def test_scalars_and_vectors_are_not_compared(text, message):
+    teacher = TEACHER | {"layer/H3": node_spec(40, "layer/H3"), "layer/MV3": v2v_spec(40, "layer/MV3")}
+    with pytest.raises(ConfigError, match=message):
+        make_head(KDTerm(**parse_kd([text])[0]), PAINN, teacher)
+
+
 def test_a_head_of_edges_is_affine():
     student, teacher = PAINN | {"edge": edge_spec(16)}, TEACHER | {"edge": edge_spec(40)}
     module = make_head(KDTerm(name="e2e"), student, teacher)

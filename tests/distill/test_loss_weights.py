@@ -108,9 +108,9 @@ def test_every_term_of_the_objective_is_weighted():
     expected = {
         "energy": 1.6 * 2,  # one labelled system
         "forces": (1.6 * 5 + 0.4 * (2 + 3)) / 3,
-        "n2n": (1.6 * 1 + 0.4 * (4 + 9)) / 3,
-        "v2v": (1.6 * 2 + 0.4 * 3) / 9,
-        "e2e": (1.6 * (1 + 4) + 0.4 * 9) / 3,
+        "n2n,head=identity": (1.6 * 1 + 0.4 * (4 + 9)) / 3,
+        "v2v,head=identity,loss=mae": (1.6 * 2 + 0.4 * 3) / 9,
+        "e2e,head=identity": (1.6 * (1 + 4) + 0.4 * 9) / 3,
         "vanilla1": (1.6 * 3 + 0.4 * 1) / 2 + 10 * (1.6 * 10 + 0.4 * (4 + 6)) / 3,
         "vanilla2": (1.6 * 1 + 0.4 * (2 + 3)) / 3,
     }

@@ -119,6 +119,17 @@ def test_n2n_is_one_mean_over_atoms_and_channels(kind, expected):
     assert feature_loss(mapped, torch.zeros(2, 2), kind).item() == expected
 
 
+def test_huber_is_half_the_square_and_from_delta_on_grows_evenly():
+    """Errors 0.3, -1, 1.5 and 0; delta 1: 0.045, 0.5, 1, 0; delta 0.5: 0.045, 0.375, 0.625, 0."""
+    mapped, target = torch.tensor([[0.3, -1.0], [2.0, 4.0]]), torch.tensor([[0.0, 0.0], [0.5, 4.0]])
+    assert feature_loss(mapped, target, "huber").item() == pytest.approx(1.545 / 4)
+    assert feature_loss(mapped, target, "huber", delta=0.5).item() == pytest.approx(1.045 / 4)
+    wide = feature_loss(mapped, target, "huber", delta=100.0).item()
+    assert wide == pytest.approx(feature_loss(mapped, target, "mse").item() / 2)
+    weights = torch.tensor([2.0, 0.0])
+    assert feature_loss(mapped, target, "huber", weights).item() == pytest.approx(2 * 0.545 / 4)
+
+
 def test_v2v_is_one_mean_over_atoms_components_and_channels():
     mapped = torch.tensor([[[1.0, 2.0], [0.0, 0.0], [0.0, 1.0]]])  # (1, 3, 2)
     assert feature_loss(mapped, torch.zeros(1, 3, 2), "mse").item() == pytest.approx(6 / 6)
@@ -173,7 +184,7 @@ def test_terms_combine_with_their_own_weight_and_are_logged_without():
         KDTerm(name="vanilla1"),
         KDTerm(name="vanilla2"),
     )
-    weights = {"n2n": 10.0, "v2v": 0.5, "vanilla1": 2.0, "vanilla2": 200.0}
+    weights = dict(zip((term.label for term in terms), (10.0, 0.5, 2.0, 200.0), strict=True))
     specs = {"node": node_spec(2), "v2v": v2v_spec(1)}
     teacher_specs = specs | {name: node_spec(1, name) for name in ("energy", "forces", "atomic_energies")}
     teacher = {
@@ -188,7 +199,14 @@ def test_terms_combine_with_their_own_weight_and_are_logged_without():
     )
     objective = Objective(terms, weights, make_heads(terms, specs, teacher_specs), 1.0, 100.0)
     total, parts = objective(student, targets(teacher=teacher))
-    expected = {"energy": 1.75, "forces": 4.0, "n2n": 9.0, "v2v": 2.0, "vanilla1": 1.0, "vanilla2": 0.25}
+    expected = {
+        "energy": 1.75,
+        "forces": 4.0,
+        "n2n,head=identity": 9.0,
+        "v2v,head=identity,loss=mae": 2.0,
+        "vanilla1": 1.0,
+        "vanilla2": 0.25,
+    }
     assert {k: v.item() for k, v in parts.items()} == pytest.approx(expected)
     assert total.item() == pytest.approx(401.75 + 10 * 9 + 0.5 * 2 + 2 * 1 + 200 * 0.25)
 
@@ -205,14 +223,15 @@ def test_layers_stand_behind_each_other_in_the_order_they_are_given():
     objective = Objective(terms, weights, make_heads(terms, specs, {"layer/H3": node_spec(2)}), 1.0, 1.0)
     teacher = {"layer/H3": torch.tensor([[1.0, 5.0]]).expand(5, 2)}
     _, parts = objective(outputs(**layers), targets(teacher=teacher))
-    assert parts["n2n:H3->U1+U2"].item() == pytest.approx((0 + 9) / 2)
-    assert parts["n2n:H3->U2+U1"].item() == pytest.approx((1 + 16) / 2)
+    assert parts["n2n:H3->U1+U2,head=identity"].item() == pytest.approx((0 + 9) / 2)
+    assert parts["n2n:H3->U2+U1,head=identity"].item() == pytest.approx((1 + 16) / 2)
 
 
 def test_edges_are_compared_one_by_one():
     terms = (KDTerm(name="e2e", head="identity"),)
     heads = make_heads(terms, {"edge": edge_spec(2)}, {"edge": edge_spec(2)})
-    objective = Objective(terms, {"e2e": 1.0}, heads, 1.0, 1.0)
+    objective = Objective(terms, {terms[0].label: 1.0}, heads, 1.0, 1.0)
     student = outputs(edge=torch.tensor([[1.0, 2.0], [3.0, 4.0], [0.0, 0.0]]))
     teacher = {"edge": torch.tensor([[1.0, 0.0], [0.0, 4.0], [0.0, 1.0]])}
-    assert objective(student, targets(teacher=teacher)).parts["e2e"].item() == pytest.approx((4 + 9 + 1) / 6)
+    loss = objective(student, targets(teacher=teacher)).parts[terms[0].label]
+    assert loss.item() == pytest.approx((4 + 9 + 1) / 6)

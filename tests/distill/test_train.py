@@ -73,20 +73,23 @@ def test_students_learn(store, tmp_path, name):
 def test_terms_are_learned_and_logged_unweighted_beside_the_total(store, tmp_path):
     kd = [
         {"name": "n2n", "weight": 10.0, "head": "mlp"},
+        {"name": "n2n", "weight": 2.0, "loss": "huber", "delta": 0.5},
         {"name": "v2v", "weight": 20.0},
+        {"name": "v2v", "weight": 2.0, "student_taps": ["UV1", "MV2"]},
         {"name": "vanilla1", "weight": 0.5},
         {"name": "vanilla2", "weight": 5.0},
     ]
+    labels = ["n2n,head=mlp", "n2n,loss=huber,delta=0.5", "v2v", "v2v:UV1+MV2", "vanilla1", "vanilla2"]
     train_student(train_config(store, tmp_path, kd=kd, training={"max_steps": 60}))
     for row in read_metrics(tmp_path):
         part = {k.removeprefix("train_"): float(v) for k, v in row.items() if k.startswith("train_")}
         total = part["energy"] + 100 * part["forces"]
-        total += sum(term["weight"] * part[term["name"]] for term in kd)
+        total += sum(term["weight"] * part[label] for term, label in zip(kd, labels, strict=True))
         assert part["loss"] == pytest.approx(total, rel=PRINTED)
-    for term in ("n2n", "v2v", "vanilla2"):
-        values = column(tmp_path, f"train_{term}")
+    for label in set(labels) - {"vanilla1"}:
+        values = column(tmp_path, f"train_{label}")
         assert np.mean(values[-6:]) < 0.9 * np.mean(values[:6])
-    assert read_summary(tmp_path)["kd"] == {t["name"]: t["weight"] for t in kd}
+    assert read_summary(tmp_path)["kd"] == dict(zip(labels, (t["weight"] for t in kd), strict=True))
 
 
 def test_one_loss_with_several_taps_is_several_terms(gemnet_store, tmp_path):

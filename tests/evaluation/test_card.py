@@ -70,6 +70,18 @@ def test_card_says_what_is_known():
         assert fact in card
 
 
+def test_card_tells_every_choice_of_a_loss_once():
+    huber = {"name": "n2n", "label": "n2n:U4,head=mlp,loss=huber,delta=0.5", "weight": 3.0, "head": "mlp"}
+    terms = [
+        huber | {"loss": "huber", "delta": 0.5},
+        {"name": "v2v", "weight": 1.0, "loss": "mae", "delta": 1.0},
+    ]
+    card = _card(metadata={"provenance": PROVENANCE | {"kd": terms}})
+    assert (
+        "- loss n2n:U4: weight 3, head mlp, loss huber, delta 0.5\n- loss v2v: weight 1, loss mae\n" in card
+    )
+
+
 def test_card_of_a_plain_run_claims_no_teacher():
     plain = {k: v for k, v in PROVENANCE.items() if k != "teacher"} | {"kd": []}
     card = _card(metadata={"provenance": plain, "model": MODEL | {"direct_forces": False}})

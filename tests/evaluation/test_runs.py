@@ -100,8 +100,12 @@ def test_unfinished_or_foreign_folders_say_what_to_do(make_run, tmp_path):
         ({"kd": None}, "none"),
         ({"kd": [], "teacher": "painn"}, "none"),
         ({"kd": [{"name": "v2v", "weight": 1.0}, N2N]}, "n2n=auto + v2v=1"),
-        ({"kd": [{"name": "n2n", "weight": 10000.0, "head": "mlp", "loss": "mae"}]}, "n2n=10000 (mlp, mae)"),
+        (
+            {"kd": [{"name": "n2n", "weight": 10000.0, "head": "mlp", "loss": "mae"}]},
+            "n2n=10000,head=mlp,loss=mae",
+        ),
         ({"kd": [{"name": "vanilla1", "weight": 1.0, "head": "mlp", "loss": "mae"}]}, "vanilla1=1"),
+        ({"kd": [N2N, N2N | {"loss": "huber", "delta": 0.5}]}, "n2n=auto + n2n=auto,loss=huber,delta=0.5"),
         ({"kd": [], "pseudo_labels": True}, "pseudo-labels"),
         ({"kd": [N2N], "teacher": "painn"}, "n2n=auto from painn"),
     ],

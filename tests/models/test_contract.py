@@ -94,12 +94,12 @@ def run(model, systems, dtype=torch.float64, taps=None):
     return model(batch_from_systems(systems, model.neighbor_rule, dtype), taps)
 
 
-def assert_same(outputs, expected, transform=None, order=None, tolerance=ROUNDING):
-    """Compare all signals; vectors after `transform` (3, 3), rows of atoms in `order`."""
+def assert_same(outputs, expected, transform=None, order=None, tolerance=ROUNDING, specs=None):
+    """Compare all signals; those that `specs` calls vectors after `transform` (3, 3), atoms in `order`."""
     assert outputs.keys() == expected.keys()
     for name, value in outputs.items():
         reference = expected[name]
-        if transform is not None and name in ("forces", "v2v"):
+        if transform is not None and specs[name].symmetry == "vector":
             reference = torch.einsum("xy,ny...->nx...", torch.from_numpy(transform), reference)
         if order is not None and name != "energy":
             reference = reference[order]
@@ -133,7 +133,7 @@ def test_rotation_and_reflection(model, periodic, determinant):
     rotation, _ = np.linalg.qr(np.random.default_rng(0).normal(size=(3, 3)))
     rotation = rotation * np.sign(np.linalg.det(rotation)) * determinant
     turned = replace(system, positions=system.positions @ rotation.T, cell=system.cell @ rotation.T)
-    assert_same(run(model, [turned]), run(model, [system]), transform=rotation)
+    assert_same(run(model, [turned]), run(model, [system]), transform=rotation, specs=model.signals)
 
 
 def test_translation(model, periodic):
