@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from molkd.pipeline.config import TrainConfig, make_config, read_yaml
+from molkd.pipeline.config import TrainConfig, make_config, parse_groups, read_yaml
 from molkd.pipeline.data.sources import Source, open_source
 from molkd.pipeline.device import choose_device
 from molkd.pipeline.errors import ConfigError, DataError
@@ -18,7 +18,7 @@ from molkd.pipeline.evaluation.groups import group_runs
 from molkd.pipeline.evaluation.predictions import ExtxyzPredictions
 from molkd.pipeline.evaluation.report import Report, write_report
 from molkd.pipeline.evaluation.result import FOLDER, Evaluation
-from molkd.pipeline.evaluation.results import TeacherResult
+from molkd.pipeline.evaluation.results import TeacherResult, splits_of
 from molkd.pipeline.evaluation.runs import read_run
 from molkd.pipeline.places import is_there, resolved, short_name
 from molkd.pipeline.progress import Progress
@@ -113,6 +113,7 @@ def report_runs(
     device: str = "auto",
     batch_size: int = 32,
     scale_file: Path | None = None,
+    groups: Sequence[str] = (),
 ) -> Report:
     """Measure what was not measured with these weights on these data, and write the comparison into `out`.
 
@@ -122,18 +123,21 @@ def report_runs(
     ----------
     energy_key, forces_key : names of the labels in the files of `test`
     scale_file : scale factors, for a teacher that is a checkpoint of OCP and holds none
+    groups : test sets whose mean gets a table too, as NAME=SET,SET; beside those the runs were trained with
 
     Raises
     ------
     ConfigError
-        If one name stands for two different data sets.
+        If one name stands for two different data sets, or a group names a data set that does not exist.
     DataError
         If a run has not finished, or data cannot be read; nothing has been computed or written then.
     ModelError, TeacherError
         If a model cannot be loaded or was not made for the data.
     """
-    group_runs([read_run(run) for run in runs])
+    read = [read_run(run) for run in runs]
+    group_runs(read)
     sets = _test_sets(runs, test, (energy_key, forces_key))
+    test_groups = {group.name: group.splits for group in splits_of(read, sets, parse_groups(groups))}
     chosen = choose_device(device)
     evaluations = {Path(run): _evaluations_of(run, sets, chosen, batch_size) for run in runs}
     _check_same_data(evaluations)
@@ -142,7 +146,7 @@ def report_runs(
         model = load_teacher(teacher, device=chosen, scale_file=scale_file)
         of_teacher = {name: _evaluate_set(model, data, batch_size) for name, data in sets.items()}
         result = TeacherResult(model.info.name, n_parameters=model.info.n_parameters, evaluations=of_teacher)
-    return write_report(runs, out, teacher=result, evaluations=evaluations)
+    return write_report(runs, out, teacher=result, evaluations=evaluations, test_groups=test_groups)
 
 
 def _test_sets(

@@ -7,6 +7,14 @@ import click
 from molkd.pipeline.commands.output import NEW_PATH, PATH, STORE, as_json, show
 from molkd.pipeline.commands.plan import scale_file
 
+group_option = click.option(
+    "--group",
+    "groups",
+    multiple=True,
+    metavar="NAME=SET,SET,...",
+    help="Test sets whose mean is told too; OC20's four splits need no naming.",
+)
+
 
 @click.command()
 @click.argument("model")
@@ -36,6 +44,7 @@ def evaluate(as_json: bool, **flags: Any) -> None:
 @click.option("--teacher", help="Evaluated too; needed for the share of the gap closed.")
 @scale_file
 @click.option("--test", multiple=True, type=STORE, help="More data that runs and teacher are measured on.")
+@group_option
 @click.option("--energy-key", help="Name of the energy in the files of --test (eV).")
 @click.option("--forces-key", help="Name of the forces in the files of --test (eV/A).")
 @click.option("--device", default="auto", show_default=True)
@@ -46,6 +55,7 @@ def report(as_json: bool, **flags: Any) -> None:
     \b
     Example:
       kd report runs/* --out report --teacher teacher.safetensors --test test.extxyz
+      kd report runs/* --out report --group hot=test_600K,test_1200K
     """
     from molkd.pipeline.evaluating import report_runs
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import click
 
+from molkd.pipeline.commands.evaluation import group_option
 from molkd.pipeline.commands.output import NEW_PATH, PATH, STORE, as_json, given, show
 
 
@@ -40,6 +41,7 @@ from molkd.pipeline.commands.output import NEW_PATH, PATH, STORE, as_json, given
 @click.option("--val", type=STORE, help="Validation data or store; default: a part of STORE by id.")
 @click.option("--val-fraction", type=float, help="Share of STORE held out by id; default 0.1.")
 @click.option("--test", multiple=True, type=STORE, help="Evaluated once at the end; never trained on.")
+@group_option
 @click.option("--energy-key", help="Name of the energy in validation and test files (eV).")
 @click.option("--forces-key", help="Name of the forces in validation and test files (eV/A).")
 @click.option("--epochs", type=int, help="Passes over the training systems.")

@@ -11,6 +11,7 @@ from molkd.pipeline.config.base import (
 )
 from molkd.pipeline.config.kd import OPTIONS, OWN_TAPS, VANILLA_SIGNALS, KDTerm, parse_kd
 from molkd.pipeline.config.stage_one import CacheConfig, IngestConfig
+from molkd.pipeline.config.test_sets import SplitGroup, parse_groups
 from molkd.pipeline.config.training import ScheduleConfig, TrainConfig, TrainingConfig
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "KDTerm",
     "ScheduleConfig",
     "Settings",
+    "SplitGroup",
     "TrainConfig",
     "TrainingConfig",
     "dump_yaml",
@@ -29,6 +31,7 @@ __all__ = [
     "merged",
     "nested",
     "parse_assignments",
+    "parse_groups",
     "parse_kd",
     "read_yaml",
 ]

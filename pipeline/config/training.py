@@ -7,6 +7,7 @@ from pydantic import Field, model_validator
 
 from molkd.pipeline.config.base import Settings
 from molkd.pipeline.config.kd import KDTerm
+from molkd.pipeline.config.test_sets import SplitGroup
 from molkd.pipeline.places import Place
 
 
@@ -57,6 +58,7 @@ class TrainConfig(Settings):
     val: Place | None = None  # file or store; None: val_fraction of the store, by id
     val_fraction: float = Field(0.1, ge=0, lt=1)
     test: dict[str, Place] = Field(default_factory=dict)  # evaluated once at the end
+    test_groups: dict[str, tuple[str, ...]] = Field(default_factory=dict)  # of which the mean is told too
     energy_key: str | None = None  # name of the energy in val and test files; None tries the usual ones
     forces_key: str | None = None
     val_every: int | None = Field(None, ge=1)  # steps; None: once an epoch, but at most 50 times a run
@@ -73,4 +75,8 @@ class TrainConfig(Settings):
         labels = [term.label for term in self.kd]
         if len(set(labels)) != len(labels):
             raise ValueError("each KD loss can be given once, or with another head, loss or taps")
+        groups = (SplitGroup(name, sets) for name, sets in self.test_groups.items())
+        problems = [problem for group in groups if (problem := group.problem(self.test))]
+        if problems:
+            raise ValueError("; ".join(problems))
         return self

@@ -14,7 +14,14 @@ from ase.io.formats import UnknownFileTypeError, filetype
 from ase.io.trajectory import TrajectoryReader
 from numpy.typing import NDArray
 
-from molkd.pipeline.data.records import PARSER_ERRORS, Reader, Record, number_candidates, vector_candidates
+from molkd.pipeline.data.records import (
+    PARSER_ERRORS,
+    Reader,
+    Record,
+    number_candidates,
+    vector_candidates,
+    words,
+)
 from molkd.pipeline.errors import DataError
 
 # The calculator's results come under "energy" and "forces". "free_energy" is left out: it includes the
@@ -144,6 +151,7 @@ def record_from_atoms(atoms: Atoms) -> Record:
         fixed=_fixed_atoms(atoms),
         energies=number_candidates({**atoms.info, **results}),
         forces=vector_candidates({**atoms.info, **arrays, **results}, n_atoms),
+        info=words(atoms.info),
     )
 
 

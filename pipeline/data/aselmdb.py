@@ -10,7 +10,14 @@ from numpy.typing import NDArray
 
 from molkd.pipeline.data.ase_source import ENERGY_KEYS, FORCES_KEYS
 from molkd.pipeline.data.lmdb_file import LmdbFile
-from molkd.pipeline.data.records import PARSER_ERRORS, Reader, Record, number_candidates, vector_candidates
+from molkd.pipeline.data.records import (
+    PARSER_ERRORS,
+    Reader,
+    Record,
+    number_candidates,
+    vector_candidates,
+    words,
+)
 from molkd.pipeline.errors import DataError
 
 _NOT_LABELS = {"id", "ctime", "mtime", "positions", "numbers", "cell", "pbc", "tags"}
@@ -95,6 +102,7 @@ def _record_from_row(row: dict[str, Any]) -> Record:
         fixed=fixed,
         energies=number_candidates(labels),
         forces=vector_candidates({k: _array(v) for k, v in labels.items() if _is_array(v)}, n_atoms),
+        info=words(extra),
     )
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from molkd.pipeline.data.lmdb_file import LmdbFile
-from molkd.pipeline.data.records import Reader, Record, number_candidates, vector_candidates
+from molkd.pipeline.data.records import Reader, Record, number_candidates, vector_candidates, words
 from molkd.pipeline.data.restricted_unpickler import load_count, load_record
 from molkd.pipeline.errors import DataError
 
@@ -71,6 +71,7 @@ def _record_from_attributes(attributes: Mapping[str, Any], where: str) -> Record
         fixed=_per_atom(attributes, "fixed", n_atoms) != 0,
         energies=number_candidates(attributes),
         forces=vector_candidates(forces, n_atoms),
+        info=words(attributes),
     )
 
 

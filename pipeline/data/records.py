@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
@@ -24,6 +25,10 @@ PARSER_ERRORS: tuple[type[Exception], ...] = (
 PARSER_ERRORS += (OSError, RuntimeError, TypeError, ValueError)
 
 
+_LONGEST_WORD = 100  # characters
+_LARGEST_INT = 1 << 63  # Python refuses to write out what a hostile file may hold
+
+
 class Record(NamedTuple):
     """One system as a file tells it, in Angstrom, eV and eV/A; shapes and dtypes are not yet checked."""
 
@@ -35,6 +40,7 @@ class Record(NamedTuple):
     fixed: NDArray[np.generic]  # (N,)
     energies: Mapping[str, float]  # every number that could be an energy label, by its key in the file
     forces: Mapping[str, NDArray[np.generic]]  # every (N, 3) array that could be a force label, by its key
+    info: Mapping[str, str] = MappingProxyType({})  # see `words`
 
 
 class Reader(ABC):
@@ -64,6 +70,20 @@ class Reader(ABC):
 def number_candidates(values: Mapping[str, object]) -> dict[str, float]:
     """Return the entries that are one number, as float."""
     return {key: float(a.reshape(())) for key, a in _numeric(values) if a.size == 1}
+
+
+def words(values: Mapping[str, object]) -> dict[str, str]:
+    """Return the entries that are a short text, a truth or one number, as text: errors are sorted by them."""
+    plain = {
+        key: value.item() if isinstance(value, np.generic | np.ndarray) and value.size == 1 else value
+        for key, value in values.items()
+    }
+    texts = {
+        key: f"{value:g}" if isinstance(value, float) else str(value)
+        for key, value in plain.items()
+        if isinstance(value, str | float) or (isinstance(value, int) and abs(value) < _LARGEST_INT)
+    }
+    return {key: text for key, text in texts.items() if len(text) <= _LONGEST_WORD}
 
 
 def vector_candidates(values: Mapping[str, object], n_atoms: int) -> dict[str, NDArray[np.generic]]:
@@ -130,6 +150,7 @@ def build_system(
         tags=arrays["tags"][0].astype(np.uint8),
         fixed=arrays["fixed"][0].astype(bool),
         source=source,
+        info=record.info,
     )
 
 

@@ -33,6 +33,7 @@ class StoreSource:
             tags=arrays["tags"],
             fixed=arrays["fixed"].astype(bool),
             source=f"{self.path}#{index}",
+            origin=self.cache.source_names[int(self.cache.source[index])],
         )
 
     def close(self) -> None:

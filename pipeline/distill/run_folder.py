@@ -25,6 +25,7 @@ _MAY_CHANGE = {
     "tensorboard",
     "label",
     "test",
+    "test_groups",
     "val",
 }
 

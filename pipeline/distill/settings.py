@@ -5,7 +5,14 @@ from pathlib import Path
 from typing import Any
 
 from molkd.cache_schema.reader import Cache
-from molkd.pipeline.config import TrainConfig, make_config, parse_assignments, parse_kd, read_yaml
+from molkd.pipeline.config import (
+    TrainConfig,
+    make_config,
+    parse_assignments,
+    parse_groups,
+    parse_kd,
+    read_yaml,
+)
 from molkd.pipeline.errors import ConfigError
 from molkd.pipeline.models.registry import load_preset
 from molkd.pipeline.places import short_name
@@ -26,6 +33,8 @@ def resolve(config_file: Path | None, assignments: Sequence[str], flags: Mapping
     training = {name: flags.pop(flag) for flag, name in _TRAINING_FLAGS.items() if flag in flags}
     if "test" in flags:
         flags["test"] = _named(flags["test"])
+    if "groups" in flags:
+        flags["test_groups"] = parse_groups(flags.pop("groups"))
     if terms:
         flags["kd"] = parse_kd(terms, head, loss)
     if training:

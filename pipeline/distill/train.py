@@ -9,7 +9,7 @@ import math
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -26,8 +26,10 @@ from molkd.pipeline.distill.scale_factors import fit_on_first_batches
 from molkd.pipeline.distill.step import TrainState, accumulate, initial_state, train_step
 from molkd.pipeline.distill.student import Setup, prepare
 from molkd.pipeline.errors import CacheError, DivergedError, ModelError
+from molkd.pipeline.evaluation.breakdown import KINDS
 from molkd.pipeline.evaluation.evaluate import evaluate
 from molkd.pipeline.evaluation.result import FOLDER, Evaluation
+from molkd.pipeline.evaluation.splits import mean_report, split_groups
 from molkd.pipeline.interrupts import interruptible
 from molkd.pipeline.models.potential import Potential
 from molkd.pipeline.progress import Progress
@@ -50,6 +52,7 @@ class TrainSummary:
     best_step: int
     val: dict[str, float | None]
     test: dict[str, dict[str, float | None]]
+    test_means: dict[str, dict[str, float | None]] = field(default_factory=dict)  # over groups of test sets
 
 
 def train_student(config: TrainConfig) -> TrainSummary:
@@ -66,7 +69,7 @@ def train_student(config: TrainConfig) -> TrainSummary:
     run.open(config)
     if (done := run.finished()) is not None:
         log.info("%s: finished before, nothing to do", config.out)
-        return TrainSummary(**{k: done[k] for k in TrainSummary.__dataclass_fields__})
+        return TrainSummary(**{k: done[k] for k in TrainSummary.__dataclass_fields__ if k in done})
     with run.locked(), run.log_to_file():
         return _train(config, run)
 
@@ -141,6 +144,7 @@ def _train(config: TrainConfig, run: RunFolder) -> TrainSummary:
         state.best_step,
         state.best_val or {},
         test,
+        _means(config, test),
     )
     if finished:
         extra = {
@@ -259,6 +263,7 @@ def _evaluate(
         batch_size=_EVALUATION_BATCH,
         device=device,
         measure_throughput=measure_throughput,
+        breakdowns=KINDS if measure_throughput else (),
         weights_sha256=potential.weights_sha256,
     )
 
@@ -273,6 +278,18 @@ def _test(config: TrainConfig, run: RunFolder, device: torch.device) -> dict[str
         evaluation.save(run.path / FOLDER / f"{name}.npz")
         results[name] = evaluation.to_report()
     return results
+
+
+def _means(
+    config: TrainConfig, test: dict[str, dict[str, float | None]]
+) -> dict[str, dict[str, float | None]]:
+    """Return the mean over each group of test sets, every set with the same weight."""
+    means = {}
+    for group in split_groups(config.test_groups, test) if test else ():
+        means[group.name], problems = mean_report(group, test)
+        for problem in problems:
+            log.warning("%s", problem)
+    return means
 
 
 @contextmanager

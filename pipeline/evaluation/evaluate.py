@@ -7,8 +7,6 @@ Works with anything that turns a `Batch` into energies and forces, so with a stu
 """
 
 import itertools
-import statistics
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
@@ -19,12 +17,13 @@ from torch import Tensor
 from molkd.pipeline.data.sources import Source
 from molkd.pipeline.data.system import System
 from molkd.pipeline.data.validate import check_system
-from molkd.pipeline.device import synchronize
 from molkd.pipeline.errors import DataError, ModelError
+from molkd.pipeline.evaluation.breakdown import KINDS
+from molkd.pipeline.evaluation.collect import Collector, split_atoms
 from molkd.pipeline.evaluation.fingerprint import Fingerprint
-from molkd.pipeline.evaluation.metrics import MetricSums
-from molkd.pipeline.evaluation.result import Evaluation, Parity
-from molkd.pipeline.evaluation.sample import RowSample
+from molkd.pipeline.evaluation.result import Evaluation
+from molkd.pipeline.evaluation.throughput import ThroughputMeter
+from molkd.pipeline.evaluation.worst import WorstSystems
 from molkd.pipeline.graphs.batch import Batch, batch_from_systems, to_device
 from molkd.pipeline.graphs.neighbors import NeighborRule
 from molkd.pipeline.scope import Scope
@@ -33,9 +32,6 @@ Predict = Callable[[Batch], Mapping[str, Tensor]]
 OnPrediction = Callable[
     [System, float, NDArray[np.float64]], None
 ]  # system, energy in eV, forces (N, 3) in eV/A
-
-MAX_PARITY_ENERGIES = 5_000
-MAX_PARITY_FORCES = 10_000  # atoms; three points each
 
 
 def evaluate(
@@ -48,6 +44,8 @@ def evaluate(
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
     measure_throughput: bool = True,
+    breakdowns: Sequence[str] = KINDS,
+    worst: WorstSystems | None = None,
     weights_sha256: str = "",
     on_batch: Callable[[int], None] | None = None,
     on_prediction: OnPrediction | None = None,
@@ -63,7 +61,9 @@ def evaluate(
     batch_size : systems a batch; results do not depend on it, throughput does
     device, dtype : where batches are moved and their floating type
     seed : of the random choice of points for parity plots
-    measure_throughput : False saves the warm-up call, for validation during training
+    measure_throughput : False saves the warm-up calls and repeats, for validation during training
+    breakdowns : what errors are told apart by, see `breakdown.check_kind`
+    worst : filled with the systems that the model is most wrong about; None takes one of the usual size
     weights_sha256 : of the model, kept in the result so that it can be told from another's
     on_batch : called after each batch with the number of systems done so far
     on_prediction : called for each system with its predicted energy and forces
@@ -77,48 +77,34 @@ def evaluate(
 
     Notes
     -----
-    Throughput counts the model only: no neighbour lists, no transfer. It is the median over full batches,
-    after one uncounted warm-up call on the first batch.
+    Throughput counts the model only: no neighbour lists, no transfer; see `ThroughputMeter`.
     """
     device = torch.device(device)
-    sums = MetricSums()
-    energies = RowSample(MAX_PARITY_ENERGIES, n_columns=3, seed=seed)
-    forces = RowSample(MAX_PARITY_FORCES, n_columns=6, seed=seed + 1)
-    rates: list[tuple[int, float]] = []  # systems in the batch, systems per second
+    meter = ThroughputMeter(predict, device) if measure_throughput else None
+    collector = Collector(seed, breakdowns, worst)
     seen = Fingerprint()
     n_done = 0
     for chunk in _chunks(systems, batch_size):
         batch = to_device(batch_from_systems(chunk, rule, dtype), device)
         with torch.no_grad():
-            if n_done == 0 and measure_throughput:
-                predict(batch)
-            output, seconds = _timed(predict, batch, device)
-        rates.append((len(chunk), len(chunk) / seconds))
+            output = meter.predict(batch) if meter else predict(batch)
         energy_pred, forces_pred = _checked(output, chunk)
-        _collect(chunk, energy_pred, forces_pred, sums, energies, forces)
+        collector.add(chunk, energy_pred, forces_pred)
         for system in chunk:
             seen.add(system)
         n_done += len(chunk)
         if on_prediction is not None:
             for system, energy, its_forces in zip(
-                chunk, energy_pred, _split(forces_pred, chunk), strict=True
+                chunk, energy_pred, split_atoms(forces_pred, chunk), strict=True
             ):
                 on_prediction(system, float(energy), its_forces)
         if on_batch is not None:
             on_batch(n_done)
     if n_done == 0:
         raise DataError("nothing to evaluate: the data hold no system; check the path and the split")
-    full = max(n for n, _ in rates)
-    throughput = statistics.median(rate for n, rate in rates if n == full) if measure_throughput else None
-    energy_rows, force_rows = energies.rows(), forces.rows()
-    parity = Parity(
-        energy_pred=energy_rows[:, 0],
-        energy_label=energy_rows[:, 1],
-        n_atoms=energy_rows[:, 2].astype(np.int64),
-        forces_pred=force_rows[:, :3],
-        forces_label=force_rows[:, 3:],
-    )
-    return Evaluation(sums.result(), throughput, parity, weights_sha256, seen.hexdigest())
+    with torch.no_grad():
+        throughput = meter.result() if meter else None
+    return collector.result(throughput, weights_sha256, seen.hexdigest())
 
 
 def known_systems(source: Source, scope: Scope) -> Iterator[System]:
@@ -144,14 +130,6 @@ def _chunks(systems: Iterable[System], size: int) -> Iterable[list[System]]:
         yield chunk
 
 
-def _timed(predict: Predict, batch: Batch, device: torch.device) -> tuple[Mapping[str, Tensor], float]:
-    synchronize(device)
-    begin = time.perf_counter()
-    output = predict(batch)
-    synchronize(device)  # kernels run behind the host: without it only their launch would be timed
-    return output, max(time.perf_counter() - begin, 1e-9)
-
-
 def _checked(
     output: Mapping[str, Tensor], chunk: Sequence[System]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
@@ -163,7 +141,7 @@ def _checked(
         )
     energy = output["energy"].detach().cpu().numpy().astype(np.float64)
     forces = output["forces"].detach().cpu().numpy().astype(np.float64)
-    for system, e, f in zip(chunk, energy, _split(forces, chunk), strict=True):
+    for system, e, f in zip(chunk, energy, split_atoms(forces, chunk), strict=True):
         if not (np.isfinite(e) and np.isfinite(f).all()):
             what = "forces" if np.isfinite(e) else "energy"
             raise ModelError(
@@ -171,34 +149,3 @@ def _checked(
                 "or train with a smaller learning rate if every structure fails"
             )
     return energy, forces
-
-
-def _collect(
-    chunk: Sequence[System],
-    energy_pred: NDArray[np.float64],
-    forces_pred: NDArray[np.float64],
-    sums: MetricSums,
-    energies: RowSample,
-    forces: RowSample,
-) -> None:
-    """Add one batch to the sums and, where labelled, to the samples of points."""
-    n_atoms = np.array([s.n_atoms for s in chunk])
-    energy_label = np.array([s.energy for s in chunk], dtype=np.float64)  # (S,)
-    forces_label = np.concatenate([s.forces for s in chunk])  # (N, 3)
-    fixed = np.concatenate([s.fixed for s in chunk])  # (N,)
-    sums.update(
-        energy_pred=energy_pred,
-        energy_label=energy_label,
-        forces_pred=forces_pred,
-        forces_label=forces_label,
-        system_idx=np.repeat(np.arange(len(chunk)), n_atoms),
-        fixed=fixed,
-    )
-    has_energy = ~np.isnan(energy_label)
-    has_forces = ~fixed & ~np.isnan(forces_label).any(axis=1)
-    energies.add(np.stack([energy_pred, energy_label, n_atoms], axis=1)[has_energy])
-    forces.add(np.concatenate([forces_pred, forces_label], axis=1)[has_forces])
-
-
-def _split(forces: NDArray[np.float64], chunk: Sequence[System]) -> list[NDArray[np.float64]]:
-    return np.split(forces, np.cumsum([s.n_atoms for s in chunk])[:-1])

@@ -6,7 +6,7 @@ one sum over all systems, atoms or components of the data set, divided by their 
 
 import math
 from dataclasses import dataclass, fields
-from typing import Self
+from typing import Self, TypedDict, Unpack
 
 import numpy as np
 from numpy.typing import NDArray
@@ -82,74 +82,18 @@ class MetricSums:
     n_force_atoms: float = 0.0
     n_efwt: float = 0.0
 
-    def update(
-        self,
-        *,
-        energy_pred: NDArray[np.floating],
-        energy_label: NDArray[np.floating],
-        forces_pred: NDArray[np.floating],
-        forces_label: NDArray[np.floating],
-        system_idx: NDArray[np.integer],
-        fixed: NDArray[np.bool_],
-    ) -> None:
-        """Add a batch of whole systems.
+    @classmethod
+    def of(cls, terms: NDArray[np.float64]) -> Self:
+        """Return the sums that a row (T,) in the order of `TERMS` holds."""
+        return cls(**dict(zip(TERMS, terms.tolist(), strict=True)))
 
-        A NaN label is missing and left out: a system with only an energy, or only forces, counts where it
-        can. An atom's force counts if all three components are labelled and the atom is not fixed.
+    def add(self, terms: NDArray[np.float64]) -> None:
+        """Add systems, from their terms (S, T) in the order of `TERMS`."""
+        self.merge(type(self).of(terms.sum(axis=0)))
 
-        Parameters
-        ----------
-        energy_pred, energy_label : (S,), eV
-        forces_pred, forces_label : (N, 3), eV/A
-        system_idx : (N,), which of the S systems an atom belongs to
-        fixed : (N,), atoms held in place
-
-        Notes
-        -----
-        The cosine of a zero force, predicted or labelled, is 0 and counts (OC20: norms are clipped at 1e-8).
-        EFwT compares with "less than", on systems with an energy label, at least one free atom and a label on
-        every free atom.
-        """
-        n_systems = len(energy_label)
-        atoms_per_system = np.bincount(system_idx, minlength=n_systems)
-        energy_error = np.abs(
-            np.asarray(energy_pred, np.float64) - np.asarray(energy_label, np.float64)
-        )  # (S,)
-        has_energy = ~np.isnan(energy_label)
-        free = ~np.asarray(fixed, bool)
-        labelled = free & ~np.isnan(forces_label).any(axis=1)  # (N,)
-
-        self.n_systems += n_systems
-        self.n_energies += int(has_energy.sum())
-        self.energy_error += float(energy_error[has_energy].sum())
-        self.energy_error_per_atom += float(
-            (energy_error / np.maximum(atoms_per_system, 1))[has_energy].sum()
-        )
-        self._update_forces(forces_pred[labelled], forces_label[labelled])
-
-        force_error = np.abs(np.float64(forces_pred) - np.float64(forces_label)).max(
-            axis=1, initial=0.0
-        )  # (N,)
-        within = labelled & (force_error < EFWT_FORCE)
-        n_free = np.bincount(system_idx[free], minlength=n_systems)
-        n_labelled = np.bincount(system_idx[labelled], minlength=n_systems)
-        n_within = np.bincount(system_idx[within], minlength=n_systems)
-        complete = has_energy & (n_free > 0) & (n_labelled == n_free)
-        self.n_efwt += int(complete.sum())
-        self.within_threshold += int((complete & (energy_error < EFWT_ENERGY) & (n_within == n_free)).sum())
-
-    def _update_forces(self, pred: NDArray[np.floating], label: NDArray[np.floating]) -> None:
-        pred, label = pred.astype(np.float64), label.astype(np.float64)
-        error = pred - label  # (N, 3)
-        pred_norm, label_norm = np.linalg.norm(pred, axis=1), np.linalg.norm(label, axis=1)
-        cosine = (pred * label).sum(axis=1) / (
-            np.maximum(pred_norm, _MIN_NORM) * np.maximum(label_norm, _MIN_NORM)
-        )
-        self.n_force_atoms += len(label)
-        self.force_error += float(np.abs(error).sum())
-        self.force_squared_error += float((error**2).sum())
-        self.force_cosine += float(cosine.sum())
-        self.force_magnitude_error += float(np.abs(pred_norm - label_norm).sum())
+    def update(self, **batch: Unpack["LabelledBatch"]) -> None:
+        """Add a batch of whole systems, see `system_terms`."""
+        self.add(system_terms(**batch)[0])
 
     def merge(self, other: Self) -> None:
         """Add the sums of another worker or rank."""
@@ -171,6 +115,82 @@ class MetricSums:
             n_force_atoms=int(self.n_force_atoms),
             n_efwt=int(self.n_efwt),
         )
+
+
+TERMS = tuple(f.name for f in fields(MetricSums))  # T columns: what each system or atom adds to the sums
+
+
+class LabelledBatch(TypedDict):
+    """Predictions beside labels of S whole systems with N atoms."""
+
+    energy_pred: NDArray[np.floating]  # (S,) eV
+    energy_label: NDArray[np.floating]  # (S,) eV
+    forces_pred: NDArray[np.floating]  # (N, 3) eV/A
+    forces_label: NDArray[np.floating]  # (N, 3) eV/A
+    system_idx: NDArray[np.integer]  # (N,), which of the S systems an atom belongs to
+    fixed: NDArray[np.bool_]  # (N,), atoms held in place
+
+
+def system_terms(**batch: Unpack[LabelledBatch]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return what each system (S, T) and each atom (N, T) adds to the sums.
+
+    A NaN label is missing and left out: a system with only an energy, or only forces, counts where it can. An
+    atom's force counts if all three components are labelled and the atom is not fixed. The terms of atoms are
+    those of forces, the rest are zero.
+
+    Notes
+    -----
+    The cosine of a zero force, predicted or labelled, is 0 and counts (OC20: norms are clipped at 1e-8). EFwT
+    compares with "less than", on systems with an energy label, at least one free atom and a label on every
+    free atom.
+    """
+    system_idx, energy_label = batch["system_idx"], np.asarray(batch["energy_label"], np.float64)
+    forces_pred = np.asarray(batch["forces_pred"], np.float64)
+    forces_label = np.asarray(batch["forces_label"], np.float64)
+    n_systems = len(energy_label)
+    n_atoms = np.bincount(system_idx, minlength=n_systems)
+    free = ~np.asarray(batch["fixed"], bool)
+    labelled = free & ~np.isnan(forces_label).any(axis=1)  # (N,)
+    of_atoms = np.zeros((len(forces_label), len(TERMS)))
+    of_forces = _force_terms(forces_pred[labelled], forces_label[labelled])
+    of_systems = np.zeros((n_systems, len(TERMS)))
+    for name, values in of_forces.items():
+        of_atoms[labelled, TERMS.index(name)] = values
+        of_systems[:, TERMS.index(name)] = np.bincount(system_idx[labelled], values, n_systems)
+
+    energy_error = np.abs(np.asarray(batch["energy_pred"], np.float64) - energy_label)  # (S,)
+    has_energy = ~np.isnan(energy_label)
+    largest = np.abs(forces_pred - forces_label).max(axis=1, initial=0.0)  # (N,) eV/A
+    n_free, n_labelled, n_within = (
+        np.bincount(system_idx[mask], minlength=n_systems)
+        for mask in (free, labelled, labelled & (largest < EFWT_FORCE))
+    )
+    complete = has_energy & (n_free > 0) & (n_labelled == n_free)
+    others = {
+        "energy_error": np.where(has_energy, energy_error, 0.0),
+        "energy_error_per_atom": np.where(has_energy, energy_error / np.maximum(n_atoms, 1), 0.0),
+        "within_threshold": complete & (energy_error < EFWT_ENERGY) & (n_within == n_free),
+        "n_systems": 1.0,
+        "n_energies": has_energy,
+        "n_efwt": complete,
+    }
+    for name, column in others.items():
+        of_systems[:, TERMS.index(name)] = column
+    return of_systems, of_atoms
+
+
+def _force_terms(pred: NDArray[np.float64], label: NDArray[np.float64]) -> dict[str, NDArray[np.float64]]:
+    """Return what each of N labelled free atoms adds, from its forces (N, 3)."""
+    error = pred - label
+    pred_norm, label_norm = np.linalg.norm(pred, axis=1), np.linalg.norm(label, axis=1)
+    norms = np.maximum(pred_norm, _MIN_NORM) * np.maximum(label_norm, _MIN_NORM)
+    return {
+        "force_error": np.abs(error).sum(axis=1),
+        "force_squared_error": (error**2).sum(axis=1),
+        "force_cosine": (pred * label).sum(axis=1) / norms,
+        "force_magnitude_error": np.abs(pred_norm - label_norm),
+        "n_force_atoms": np.ones(len(label)),
+    }
 
 
 def _ratio(total: float, count: float) -> float:

@@ -4,9 +4,10 @@ import csv
 import io
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from molkd.pipeline.errors import DataError
@@ -24,6 +25,9 @@ from molkd.pipeline.evaluation.results import (
     build_rows,
     columns,
     dataset_names,
+    measured_sets,
+    missing_means,
+    splits_of,
 )
 from molkd.pipeline.evaluation.runs import read_run
 from molkd.pipeline.evaluation.tables import format_table, markdown_table
@@ -80,6 +84,7 @@ def write_report(
     *,
     teacher: TeacherResult | None = None,
     evaluations: Evaluations | None = None,
+    test_groups: Mapping[str, Sequence[str]] = MappingProxyType({}),
 ) -> Report:
     """Compare finished runs and write report.md, results.json, results.csv and plots/ into `out`.
 
@@ -94,11 +99,15 @@ def write_report(
     teacher : its accuracy; without it no gap is computed
     evaluations : by run folder and data set, for parity plots and as the newest metrics; by default those
         kept in the run folders (evaluation/<data set>.npz)
+    test_groups : names of test sets by the name of the group whose mean gets a table too, beside those that
+        the runs were trained with
 
     Raises
     ------
     DataError
         If there are no runs, or one is unfinished, damaged or given twice.
+    ConfigError
+        If a group of test sets makes no sense.
     """
     if not runs:
         raise DataError("no runs to report on; give the --out folders of `kd train-student`")
@@ -107,13 +116,15 @@ def write_report(
         evaluations if evaluations is not None else {run.path: load_evaluations(run.path) for run in read}
     )
     groups = group_runs(read)
-    names = dataset_names(read, evaluations)
-    tables = {name: build_rows(groups, name, teacher, evaluations) for name in names}
+    splits = {group.name: group for group in splits_of(read, measured_sets(read, evaluations), test_groups)}
+    names = dataset_names(read, evaluations, list(splits.values()))
+    tables = {name: build_rows(groups, name, teacher, evaluations, splits.get(name)) for name in names}
     plots = []
     for dataset, name, figure in _figures(groups, tables, teacher, evaluations):
         plots.append((dataset, out / PLOTS / f"{name}.png"))
         save_figure(figure, plots[-1][1])
     remarks = _remarks(groups, tables) + _write_cards(groups, tables)
+    remarks += [text for its in splits.values() for text in missing_means(groups, its, teacher, evaluations)]
     report = Report(out, tables, remarks, plots)
     write_atomic(out / "results.json", json.dumps(report.to_dict(), indent=1, ensure_ascii=False) + "\n")
     write_atomic(out / "results.csv", _csv(tables))

@@ -1,16 +1,22 @@
-"""What an evaluation leaves: metrics, throughput and points for parity plots, one npz file per data set."""
+"""What an evaluation leaves of one model on one data set, in one npz file: numbers, points to plot, tails."""
 
 import io
 import json
 import zipfile
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from molkd.pipeline.errors import DataError
-from molkd.pipeline.evaluation.metrics import Metrics
+from molkd.pipeline.evaluation.breakdown import Breakdown
+from molkd.pipeline.evaluation.metrics import TERMS, Metrics
+from molkd.pipeline.evaluation.tail import Tail
+from molkd.pipeline.evaluation.throughput import Throughput
+from molkd.pipeline.evaluation.worst import WorstSystem
 from molkd.pipeline.files import write_atomic
 
 _BESIDE_METRICS = ("systems_per_second", "weights_sha256", "data_fingerprint")
@@ -30,13 +36,18 @@ class Parity:
 
 @dataclass(frozen=True, eq=False)
 class Evaluation:
-    """One model on one data set."""
+    """One model on one data set. What an older version did not measure is None or empty."""
 
     metrics: Metrics
-    systems_per_second: float | None  # model time only, warm, median over batches; None: not measured
+    systems_per_second: float | None  # model time only, median over batches; None: not measured
     parity: Parity
     weights_sha256: str = ""  # of the model; empty: not known, so nothing shows that this is still its result
     data_fingerprint: str = ""  # of systems and labels, see `fingerprint.Fingerprint`
+    throughput: Throughput | None = None  # the same with its spread and conditions
+    breakdowns: Mapping[str, Breakdown] = field(default_factory=dict)  # by kind
+    energy_tail: Tail | None = None  # of |dE| in eV, over systems
+    force_tail: Tail | None = None  # of |dF| in eV/A, over components of labelled free atoms
+    worst: Mapping[str, Sequence[WorstSystem]] = field(default_factory=dict)  # by "energy" and "forces"
 
     def is_of(self, weights_sha256: str, data_fingerprint: str) -> bool:
         """Say whether this was measured with these weights on these systems and labels."""
@@ -50,15 +61,20 @@ class Evaluation:
     def save(self, path: Path) -> None:
         """Write to `path` (.npz), whole or not at all."""
         others = {name: getattr(self, name) for name in _BESIDE_METRICS}
+        others |= {name: asdict(value) for name in _NESTED if (value := getattr(self, name)) is not None}
+        others["worst"] = {by: [asdict(system) for system in systems] for by, systems in self.worst.items()}
+        others["breakdowns"] = {kind: list(found.keys) for kind, found in self.breakdowns.items()}
         numbers = json.dumps({**asdict(self.metrics), **others})
+        terms = {f"breakdown_{i}": found.terms for i, found in enumerate(self.breakdowns.values())}
+        arrays: dict[str, Any] = {"numbers": np.array(numbers), **vars(self.parity), **terms}
         buffer = io.BytesIO()
-        np.savez_compressed(buffer, numbers=np.array(numbers), **vars(self.parity))
+        np.savez_compressed(buffer, **arrays)
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(path, buffer.getvalue())
 
     @classmethod
     def load(cls, path: Path) -> "Evaluation":
-        """Read what `save` wrote.
+        """Read what `save` wrote, in this or an older version.
 
         Raises
         ------
@@ -69,12 +85,49 @@ class Evaluation:
             with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as file:
                 numbers = json.loads(str(file["numbers"]))
                 parity = Parity(**{name: file[name] for name in Parity.__dataclass_fields__})
-            others = {name: numbers.pop(name) for name in _BESIDE_METRICS if name in numbers}
-            return cls(Metrics(**numbers), parity=parity, **{"systems_per_second": None, **others})
-        except (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
+                kinds = numbers.pop("breakdowns", {})
+                terms = [file[f"breakdown_{i}"] for i in range(len(kinds))]
+            breakdowns = {
+                kind: _breakdown(kind, keys, rows)
+                for (kind, keys), rows in zip(kinds.items(), terms, strict=True)
+            }
+            others: dict[str, Any] = {name: numbers.pop(name) for name in _BESIDE_METRICS if name in numbers}
+            others |= {name: read(numbers.pop(name)) for name, read in _NESTED.items() if name in numbers}
+            worst = {
+                by: [WorstSystem(**system) for system in systems]
+                for by, systems in numbers.pop("worst", {}).items()
+            }
+            given = {"systems_per_second": None, **others, "breakdowns": breakdowns, "worst": worst}
+            return cls(Metrics(**numbers), parity=parity, **given)
+        except (
+            OSError,
+            EOFError,
+            ValueError,
+            KeyError,
+            TypeError,
+            AttributeError,
+            zipfile.BadZipFile,
+        ) as error:
             raise DataError(
                 f"{path}: not a readable evaluation ({error}); remove it, `kd report` measures again"
             ) from None
+
+
+def _breakdown(kind: str, keys: Sequence[str], terms: NDArray[np.float64]) -> Breakdown:
+    if terms.shape != (len(keys), len(TERMS)):
+        raise ValueError(f"{kind}: {len(keys)} groups, but an array of shape {terms.shape}")
+    return Breakdown(kind, tuple(keys), terms)
+
+
+def _tail(plain: dict[str, Any]) -> Tail:
+    return Tail(**{**plain, "quantiles": tuple(plain["quantiles"])})
+
+
+_NESTED: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "throughput": Throughput.from_dict,
+    "energy_tail": _tail,
+    "force_tail": _tail,
+}
 
 
 def load_evaluations(run: Path) -> dict[str, Evaluation]:

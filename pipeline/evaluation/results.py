@@ -1,17 +1,20 @@
 """Numbers of a report: per data set one row for the teacher and one for each group of runs."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from molkd.pipeline.config import SplitGroup
+from molkd.pipeline.errors import ConfigError
 from molkd.pipeline.evaluation.gap import GapClosed, gap_closed
 from molkd.pipeline.evaluation.groups import Group, comparisons
 from molkd.pipeline.evaluation.metrics import REPORTED
 from molkd.pipeline.evaluation.result import Evaluation
 from molkd.pipeline.evaluation.runs import Run
 from molkd.pipeline.evaluation.seeds import SeedStat
+from molkd.pipeline.evaluation.splits import mean_report, split_groups
 from molkd.pipeline.evaluation.tables import Column
 
 GAPS = {"energy_mae_meV": "gap closed, energy (%)", "force_mae_meV_A": "gap closed, forces (%)"}
@@ -82,35 +85,115 @@ def columns(rows: Sequence[Row]) -> list[Column]:
     return [c for c in every if any(not _is_empty(line[c.key]) for line in cells)]
 
 
-def dataset_names(runs: Sequence[Run], evaluations: Evaluations) -> list[str]:
-    """Return the test sets that any run was measured on, or the validation set if there is none."""
-    names = {name for run in runs for name in (*run.test, *evaluations.get(run.path, {}))}
-    return sorted(names) or [VALIDATION]
+def dataset_names(
+    runs: Sequence[Run], evaluations: Evaluations, splits: Sequence[SplitGroup] = ()
+) -> list[str]:
+    """Return what has a table: groups of test sets and their splits, other test sets, or the validation set.
+
+    Parameters
+    ----------
+    splits : as `splits_of` gives them
+    """
+    names = sorted(measured_sets(runs, evaluations))
+    first = [name for group in splits for name in (group.name, *group.splits)]
+    return list(dict.fromkeys([*first, *names])) or [VALIDATION]
+
+
+def splits_of(
+    runs: Sequence[Run], names: Iterable[str], given: Mapping[str, Sequence[str]]
+) -> list[SplitGroup]:
+    """Return the groups of test sets that the runs were trained with, those given, and OC20's.
+
+    Parameters
+    ----------
+    names : of all test sets
+    given : names of test sets by the name of their group
+
+    Raises
+    ------
+    ConfigError
+        If runs mean different test sets by one name and none is given by it, or a test set does not exist.
+    """
+    found: dict[str, Sequence[str]] = {}
+    for run in runs:
+        for name, sets in run.test_groups.items():
+            if name not in given and set(found.setdefault(name, sets)) != set(sets):
+                raise ConfigError(
+                    f"{run.path}: the group {name} is {', '.join(sets)}, in another run it is "
+                    f"{', '.join(found[name])}; say which is meant: --group {name}=..."
+                )
+    return split_groups({**found, **given}, sorted(names))
 
 
 def build_rows(
-    groups: Sequence[Group], dataset: str, teacher: TeacherResult | None, evaluations: Evaluations
+    groups: Sequence[Group],
+    dataset: str,
+    teacher: TeacherResult | None,
+    evaluations: Evaluations,
+    splits: SplitGroup | None = None,
 ) -> list[Row]:
-    """Return the teacher's row, then every student without KD followed by those with KD."""
+    """Return the teacher's row, then every student without KD followed by those with KD.
+
+    Parameters
+    ----------
+    splits : if the data set is the mean of several. It is taken run by run, then mean and spread over seeds,
+        and gaps from these means
+    """
     rows = []
-    known = teacher.values(dataset) if teacher else {}
+    known = _teacher_values(teacher, dataset, splits) if teacher else {}
     if teacher is not None:
         rows.append(_teacher_row(teacher, known))
+
+    def row_of(group: Group, role: str) -> Row:
+        measured = [run_values(run, dataset, evaluations, splits) for run in group.runs]
+        return _group_row(group, role, measured)
+
     for baseline, with_kd in comparisons(groups):
-        base_row = _group_row(baseline, "without KD", dataset, evaluations) if baseline else None
+        base_row = row_of(baseline, "without KD") if baseline else None
         if base_row is not None:
             rows.append(base_row)
         for group in with_kd:
-            row = _group_row(group, "with KD", dataset, evaluations)
+            row = row_of(group, "with KD")
             rows.append(replace(row, gaps=_gaps(base_row, row, known)) if teacher is not None else row)
     return rows
 
 
-def run_values(run: Run, dataset: str, evaluations: Evaluations) -> dict[str, float | None]:
+def run_values(
+    run: Run, dataset: str, evaluations: Evaluations, splits: SplitGroup | None = None
+) -> dict[str, float | None]:
     """Return a run's metrics on a data set: of an evaluation if there is one, else those it ended with."""
+    if splits is not None:
+        return mean_report(splits, {name: run_values(run, name, evaluations) for name in splits.splits})[0]
     stored = run.val if dataset == VALIDATION and not run.test else run.test.get(dataset, {})
     evaluation = evaluations.get(run.path, {}).get(dataset)
     return {**stored, **(evaluation.to_report() if evaluation else {})}
+
+
+def missing_means(
+    groups: Sequence[Group], splits: SplitGroup, teacher: TeacherResult | None, evaluations: Evaluations
+) -> list[str]:
+    """Say which run or teacher has no mean over splits, and why; a mean over seeds is without that run."""
+    reports = {
+        str(run.path): {name: run_values(run, name, evaluations) for name in splits.splits}
+        for group in groups
+        for run in group.runs
+    }
+    if teacher is not None:
+        reports[f"teacher {teacher.name}"] = {name: teacher.values(name) for name in splits.splits}
+    return [f"{who}: {problem}" for who, its in reports.items() for problem in mean_report(splits, its)[1]]
+
+
+def measured_sets(runs: Sequence[Run], evaluations: Evaluations) -> set[str]:
+    """Return the names of the test sets that any run was measured on."""
+    return {name for run in runs for name in (*run.test, *evaluations.get(run.path, {}))}
+
+
+def _teacher_values(
+    teacher: TeacherResult, dataset: str, splits: SplitGroup | None
+) -> dict[str, float | None]:
+    if splits is None:
+        return teacher.values(dataset)
+    return mean_report(splits, {name: teacher.values(name) for name in splits.splits})[0]
 
 
 def _teacher_row(teacher: TeacherResult, known: Mapping[str, float | None]) -> Row:
@@ -128,8 +211,7 @@ def _teacher_row(teacher: TeacherResult, known: Mapping[str, float | None]) -> R
     )
 
 
-def _group_row(group: Group, role: str, dataset: str, evaluations: Evaluations) -> Row:
-    measured = [run_values(run, dataset, evaluations) for run in group.runs]
+def _group_row(group: Group, role: str, measured: Sequence[Mapping[str, float | None]]) -> Row:
     values = {key: [v for m in measured if (v := m.get(key)) is not None] for key in REPORTED}
     return Row(
         name=group.name,

@@ -18,7 +18,7 @@ NO_KD = "none"
 _IN_KD_NAME = frozenset({"kd", "pseudo_labels", "teacher"})
 # Settings that say where a run goes and how it is watched, not what it computes.
 _BOOKKEEPING = frozenset(
-    {"seed", "out", "label", "device", "tensorboard", "log_every", "checkpoint_every", "test"}
+    {"seed", "out", "label", "device", "tensorboard", "log_every", "checkpoint_every", "test", "test_groups"}
 )
 
 
@@ -35,6 +35,7 @@ class Run:
     seconds: float | None  # of training, wall clock
     val: dict[str, float | None]  # energy_mae_meV, force_mae_meV_A, force_cos, efwt_percent
     test: dict[str, dict[str, float | None]]  # the same by name of the test set
+    test_groups: dict[str, tuple[str, ...]]  # names of test sets by the name of the group they form
     settings: dict[str, Any]  # config.yaml, flat ("training.lr"), without what may differ within a group
     summary: dict[str, Any]  # metrics.json as it stands
     curves: dict[str, NDArray[np.float64]]  # columns of metrics.csv, NaN where not measured
@@ -64,6 +65,7 @@ def read_run(path: Path) -> Run:
         seconds=final.get("seconds"),
         val=dict(final.get("val") or {}),
         test={name: dict(values) for name, values in (final.get("test") or {}).items()},
+        test_groups={name: tuple(sets) for name, sets in (config.get("test_groups") or {}).items()},
         settings={
             key: value
             for key, value in flat.items()

@@ -1,6 +1,8 @@
-"""Run folders and evaluations with chosen numbers."""
+"""Run folders and evaluations with chosen numbers; makes helper modules of this folder importable."""
 
 import json
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,6 +10,8 @@ import yaml
 
 from molkd.pipeline.evaluation.metrics import MetricSums
 from molkd.pipeline.evaluation.result import Evaluation, Parity
+
+sys.path.insert(0, str(Path(__file__).parent))
 
 HEADER = (
     "step,epoch,lr,seconds,train_loss,val_energy_mae_meV,val_force_mae_meV_A,val_force_cos,val_efwt_percent"

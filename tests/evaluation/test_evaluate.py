@@ -1,5 +1,7 @@
 """Evaluation of a `predict` callable: known errors, batch independence, bad output, files."""
 
+import json
+
 import ase.io
 import numpy as np
 import pytest
@@ -65,7 +67,7 @@ def test_results_do_not_depend_on_the_batch_size():
         np.testing.assert_array_equal(other.parity.forces_label, results[0].parity.forces_label)
 
 
-def test_throughput_counts_full_batches_after_one_warm_up_call():
+def test_throughput_counts_full_batches_after_warm_up_calls():
     calls = []
 
     def counting(batch):
@@ -73,7 +75,8 @@ def test_throughput_counts_full_batches_after_one_warm_up_call():
         return _predict(batch)
 
     evaluate(counting, _systems(), RULE, batch_size=10)
-    assert calls == [10, 10, 10, 3]
+    # three warm-up calls, two full batches and one that is not, and the first again for five repeats in all
+    assert calls == [10, 10, 10, 10, 10, 3, 10, 10, 10]
     calls.clear()
     assert (
         evaluate(counting, _systems(), RULE, batch_size=10, measure_throughput=False).systems_per_second
@@ -157,10 +160,28 @@ def test_saved_evaluation_comes_back(tmp_path):
     result = evaluate(_predict, _systems(), RULE)
     result.save(tmp_path / FOLDER / "test_300K.npz")
     loaded = load_evaluations(tmp_path)["test_300K"]
-    assert loaded.metrics == result.metrics
-    assert loaded.systems_per_second == result.systems_per_second
+    for name in (
+        "metrics", "systems_per_second", "throughput", "energy_tail", "force_tail", "worst",
+    ):  # fmt: skip
+        assert getattr(loaded, name) == getattr(result, name)
+    assert loaded.worst["energy"]
+    assert loaded.breakdowns.keys() == result.breakdowns.keys() >= {"element", "size"}
+    for kind, found in result.breakdowns.items():
+        assert loaded.breakdowns[kind].keys == found.keys
+        np.testing.assert_array_equal(loaded.breakdowns[kind].terms, found.terms)
     for name, values in vars(result.parity).items():
         np.testing.assert_array_equal(getattr(loaded.parity, name), values)
+
+
+def test_file_of_an_older_version_is_read(tmp_path):
+    """As it was written before throughput had conditions and errors had tails."""
+    result = evaluate(_predict, _systems(), RULE)
+    numbers = {**vars(result.metrics), "systems_per_second": 12.5, "weights_sha256": "ab"}
+    np.savez(tmp_path / "old.npz", numbers=np.array(json.dumps(numbers)), **vars(result.parity))
+    loaded = Evaluation.load(tmp_path / "old.npz")
+    assert loaded.metrics == result.metrics
+    assert (loaded.systems_per_second, loaded.weights_sha256) == (12.5, "ab")
+    assert (loaded.throughput, loaded.energy_tail, loaded.breakdowns, loaded.worst) == (None, None, {}, {})
 
 
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04 not a zip", b"hello"])
