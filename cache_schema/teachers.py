@@ -30,14 +30,18 @@ def require_same(root: Path, name: str, provenance: dict[str, Any]) -> None:
     CacheError
         Saying what differs.
     """
-    known = teacher_provenance(root, name) or {}
-    differs = [k for k in TEACHER_IDENTITY if canonical(known.get(k)) != canonical(provenance.get(k))]
+    differs = differences(teacher_provenance(root, name) or {}, provenance)
     if differs:
-        shown = "; ".join(f"{k} {short(known.get(k))}, given {short(provenance.get(k))}" for k in differs)
         raise CacheError(
-            f"{root}: its teacher {name} is another one ({shown}); "
+            f"{root}: its teacher {name} is another one ({differs}); "
             "give this one another name, or take the teacher the store was made with"
         )
+
+
+def differences(known: dict[str, Any], given: dict[str, Any]) -> str:
+    """Return in words what makes two teachers different ones; empty if they are the same."""
+    differs = [k for k in TEACHER_IDENTITY if canonical(known.get(k)) != canonical(given.get(k))]
+    return "; ".join(f"{k} {short(known.get(k))}, given {short(given.get(k))}" for k in differs)
 
 
 def short(value: object) -> str:

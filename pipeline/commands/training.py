@@ -38,6 +38,9 @@ from molkd.pipeline.commands.output import NEW_PATH, PATH, STORE, as_json, given
 )
 @click.option("--teacher", help="Which one, if the store has several.")
 @click.option("--pseudo-labels", is_flag=True, default=None, help="Missing labels come from the teacher.")
+@click.option("--mix", multiple=True, type=STORE, help="A further store to train on; may be repeated.")
+@click.option("--mix-share", multiple=True, type=float, help="Share of each batch from it; default 0.25.")
+@click.option("--mix-weight", multiple=True, type=float, help="k of Eqs. 9-11: its loss weight ratio; 1.")
 @click.option("--val", type=STORE, help="Validation data or store; default: a part of STORE by id.")
 @click.option("--val-fraction", type=float, help="Share of STORE held out by id; default 0.1.")
 @click.option("--test", multiple=True, type=STORE, help="Evaluated once at the end; never trained on.")
@@ -70,12 +73,16 @@ def train_student(
     edges. With --kd none this is ordinary training, also the way to train a teacher. The same command
     continues.
 
+    --mix takes a share of every batch from another store of the same teacher, and weighs its losses k times
+    as much as those of STORE; --mix-share and --mix-weight go for all --mix, or are given as often as it.
+
     \b
     Example:
       kd train-student coll.kdcache --student painn-small --kd n2n=auto --kd v2v=1.0 --out runs/n2n
       kd train-student coll.kdcache --student painn-small --kd 'n2n:H3->U2+U4' --out runs/layers
       kd train-student coll.kdcache --student painn-small --kd n2n=10,head=mlp,loss=huber --out runs/huber
       kd train-student coll.kdcache --student painn-big --kd none --out runs/teacher
+      kd train-student coll.kdcache --student painn-small --kd n2n --mix rattled.kdcache --out runs/mix
     """
     from molkd.pipeline.distill.settings import resolve
     from molkd.pipeline.distill.train import train_student as run

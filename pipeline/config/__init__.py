@@ -12,7 +12,7 @@ from molkd.pipeline.config.base import (
 from molkd.pipeline.config.kd import OPTIONS, OWN_TAPS, VANILLA_SIGNALS, KDTerm, parse_kd
 from molkd.pipeline.config.stage_one import CacheConfig, IngestConfig
 from molkd.pipeline.config.test_sets import SplitGroup, parse_groups
-from molkd.pipeline.config.training import ScheduleConfig, TrainConfig, TrainingConfig
+from molkd.pipeline.config.training import MixConfig, ScheduleConfig, TrainConfig, TrainingConfig
 
 __all__ = [
     "OPTIONS",
@@ -21,6 +21,7 @@ __all__ = [
     "CacheConfig",
     "IngestConfig",
     "KDTerm",
+    "MixConfig",
     "ScheduleConfig",
     "Settings",
     "SplitGroup",

@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 from molkd.pipeline.config.base import Settings
 from molkd.pipeline.config.kd import KDTerm
 from molkd.pipeline.config.test_sets import SplitGroup
-from molkd.pipeline.places import Place
+from molkd.pipeline.places import Place, resolved
 
 
 class ScheduleConfig(Settings):
@@ -43,6 +43,15 @@ class TrainingConfig(Settings):
     max_steps: int | None = Field(None, ge=1)  # the smaller of both ends the run
 
 
+class MixConfig(Settings):
+    """A further store, of which every batch takes a share (Eqs. 9 to 11)."""
+
+    store: Place
+    share: float = Field(0.25, gt=0, lt=1)  # of each batch, rounded to whole systems
+    weight: float = Field(1.0, gt=0, allow_inf_nan=False)  # k: weight of its systems over that of the others
+    teacher: str | None = None  # its name there; None: the one that is the same teacher
+
+
 class TrainConfig(Settings):
     """`kd train-student`: one run."""
 
@@ -54,6 +63,7 @@ class TrainConfig(Settings):
     kd: tuple[KDTerm, ...] = ()  # empty: no distillation
     teacher: str | None = None  # which one, if the store has several
     pseudo_labels: bool = False  # where a label is missing the base loss takes the teacher's
+    mix: tuple[MixConfig, ...] = ()  # further stores to train on
     rotated_targets: bool = False  # compare features in the basis of their encoding (pca), not decoded
     val: Place | None = None  # file or store; None: val_fraction of the store, by id
     val_fraction: float = Field(0.1, ge=0, lt=1)
@@ -79,4 +89,11 @@ class TrainConfig(Settings):
         problems = [problem for group in groups if (problem := group.problem(self.test))]
         if problems:
             raise ValueError("; ".join(problems))
+        if self.mix and self.rotated_targets:
+            raise ValueError(
+                "rotated_targets takes one store: with mix every store has a basis of its own; leave one out"
+            )
+        places = [resolved(place) for place in (self.store, *(mix.store for mix in self.mix))]
+        if len(set(places)) < len(places):
+            raise ValueError("mix: the same store twice; a share can be raised instead")
         return self

@@ -66,9 +66,8 @@ class RunFolder:
         """Return which settings that matter a run that has begun there has otherwise."""
         if not (self._config.exists() and self.has_begun):
             return []
-        old = make_config(TrainConfig, read_yaml(self._config)).model_dump(mode="json")
-        new = config.model_dump(mode="json")
-        return [key for key in new if key not in _MAY_CHANGE and new[key] != old.get(key)]
+        old, new = (_what_matters(c) for c in (make_config(TrainConfig, read_yaml(self._config)), config))
+        return [key for key in new if new[key] != old[key]]
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -150,6 +149,12 @@ class RunFolder:
             csv.DictWriter(file, self._columns, extrasaction="ignore").writerow(
                 {key: _cell(value) for key, value in row.items()}
             )
+
+
+def _what_matters(config: TrainConfig) -> dict[str, Any]:
+    """Return the settings that a run keeps; stores may move, what they hold is checked elsewhere."""
+    settings = {k: v for k, v in config.model_dump(mode="json").items() if k not in _MAY_CHANGE}
+    return settings | {"mix": [{k: v for k, v in mix.items() if k != "store"} for mix in settings["mix"]]}
 
 
 def _cell(value: float | int) -> str:

@@ -31,6 +31,8 @@ def resolve(config_file: Path | None, assignments: Sequence[str], flags: Mapping
     terms = flags.pop("kd_terms", ())
     head, loss = flags.pop("kd_head", "linear"), flags.pop("kd_loss", "mse")
     training = {name: flags.pop(flag) for flag, name in _TRAINING_FLAGS.items() if flag in flags}
+    if mix := _mixed(flags.pop("mix", ()), flags.pop("mix_share", ()), flags.pop("mix_weight", ())):
+        flags["mix"] = mix
     if "test" in flags:
         flags["test"] = _named(flags["test"])
     if "groups" in flags:
@@ -57,6 +59,22 @@ def train_config(student: str, *layers: Mapping[str, Any], periodic: bool) -> Tr
         If there is no such preset, or a setting is unknown or out of range.
     """
     return make_config(TrainConfig, load_preset(student, periodic=periodic), *layers)
+
+
+def _mixed(
+    stores: Sequence[Path | str], shares: Sequence[float], weights: Sequence[float]
+) -> list[dict[str, Any]]:
+    """Return the further stores of --mix with their shares and weights, given once for all or for each."""
+    mixed: list[dict[str, Any]] = [{"store": store} for store in stores]
+    for name, values in (("share", shares), ("weight", weights)):
+        if values and (not stores or len(values) not in (1, len(stores))):
+            raise ConfigError(
+                f"--mix-{name} is given {len(values)} times for {len(stores)} --mix; "
+                "give it once for all of them, or once for each in the same order"
+            )
+        for k in range(len(stores) if values else 0):
+            mixed[k][name] = values[k] if len(values) > 1 else values[0]
+    return mixed
 
 
 def _named(places: Sequence[Path | str]) -> dict[str, Path | str]:

@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -11,6 +12,8 @@ from molkd.cache_schema.reader import Cache
 from molkd.pipeline.config import TrainConfig
 from molkd.pipeline.distill.loader import CacheLoader, Sample, sample_to
 from molkd.pipeline.distill.losses import LossTerms, fill_labels
+from molkd.pipeline.distill.mixed_loader import MixedLoader
+from molkd.pipeline.distill.mixed_stores import TrainingStore, systems_a_batch
 from molkd.pipeline.distill.objective import Objective
 from molkd.pipeline.distill.optim import lr_factor, make_ema, make_optimizer, update_ema
 from molkd.pipeline.distill.student import Setup
@@ -25,7 +28,7 @@ class TrainState:
     objective: Objective
     optimizer: torch.optim.Optimizer
     ema: nn.Module | None  # holds the moving average of the weights
-    loader: CacheLoader
+    loader: CacheLoader | MixedLoader
     step: int = 0
     seconds: float = 0.0
     best: float = math.inf
@@ -80,20 +83,39 @@ def initial_state(cache: Cache, setup: Setup, config: TrainConfig, device: torch
         objective=setup.objective,
         optimizer=make_optimizer([*model.parameters(), *setup.objective.parameters()], config.training),
         ema=make_ema(model) if config.training.ema_decay else None,
-        loader=CacheLoader(
-            cache,
-            setup.train,
+        loader=_make_loader(cache, setup, config, device),
+    )
+
+
+def _make_loader(
+    cache: Cache, setup: Setup, config: TrainConfig, device: torch.device
+) -> CacheLoader | MixedLoader:
+    main = TrainingStore(cache, setup.train, setup.teacher)
+    stores, counts = (main, *setup.mixed), systems_a_batch(config)
+    # The main store's order stays that of a run without further stores.
+    seeds = [config.seed, *(_seed_of(config.seed, number) for number in range(1, len(stores)))]
+    first, *others = (
+        CacheLoader(
+            store.cache,
+            store.train,
             setup.potential.neighbor_rule,
             setup.potential.scale,
-            batch_size=config.training.batch_size,
-            seed=config.seed,
-            teacher=setup.teacher,
+            batch_size=count,
+            seed=seed,
+            teacher=store.teacher,
             signals=setup.signals,
             edge_rule=setup.edge_rule,
             rotated=setup.rotated,
             pin=device.type == "cuda",
-        ),
+        )
+        for store, count, seed in zip(stores, counts, seeds, strict=True)
     )
+    return MixedLoader(first, others, [mix.weight for mix in config.mix]) if others else first
+
+
+def _seed_of(seed: int, number: int) -> int:
+    """Return the seed of the order in which a further store is used."""
+    return int(np.random.SeedSequence(seed, spawn_key=(number,)).generate_state(1)[0])
 
 
 def train_step(

@@ -17,6 +17,7 @@ from molkd.pipeline.data.references import LabelScale, fit_label_scale
 from molkd.pipeline.distill.coded import in_basis, ratios, rotated_bases
 from molkd.pipeline.distill.heads import make_heads
 from molkd.pipeline.distill.lambdas import term_weight
+from molkd.pipeline.distill.mixed_stores import TrainingStore, add_references, describe_mix, open_mixed
 from molkd.pipeline.distill.objective import Objective, needed_signals
 from molkd.pipeline.distill.statistics import LabelStatistics, label_statistics
 from molkd.pipeline.distill.systems import choose_systems, choose_teacher
@@ -45,6 +46,7 @@ class Setup:
     objective: Objective
     edge_rule: NeighborRule | None  # of a student that picks the edges of its features from its own graph
     rotated: frozenset[str]  # signals learnt in the basis of their encoding
+    mixed: tuple[TrainingStore, ...] = ()  # further stores, in the order of `config.mix`
 
 
 def prepare(
@@ -59,6 +61,8 @@ def prepare(
     teacher = choose_teacher(cache, config)
     signals = needed_signals(config.kd, pseudo_labels=config.pseudo_labels)
     train, val = choose_systems(cache, config, teacher, signals, held_out)
+    main = TrainingStore(cache, train, teacher)
+    mixed = open_mixed(config, main, val, signals, held_out)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         model: Any = build_model(config.model)
@@ -68,45 +72,71 @@ def prepare(
         specs = in_basis(_teacher_specs(cache, teacher), rotated)
         heads = make_heads(config.kd, model.signals, specs, _offered(cache, teacher))
     edge_rule: NeighborRule | None = None if model.edge_rule == model.neighbor_rule else model.edge_rule
-    if teacher is not None and "edge" in signals:
-        if edge_rule is None:
-            check_reach(cache, np.flatnonzero(train), teacher, model.neighbor_rule, config.student)
-        else:
-            refuse_ties(edge_rule, config.student)
-    uses_energies = teacher is not None and bool({"energy", "atomic_energies"} & set(signals))
-    scalar_signals = tuple(sorted({"energy", "atomic_energies", "forces"} & set(signals)))
-    statistics = label_statistics(cache, train, teacher, scalar_signals if uses_energies else ())
-    _check_labels(cache, config, statistics)
-    scale = _fit_scale(config, statistics)
-    known_elements = _elements_with_reference(cache, statistics, scale)
-    if teacher is not None and uses_energies:
-        _check_energy_reference(cache, train, teacher, scale)
+    if "edge" in signals:
+        _check_edges((main, *mixed), model.neighbor_rule, edge_rule, config.student)
+    statistics, scale, elements = _measure_labels((main, *mixed), signals, config)
     systems = np.flatnonzero(train)
     weights = {t.label: term_weight(t, cache, teacher, statistics, scale, config, systems) for t in config.kd}
     training = config.training
     objective = Objective(
         config.kd, weights, heads, training.energy_weight, training.forces_weight, ratios(rotated)
     )
-    embedded = range(1, int(model.max_atomic_number) + 1)
-    Scope(config.student, frozenset(embedded), model.neighbor_rule).check_store(cache, systems)
-    provenance = _provenance(cache, config, teacher, weights, train) | {"elements": known_elements}
+    scope = Scope(config.student, frozenset(range(1, int(model.max_atomic_number) + 1)), model.neighbor_rule)
+    for store in (main, *mixed):
+        scope.check_store(store.cache, np.flatnonzero(store.train))
+    provenance = _provenance(cache, config, teacher, weights, train) | {"elements": elements}
+    if mixed:
+        provenance["mix"] = describe_mix(config, mixed)
     potential = Potential(model.to(device), scale, {"model": config.model, "provenance": provenance})
-    return Setup(train, val, teacher, signals, potential, objective.to(device), edge_rule, frozenset(rotated))
+    return Setup(
+        train, val, teacher, signals, potential, objective.to(device), edge_rule, frozenset(rotated), mixed
+    )
 
 
-def _elements_with_reference(cache: Cache, statistics: LabelStatistics, scale: LabelScale) -> list[int]:
+def _check_edges(
+    stores: tuple[TrainingStore, ...], rule: NeighborRule, edge_rule: NeighborRule | None, student: str
+) -> None:
+    for store in stores:
+        if store.teacher is None:
+            continue
+        if edge_rule is None:
+            check_reach(store.cache, np.flatnonzero(store.train), store.teacher, rule, student)
+        else:
+            refuse_ties(edge_rule, student)
+
+
+def _measure_labels(
+    stores: tuple[TrainingStore, ...], signals: tuple[str, ...], config: TrainConfig
+) -> tuple[LabelStatistics, LabelScale, list[int]]:
+    """Return what the main store's labels look like, their scale, and the elements with known energies."""
+    uses_energies = bool({"energy", "atomic_energies"} & set(signals))
+    read = tuple(sorted({"energy", "atomic_energies", "forces"} & set(signals))) if uses_energies else ()
+    statistics, *further = (label_statistics(s.cache, s.train, s.teacher, read) for s in stores)
+    _check_labels(stores[0].cache, config, statistics)
+    scale = add_references(_fit_scale(config, statistics), further, config)
+    elements = _elements_with_reference(stores, (statistics, *further), scale)
+    for store in stores:
+        if store.teacher is not None and uses_energies:
+            _check_energy_reference(store.cache, store.train, store.teacher, scale)
+    return statistics, scale, elements
+
+
+def _elements_with_reference(
+    stores: tuple[TrainingStore, ...], statistics: tuple[LabelStatistics, ...], scale: LabelScale
+) -> list[int]:
     """Return the elements whose energies the student learns; others occur without any energy."""
+    found = sorted({z for one in statistics for z in one.elements})
     if not scale.references:
-        return list(statistics.elements)
-    without = [z for z in statistics.elements if z not in scale.references]
+        return found
+    without = [z for z in found if z not in scale.references]
     if without:
         log.warning(
             "%s: no system with an energy holds the elements with atomic numbers %s; the student learns "
             "features and forces of them, but will refuse to predict their energies",
-            cache.path,
+            ", ".join(str(store.cache.path) for store in stores),
             ", ".join(str(z) for z in without),
         )
-    return [z for z in statistics.elements if z in scale.references]
+    return [z for z in found if z in scale.references]
 
 
 def _teacher_specs(cache: Cache, teacher: str | None) -> dict[str, FieldSpec]:

@@ -40,22 +40,49 @@ def choose_systems(
 ) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
     """Return masks (S,) of training and validation systems.
 
+    Raises
+    ------
+    CacheError
+        If a signal is unfinished.
+    DataError
+        If nothing is left to train on.
+    """
+    val = np.zeros(cache.n_systems, dtype=bool)
+    if config.val is None and config.val_fraction:
+        val = split_mask(cache.ids, config.val_fraction)
+    train = usable_systems(cache, ~val, config, teacher, signals, held_out)
+    if not train.any():
+        raise DataError(f"{cache.path}: no system left to train on; lower --val-fraction or add systems")
+    return train, val
+
+
+def usable_systems(
+    cache: Cache,
+    wanted: NDArray[np.bool_],
+    config: TrainConfig,
+    teacher: str | None,
+    signals: tuple[str, ...],
+    held_out: frozenset[bytes],
+) -> NDArray[np.bool_]:
+    """Return which of the wanted systems (S,) can be trained on.
+
     Quarantined systems are left out, and so is everything that also stands in the validation or test data.
 
     Raises
     ------
     CacheError
         If a signal is unfinished.
+    DataError
+        If labels are needed, and there are none.
     """
-    val = np.zeros(cache.n_systems, dtype=bool)
-    if config.val is None and config.val_fraction:
-        val = split_mask(cache.ids, config.val_fraction)
-    train = ~val
+    train = wanted.copy()
     if held_out:
         met = np.array([row.tobytes() in held_out for row in cache.ids])
         if n_met := int((train & met).sum()):
             log.warning(
-                "%d systems of the store are in the validation or test data too: not trained on", n_met
+                "%s: %d systems of the store are in the validation or test data too: not trained on",
+                cache.path,
+                n_met,
             )
         train &= ~met
     if teacher is not None:
@@ -70,17 +97,19 @@ def choose_systems(
         bad = cache.bad_systems(teacher)
         if len(bad):
             train[bad] = False
-            log.warning("%d systems without finite teacher output are left out", len(bad))
+            log.warning("%s: %d systems without finite teacher output are left out", cache.path, len(bad))
     if not config.kd and not config.pseudo_labels:
         n_before = int(train.sum())
         train = labelled_systems(cache, train)
-        if not train.any():
+        if n_before and not train.any():
             raise DataError(
                 f"{cache.path}: no system has an energy or forces to train on; ingest with --energy-key, "
                 "or learn from a teacher with --pseudo-labels or --kd vanilla1"
             )
         if n_left_out := n_before - int(train.sum()):
-            log.info("%d systems without any label are left out: only a teacher could use them", n_left_out)
-    if not train.any():
-        raise DataError(f"{cache.path}: no system left to train on; lower --val-fraction or add systems")
-    return train, val
+            log.info(
+                "%s: %d systems without any label are left out: only a teacher could use them",
+                cache.path,
+                n_left_out,
+            )
+    return train

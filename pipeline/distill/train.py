@@ -156,6 +156,8 @@ def _train(config: TrainConfig, run: RunFolder) -> TrainSummary:
             "store": str(config.store),
             "dataset_fingerprint": cache.fingerprint,
         }
+        if setup.mixed:
+            extra["mix"] = setup.potential.metadata["provenance"]["mix"]
         run.finish(vars(summary) | extra)
     return summary
 
@@ -170,12 +172,18 @@ def _length(batches_per_epoch: int, config: TrainConfig) -> tuple[int, int]:
 
 def _data_of(cache: Cache, setup: Setup, val_systems: list[System]) -> dict[str, Any]:
     """Return what tells the data of two runs apart, wherever they lie."""
-    return {
+    mixed = [(store.cache.fingerprint.encode(), store.cache.ids[store.train]) for store in setup.mixed]
+    data = {"mixed systems": _sha256(b"".join(f + i.tobytes() for f, i in mixed))} if mixed else {}
+    return data | {
         "systems": cache.fingerprint,
         "teacher": setup.potential.metadata["provenance"]["teacher"],
-        "training systems": hashlib.sha256(cache.ids[setup.train].tobytes()).hexdigest(),
-        "validation systems": hashlib.sha256(b"".join(s.id for s in val_systems)).hexdigest(),
+        "training systems": _sha256(cache.ids[setup.train].tobytes()),
+        "validation systems": _sha256(b"".join(s.id for s in val_systems)),
     }
+
+
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
 
 
 def _check_same_data(config: TrainConfig, old: dict[str, Any], new: dict[str, Any]) -> None:
@@ -183,7 +191,7 @@ def _check_same_data(config: TrainConfig, old: dict[str, Any], new: dict[str, An
     if differ:
         raise CacheError(
             f"{config.store}: other {' and '.join(differ)} than those that {config.out} was begun with; "
-            "give the same store and --val again, or another --out"
+            "give the same store, --mix and --val again, or another --out"
         )
 
 

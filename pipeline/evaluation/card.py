@@ -126,6 +126,7 @@ def model_card(
                 "dataset fingerprint": provenance.get("dataset_fingerprint"),
                 "training systems": provenance.get("n_training_systems"),
                 "energy labels": provenance.get("n_training_energies"),
+                "mixed in": "; ".join(map(_mixed_in, provenance.get("mix", ()))) or None,
                 **known_data,
                 "licence": known_data.get("licence") or "not recorded",
             }
@@ -144,6 +145,16 @@ def model_card(
         _citations(teacher, known_data, has_kd=bool(provenance.get("kd") or provenance.get("pseudo_labels"))),
     ]
     return "\n\n".join(sections) + "\n"
+
+
+def _mixed_in(mix: Mapping[str, Any]) -> str:
+    licence = (mix.get("data") or {}).get("licence") or "not recorded"
+    return (
+        f"{mix.get('store')} (licence {licence}): {_short(mix.get('share'))} of each batch, "
+        f"weight ratio {_short(mix.get('weight_ratio'))}, {mix.get('n_training_systems')} systems, "
+        f"{mix.get('n_training_energies')} energy labels, "
+        f"dataset fingerprint {mix.get('dataset_fingerprint')}"
+    )
 
 
 def _strategy(provenance: Mapping[str, Any], teacher: Mapping[str, Any]) -> str:

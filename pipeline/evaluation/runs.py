@@ -11,8 +11,9 @@ import numpy as np
 import yaml
 from numpy.typing import NDArray
 
-from molkd.pipeline.config import KDTerm, make_config
+from molkd.pipeline.config import KDTerm, MixConfig, make_config
 from molkd.pipeline.errors import DataError
+from molkd.pipeline.places import short_name
 
 NO_KD = "none"
 _IN_KD_NAME = frozenset({"kd", "pseudo_labels", "teacher"})
@@ -54,7 +55,9 @@ def read_run(path: Path) -> Run:
     student = final.get("student") or config.get("student")
     if not student:
         raise DataError(f"{path / 'metrics.json'}: no student is named; was it written by another program?")
-    flat = _flatten(config)
+    flat = _flatten({**config, **mix_setting(config)})
+    if not flat["mix"]:
+        del flat["mix"]  # as of runs that knew no mixing
     return Run(
         path=path,
         student=str(student),
@@ -122,6 +125,16 @@ def kd_setting(config: Mapping[str, Any]) -> str:
         return NO_KD
     source = f" from {config['teacher']}" if config.get("teacher") else ""
     return " + ".join(sorted(terms)) + source
+
+
+def mix_setting(config: Mapping[str, Any]) -> dict[str, str]:
+    """Name the further stores of a config, wherever they lie: {"mix": "0.25 of rattled (weight 0.5)"}."""
+    return {"mix": " + ".join(_mixed(make_config(MixConfig, mix)) for mix in config.get("mix") or ())}
+
+
+def _mixed(mix: MixConfig) -> str:
+    weight = "" if mix.weight == 1 else f" (weight {mix.weight:g})"
+    return f"{mix.share:g} of {short_name(mix.store)}{weight}"
 
 
 def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:

@@ -29,6 +29,7 @@ from molkd.pipeline.models.registry import build_model
 
 COLL = Path(__file__).parents[1] / "data" / "coll_small.extxyz"  # 48 frames of 3 to 10 atoms, CC0
 SIGNALS = ("energy", "forces", "atomic_energies", "node", "v2v")
+CHANGES_BETWEEN_RUNS = {"seconds", "run", "test"}  # times, the folder's name, throughput
 CLI = "from molkd.cli import main; main()"
 
 PAINN = {
@@ -208,3 +209,35 @@ def before_step(monkeypatch: pytest.MonkeyPatch, n_done: int, act: Callable[[], 
 def interrupt_after(monkeypatch: pytest.MonkeyPatch, n_steps: int) -> None:
     """Send SIGTERM within a step, so that the run ends in good order behind it."""
     before_step(monkeypatch, n_steps - 1, lambda: signal.raise_signal(signal.SIGTERM))
+
+
+def assert_same_run(run: Path, expected: Path) -> None:
+    """Weights, optimiser, place in the data, metrics and results are bitwise the same."""
+    states = [torch.load(r / "last.pt", weights_only=True) for r in (run, expected)]
+    for state in states:
+        del state["counters"]["seconds"]
+    assert_bitwise(*states)
+    assert (run / "best.safetensors").read_bytes() == (expected / "best.safetensors").read_bytes()
+    rows = [[{**row, "seconds": ""} for row in read_metrics(r)] for r in (run, expected)]
+    assert rows[0] == rows[1]
+    summary, expected_summary = (
+        {k: v for k, v in read_summary(r).items() if k not in CHANGES_BETWEEN_RUNS} for r in (run, expected)
+    )
+    assert summary == expected_summary
+    assert not [p for p in run.iterdir() if p.name.startswith(".tmp")]
+
+
+def assert_bitwise(a: Any, b: Any, where: str = "state") -> None:
+    assert type(a) is type(b), where
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), where
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        for key in a:
+            assert_bitwise(a[key], b[key], f"{where}.{key}")
+    elif isinstance(a, list | tuple):
+        assert len(a) == len(b), where
+        for k, (x, y) in enumerate(zip(a, b, strict=True)):
+            assert_bitwise(x, y, f"{where}[{k}]")
+    else:
+        assert a == b, where

@@ -7,16 +7,15 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from distill_cases import (
     MODELS,
+    assert_same_run,
     before_step,
     interrupt_after,
     read_metrics,
-    read_summary,
     train_config,
 )
 
@@ -25,7 +24,6 @@ from molkd.pipeline.distill.train import train_student
 from molkd.pipeline.errors import IntegrityError
 
 N_STEPS = 26
-CHANGES_BETWEEN_RUNS = {"seconds", "run", "test"}  # times, the folder's name, throughput
 
 # Runs `kd` with each line of arguments in a process of its own, slow enough to be hit in the middle whatever
 # the load of the machine. Processes are forked behind the imports, which take longer than the runs.
@@ -82,37 +80,6 @@ def uninterrupted(store, tmp_path_factory):
         return runs[name]
 
     return run
-
-
-def assert_same_run(run: Path, expected: Path) -> None:
-    states = [torch.load(r / "last.pt", weights_only=True) for r in (run, expected)]
-    for state in states:
-        del state["counters"]["seconds"]
-    assert_bitwise(*states)
-    assert (run / "best.safetensors").read_bytes() == (expected / "best.safetensors").read_bytes()
-    rows = [[{**row, "seconds": ""} for row in read_metrics(r)] for r in (run, expected)]
-    assert rows[0] == rows[1]
-    summary, expected_summary = (
-        {k: v for k, v in read_summary(r).items() if k not in CHANGES_BETWEEN_RUNS} for r in (run, expected)
-    )
-    assert summary == expected_summary
-    assert not [p for p in run.iterdir() if p.name.startswith(".tmp")]
-
-
-def assert_bitwise(a: Any, b: Any, where: str = "state") -> None:
-    assert type(a) is type(b), where
-    if isinstance(a, torch.Tensor):
-        assert torch.equal(a, b), where
-    elif isinstance(a, dict):
-        assert a.keys() == b.keys(), where
-        for key in a:
-            assert_bitwise(a[key], b[key], f"{where}.{key}")
-    elif isinstance(a, list | tuple):
-        assert len(a) == len(b), where
-        for k, (x, y) in enumerate(zip(a, b, strict=True)):
-            assert_bitwise(x, y, f"{where}[{k}]")
-    else:
-        assert a == b, where
 
 
 # After the first step, at the end of an epoch, beside a validation, in mid-epoch, before the last step.

@@ -82,6 +82,15 @@ def test_card_tells_every_choice_of_a_loss_once():
     )
 
 
+def test_card_names_the_stores_that_were_mixed_in():
+    mix = {"store": "rattled.kdcache", "share": 0.25, "weight_ratio": 0.5, "n_training_systems": 900}
+    mix |= {"n_training_energies": 0, "dataset_fingerprint": "cafe", "data": {"licence": "CC-BY-4.0"}}
+    card = _card(metadata={"provenance": PROVENANCE | {"mix": [mix, mix | {"store": "other", "data": {}}]}})
+    expected = "0.25 of each batch, weight ratio 0.5, 900 systems, 0 energy labels, dataset fingerprint cafe"
+    assert f"- mixed in: rattled.kdcache (licence CC-BY-4.0): {expected}; other (licence not" in card
+    assert "mixed in" not in _card()
+
+
 def test_card_of_a_plain_run_claims_no_teacher():
     plain = {k: v for k, v in PROVENANCE.items() if k != "teacher"} | {"kd": []}
     card = _card(metadata={"provenance": plain, "model": MODEL | {"direct_forces": False}})
