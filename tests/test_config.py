@@ -227,6 +227,9 @@ def test_settings_written_before_there_were_taps_load(tmp_path):
         (["n2n,loss="], "'loss=' is no choice"),
         (["n2n,loss=square"], "'mse', 'mae'"),
         (["n2n,head=deep"], "'identity', 'linear' or 'mlp'"),
+        (["v2v,loss=cka"], "atoms of different systems, and each may turn alone; take gsp or lsp"),
+        (["e2e,loss=lsp"], "loss lsp compares atoms, e2e takes mse, mae or huber"),
+        (["n2n,loss=gsp,delta=2"], "delta goes with loss huber"),
         (["n2n,delta=2"], "delta goes with loss huber"),
         (["n2n,loss=huber,delta=0"], "positive and finite"),
         (["n2n,loss=huber,delta=inf"], "positive and finite"),
@@ -254,6 +257,14 @@ def test_settings_written_before_there_were_taps_load(tmp_path):
 def test_kd_terms_that_make_no_sense_are_refused(kd, message):
     with pytest.raises(ConfigError, match=message):
         make_config(TrainConfig, NEEDED, {"kd": parse_kd(kd)})
+
+
+def test_cka_goes_with_several_stores_that_weigh_alike():
+    mixed = NEEDED | {"mix": [{"store": "b.kdcache", "share": 0.5, "weight": 1.0}]}
+    assert make_config(TrainConfig, mixed, {"kd": parse_kd(["n2n,loss=cka"])}).mix
+    mixed["mix"][0]["weight"] = 0.5
+    with pytest.raises(ConfigError, match="cka cannot weigh systems by origin; take mix weight 1"):
+        make_config(TrainConfig, mixed, {"kd": parse_kd(["n2n,loss=cka"])})
 
 
 @pytest.mark.parametrize("text", ["- a\n- b\n", "a: [\n", "just text"])
@@ -293,7 +304,9 @@ terms = st.sampled_from(["n2n", "e2n", "v2v", "e2e", "vanilla1", "vanilla2"]).fl
             "name": st.just(name),
             "weight": st.one_of(st.just("auto"), positive),
             "head": st.sampled_from(["identity", "linear"] + ["mlp"] * (name != "v2v")),
-            "loss": st.sampled_from(["mse", "mae", "huber"]),
+            "loss": st.sampled_from(
+                ["mse", "mae", "huber"] + ["cka", "gsp", "lsp"] * (name in ("n2n", "e2n"))
+            ),
         },
         optional={
             "teacher_tap": st.sampled_from(["node", "layer/H3", "H3"]),

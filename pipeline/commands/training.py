@@ -31,7 +31,7 @@ from molkd.pipeline.commands.output import NEW_PATH, PATH, STORE, as_json, given
 )
 @click.option(
     "--kd-loss",
-    type=click.Choice(["mse", "mae", "huber"]),
+    type=click.Choice(["mse", "mae", "huber", "cka", "gsp", "lsp"]),
     default="mse",
     show_default=True,
     help="The same.",
@@ -69,9 +69,9 @@ def train_student(
     LAMBDA is the paper's weight, or auto: then the term starts as large as the loss on the labels. TAPS say
     which layers n2n, e2n and v2v compare: U4 is one of the student, U2+U4 are two of them together, and in
     H3->U4 the teacher's H3 is learnt (quote the > for the shell). Each loss may choose its head (identity,
-    linear, mlp) and how features are compared (mse, mae, huber with its delta). e2e trains on the teacher's
-    edges. With --kd none this is ordinary training, also the way to train a teacher. The same command
-    continues.
+    linear, mlp) and how features are compared (mse, mae, huber with its delta; cka, gsp, lsp). e2e trains on
+    the teacher's edges. With --kd none this is ordinary training, also the way to train a teacher. The same
+    command continues.
 
     --mix takes a share of every batch from another store of the same teacher, and weighs its losses k times
     as much as those of STORE; --mix-share and --mix-weight go for all --mix, or are given as often as it.

@@ -17,6 +17,7 @@ OWN_TAPS: dict[str, tuple[str, tuple[str, ...]]] = {
     "e2e": ("edge", ("edge",)),
 }
 OPTIONS = ("head", "loss", "delta")  # of a term on features, after its weight: n2n=10,head=mlp,loss=huber
+STRUCTURE_LOSSES = ("cka", "gsp", "lsp")  # compare relations between atoms, so widths need not be equal
 VANILLA_SIGNALS = {"vanilla1": ("energy", "forces"), "vanilla2": ("atomic_energies",)}
 
 _OF_OTHER_KIND = {False: ("v2v", "edge"), True: ("node", "e2n", "edge")}  # by: is it a loss on vectors?
@@ -33,7 +34,7 @@ class KDTerm(Settings):
     student_taps: tuple[str, ...] = ()  # the features to learn it with, several one behind the other
     weight: float | Literal["auto"] = "auto"
     head: Literal["identity", "linear", "mlp"] = "linear"  # on the student's features; not vanilla
-    loss: Literal["mse", "mae", "huber"] = "mse"  # not vanilla
+    loss: Literal["mse", "mae", "huber", "cka", "gsp", "lsp"] = "mse"  # not vanilla
     delta: float = 1.0  # of huber: where squares turn into absolute values, in the signal's unit
 
     @property
@@ -92,6 +93,13 @@ class KDTerm(Settings):
         if self.name == "v2v" and self.head == "mlp":
             raise ValueError(
                 "v2v takes head identity or linear: an MLP on vector components is not equivariant"
+            )
+        if self.name == "e2e" and self.loss in STRUCTURE_LOSSES:
+            raise ValueError(f"loss {self.loss} compares atoms, e2e takes mse, mae or huber")
+        if self.name == "v2v" and self.loss == "cka":
+            raise ValueError(
+                "v2v takes no loss cka: it compares atoms of different systems, and each may turn alone; "
+                "take gsp or lsp, which stay within a system"
             )
         if not 0 < self.delta < math.inf or (self.delta != 1 and self.loss != "huber"):
             raise ValueError("delta goes with loss huber, and must be positive and finite")

@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from molkd.cache_schema.fields import FieldSpec
-from molkd.pipeline.config import KDTerm
+from molkd.pipeline.config import STRUCTURE_LOSSES, KDTerm
 from molkd.pipeline.errors import ConfigError
 from molkd.pipeline.models.matmul import Linear
 
@@ -72,7 +72,7 @@ def make_head(
     n_in = sum(student[tap].shape[-1] for tap in term.student_taps)
     n_out = teacher[term.teacher_tap].shape[-1]
     if term.head == "identity":
-        if n_in != n_out:
+        if n_in != n_out and term.loss not in STRUCTURE_LOSSES:
             raise ConfigError(
                 f"--kd {term.label}: head identity needs equal widths, student {n_in}, teacher {n_out}; "
                 "take head linear"

@@ -11,6 +11,7 @@ from molkd.pipeline.data.references import LabelScale
 from molkd.pipeline.distill.start_values import measured_start
 from molkd.pipeline.distill.statistics import LabelStatistics, mean_atomic_energy
 from molkd.pipeline.errors import CacheError
+from molkd.pipeline.graphs.neighbors import NeighborRule
 
 log = logging.getLogger(__name__)
 
@@ -32,6 +33,7 @@ def term_weight(
     scale: LabelScale,
     config: TrainConfig,
     systems: NDArray[np.integer],
+    rule: NeighborRule,
 ) -> float:
     """Lambda of Eq. 2: as given, or such that the term starts as large as the base loss.
 
@@ -41,6 +43,7 @@ def term_weight(
     Parameters
     ----------
     systems : (S,) stored indices of what is trained on
+    rule : how the student finds neighbors
     """
     if term.weight != "auto":
         return term.weight
@@ -50,8 +53,10 @@ def term_weight(
     entry = cache.teachers[teacher].signals[signal]
     if term.name == "vanilla2":
         start = mean_atomic_energy(cache, teacher, scale)
+    elif term.loss == "cka":
+        start = 1.0  # of unrelated features
     elif term.loss not in ("mse", "mae"):
-        start = measured_start(term, cache, teacher, systems)
+        start = measured_start(term, cache, teacher, systems, rule)
     else:
         assert entry.statistics is not None  # complete signals have statistics
         variance = float(np.mean(entry.statistics.variance))

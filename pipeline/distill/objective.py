@@ -5,7 +5,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from molkd.pipeline.config import KDTerm
+from molkd.pipeline.config import STRUCTURE_LOSSES, KDTerm
+from molkd.pipeline.distill.feature_losses import structure_loss
 from molkd.pipeline.distill.heads import head_key
 from molkd.pipeline.distill.losses import (
     LossTerms,
@@ -15,6 +16,7 @@ from molkd.pipeline.distill.losses import (
     vanilla1_loss,
     vanilla2_loss,
 )
+from molkd.pipeline.graphs.batch import Batch
 from molkd.pipeline.models.interface import Outputs
 
 
@@ -44,22 +46,30 @@ class Objective(nn.Module):
         self.taps = tuple(sorted({tap for term in terms for tap in term.student_taps}))
         self.heads = heads
 
-    def forward(self, outputs: Outputs, targets: Targets) -> LossTerms:
-        """Return the total and every unweighted part, KD terms under their labels."""
+    def forward(self, outputs: Outputs, targets: Targets, batch: Batch | None = None) -> LossTerms:
+        """Return the total and every unweighted part, KD terms under their labels.
+
+        Parameters
+        ----------
+        batch : what the outputs were computed from; losses on relations between atoms need it
+        """
         total, parts = base_loss(outputs, targets, self.energy_weight, self.forces_weight)
         parts = dict(parts)
         for term in self.terms:
-            parts[term.label] = self._term(term, outputs, targets)
+            parts[term.label] = self._term(term, outputs, targets, batch)
             total = total + self.weights[term.label] * parts[term.label]
         return LossTerms(total, parts)
 
-    def _term(self, term: KDTerm, outputs: Outputs, targets: Targets) -> Tensor:
+    def _term(self, term: KDTerm, outputs: Outputs, targets: Targets, batch: Batch | None) -> Tensor:
         if term.name == "vanilla1":
             return vanilla1_loss(outputs, targets, self.energy_weight, self.forces_weight)
         if term.name == "vanilla2":
             return vanilla2_loss(outputs, targets)
         mapped = self.heads[head_key(term)](_joined([outputs[tap] for tap in term.student_taps]))
         weights = targets.weights
+        if term.loss in STRUCTURE_LOSSES:
+            assert batch is not None
+            return structure_loss(term.loss, mapped, targets.teacher[term.teacher_tap], batch, weights)
         rows = (weights.edges if term.name == "e2e" else weights.atoms) if weights else None
         loss = feature_loss(mapped, targets.teacher[term.teacher_tap], term.loss, rows, delta=term.delta)
         return loss * self.ratios.get(term.teacher_tap, 1.0)

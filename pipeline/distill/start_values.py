@@ -5,22 +5,46 @@ import torch
 from numpy.typing import NDArray
 
 from molkd.cache_schema.reader import Cache
-from molkd.pipeline.config import KDTerm
+from molkd.pipeline.config import STRUCTURE_LOSSES, KDTerm
+from molkd.pipeline.distill.feature_losses import structure_loss
 from molkd.pipeline.distill.losses import feature_loss
+from molkd.pipeline.graphs.batch import make_batch
+from molkd.pipeline.graphs.neighbors import NeighborRule
 
 _SAMPLE_ATOMS = 4000
+_FIELDS = ("atomic_numbers", "positions", "tags", "fixed", "cell", "pbc")
 
 
-def measured_start(term: KDTerm, cache: Cache, teacher: str, systems: NDArray[np.integer]) -> float:
-    """Return a loss on features over the first systems, for a student that knows only the signal's mean.
+def measured_start(
+    term: KDTerm, cache: Cache, teacher: str, systems: NDArray[np.integer], rule: NeighborRule
+) -> float:
+    """Return a loss on features over the first systems, for a student to which all atoms are alike.
+
+    For huber it knows the signal's mean. Atoms that are alike have distance zero in gsp, and neighbors that
+    are alike have the same share in lsp.
 
     Parameters
     ----------
     systems : (S,) stored indices of what is trained on; their order is random, so a few are a fair sample
+    rule : how the student finds neighbors
     """
     n_sample = 1 + int(np.searchsorted(np.cumsum(cache.system_n_atoms[systems]), _SAMPLE_ATOMS))
-    values = cache.read(systems[:n_sample], (), teacher, (term.teacher_tap,))[f"teacher/{term.teacher_tap}"]
+    relations = term.loss in STRUCTURE_LOSSES
+    arrays = cache.read(systems[:n_sample], _FIELDS if relations else (), teacher, (term.teacher_tap,))
+    values = arrays[f"teacher/{term.teacher_tap}"]
     target = torch.from_numpy(np.ascontiguousarray(values, np.float32))  # (N, C), (N, 3, C) or (E, C)
+    if relations:
+        batch = make_batch(
+            atomic_numbers=arrays["atomic_numbers"],
+            positions=arrays["positions"],
+            n_atoms=arrays["n_atoms"],
+            cell=arrays["cell"],
+            pbc=arrays["pbc"],
+            tags=arrays["tags"],
+            fixed=arrays["fixed"],
+            rule=rule,
+        )
+        return float(structure_loss(term.loss, torch.zeros_like(target), target, batch))
     mean = torch.zeros(target.shape[-1])  # a head of vectors has no bias
     entry = cache.teachers[teacher].signals[term.teacher_tap]
     if entry.spec.symmetry == "invariant" and entry.statistics is not None:

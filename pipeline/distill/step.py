@@ -132,7 +132,7 @@ def train_step(
     with torch.autocast(device.type, torch.bfloat16, enabled=config.amp == "bf16"):
         outputs = state.potential.model(batch, state.objective.taps)
     terms: LossTerms = state.objective(
-        outputs, targets
+        outputs, targets, batch
     )  # heads and losses in float32, as in the official code
     state.optimizer.zero_grad(set_to_none=True)
     terms.total.backward()

@@ -76,7 +76,10 @@ def prepare(
         _check_edges((main, *mixed), model.neighbor_rule, edge_rule, config.student)
     statistics, scale, elements = _measure_labels((main, *mixed), signals, config)
     systems = np.flatnonzero(train)
-    weights = {t.label: term_weight(t, cache, teacher, statistics, scale, config, systems) for t in config.kd}
+    weights = {
+        t.label: term_weight(t, cache, teacher, statistics, scale, config, systems, model.neighbor_rule)
+        for t in config.kd
+    }
     training = config.training
     objective = Objective(
         config.kd, weights, heads, training.energy_weight, training.forces_weight, ratios(rotated)

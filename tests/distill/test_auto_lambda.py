@@ -1,5 +1,7 @@
 """Lambda = auto, worked out by hand on a store of two molecules with signals that we write ourselves."""
 
+import math
+
 import numpy as np
 import pytest
 from distill_cases import make_store, train_config
@@ -20,6 +22,7 @@ from molkd.pipeline.device import choose_device
 from molkd.pipeline.distill.lambdas import zero_model_loss
 from molkd.pipeline.distill.statistics import label_statistics
 from molkd.pipeline.distill.student import prepare
+from molkd.pipeline.errors import CacheError
 
 # Energies 1 and -3 eV: mean size 2. Forces 0.5 eV/A long on free atoms: L_0 = 1 * 2 + 100 * 0.5 = 52.
 FRAMES = """2
@@ -33,6 +36,8 @@ H 0.0 0.0 0.9 T -0.5 0.0 0.0
 H 0.0 0.9 0.0 F 90.0 90.0 90.0
 """
 L0 = 52.0
+SHARE = 1 / (1 + math.exp(-1))  # softmax of 2 and 1
+UNEVEN = math.log(2) + SHARE * math.log(SHARE) + (1 - SHARE) * math.log(1 - SHARE)  # against even shares
 
 
 @pytest.fixture(scope="module")
@@ -91,6 +96,11 @@ def weight_of(store, tmp_path, *, scale="none", **term):
         ({"name": "n2n", "loss": "huber", "delta": 0.5}, 0.1775),  # (3 x 0.275 + 2 x 0.475) / 10
         ({"name": "v2v", "loss": "huber"}, 1.0),  # 2, -2 and 0 around zero: (1.5 + 1.5 + 0) / 3
         ({"name": "v2v"}, 8 / 3),
+        ({"name": "n2n", "loss": "cka"}, 1.0),  # unrelated features
+        # H3 is 0, 2 and 0, 2, 1. Squares of squared distances: 2 x 16 of 4 pairs; 2 x (16 + 1 + 1) of 9.
+        ({"name": "n2n", "teacher_tap": "H3", "loss": "gsp"}, (8 + 4) / 2),
+        # Distances 2 and 1 from the first two atoms of the second system: the rest shares evenly anyway.
+        ({"name": "n2n", "teacher_tap": "H3", "loss": "lsp"}, 2 * UNEVEN / 5),
         ({"name": "vanilla2"}, 0.5),
         ({"name": "n2n", "student_taps": ["U1", "M2"]}, 0.48),  # whatever of the student learns it
         ({"name": "n2n", "teacher_tap": "H3"}, 0.8),
@@ -102,6 +112,11 @@ def weight_of(store, tmp_path, *, scale="none", **term):
 )
 def test_auto_starts_the_term_as_large_as_the_base_loss(hand_store, tmp_path, term, start):
     assert weight_of(hand_store, tmp_path, **term) == pytest.approx(L0 / start, rel=1e-6)
+
+
+def test_atoms_that_are_alike_teach_no_relation(hand_store, tmp_path):
+    with pytest.raises(CacheError, match=r"signal v2v of hand is the same everywhere.*--kd v2v,loss=gsp"):
+        weight_of(hand_store, tmp_path, name="v2v", loss="gsp")
 
 
 def test_vanilla1_is_in_the_units_of_the_labels_already(hand_store, tmp_path):

@@ -54,6 +54,13 @@ def test_identity_head_needs_and_keeps_equal_widths():
         make_head(KDTerm(name="n2n", head="identity"), PAINN, TEACHER)
 
 
+@pytest.mark.parametrize("loss", ["cka", "gsp", "lsp"])
+def test_relations_between_atoms_need_no_equal_widths(loss):
+    x = torch.randn(5, 16)
+    assert torch.equal(make_head(KDTerm(name="n2n", head="identity", loss=loss), PAINN, TEACHER)(x), x)
+    assert make_head(KDTerm(name="n2n", loss=loss), PAINN, TEACHER)(x).shape == (5, 24)
+
+
 def test_vector_head_turns_with_its_input_and_has_no_bias():
     module = make_head(KDTerm(name="v2v"), PAINN, TEACHER)
     assert [name for name, _ in module.named_parameters()] == ["linear.weight"]

@@ -92,6 +92,18 @@ def test_terms_are_learned_and_logged_unweighted_beside_the_total(store, tmp_pat
     assert read_summary(tmp_path)["kd"] == dict(zip(labels, (t["weight"] for t in kd), strict=True))
 
 
+def test_relations_between_atoms_are_learned(store, tmp_path):
+    """With lambda = auto: of the order of the base loss, though a fresh student tells elements apart."""
+    texts = ["n2n,head=identity,loss=cka", "n2n,head=identity,loss=gsp", "n2n:U1,loss=lsp", "v2v,loss=gsp"]
+    config = train_config(store, tmp_path, kd=parse_kd(texts), training={"max_steps": 100})
+    train_student(config)
+    base = column(tmp_path, "train_energy")[0] + 100 * column(tmp_path, "train_forces")[0]
+    for label, weight in read_summary(tmp_path)["kd"].items():
+        values = column(tmp_path, f"train_{label}")
+        assert 0.05 * base < weight * values[0] < 5 * base, label
+        assert np.mean(values[-6:]) < 0.9 * np.mean(values[:6]), label
+
+
 def test_one_loss_with_several_taps_is_several_terms(gemnet_store, tmp_path):
     """Each with its column, its head and its weight, from the run to the report."""
     texts = ["n2n=10", "n2n:M1=3", "n2n:H1->U1+U2=2", "e2n:M2=0.5"]
