@@ -263,6 +263,8 @@ def test_cka_goes_with_several_stores_that_weigh_alike():
     mixed = NEEDED | {"mix": [{"store": "b.kdcache", "share": 0.5, "weight": 1.0}]}
     assert make_config(TrainConfig, mixed, {"kd": parse_kd(["n2n,loss=cka"])}).mix
     mixed["mix"][0]["weight"] = 0.5
+    of_outputs = parse_kd(["n2n,loss=mse", "vanilla1"], loss="cka")  # the flag means nothing to vanilla1
+    assert make_config(TrainConfig, mixed, {"kd": of_outputs}).mix
     with pytest.raises(ConfigError, match="cka cannot weigh systems by origin; take mix weight 1"):
         make_config(TrainConfig, mixed, {"kd": parse_kd(["n2n,loss=cka"])})
 

@@ -93,7 +93,8 @@ class TrainConfig(Settings):
             raise ValueError(
                 "rotated_targets takes one store: with mix every store has a basis of its own; leave one out"
             )
-        if any(mix.weight != 1 for mix in self.mix) and any(t.loss == "cka" and t.student_taps for t in self.kd):
+        weighs = any(mix.weight != 1 for mix in self.mix)
+        if weighs and any(term.loss == "cka" and term.student_taps for term in self.kd):
             raise ValueError("loss cka cannot weigh systems by origin; take mix weight 1, or mse, gsp or lsp")
         places = [resolved(place) for place in (self.store, *(mix.store for mix in self.mix))]
         if len(set(places)) < len(places):
