@@ -9,16 +9,16 @@ from molkd.pipeline.config.base import (
     parse_assignments,
     read_yaml,
 )
-from molkd.pipeline.config.kd import OPTIONS, OWN_TAPS, STRUCTURE_LOSSES, VANILLA_SIGNALS, KDTerm, parse_kd
+from molkd.pipeline.config.kd import OPTIONS, OUTPUT_SIGNALS, OWN_TAPS, STRUCTURE_LOSSES, KDTerm, parse_kd
 from molkd.pipeline.config.stage_one import CacheConfig, IngestConfig
 from molkd.pipeline.config.test_sets import SplitGroup, parse_groups
 from molkd.pipeline.config.training import MixConfig, ScheduleConfig, TrainConfig, TrainingConfig
 
 __all__ = [
     "OPTIONS",
+    "OUTPUT_SIGNALS",
     "OWN_TAPS",
     "STRUCTURE_LOSSES",
-    "VANILLA_SIGNALS",
     "CacheConfig",
     "IngestConfig",
     "KDTerm",

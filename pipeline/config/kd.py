@@ -18,7 +18,8 @@ OWN_TAPS: dict[str, tuple[str, tuple[str, ...]]] = {
 }
 OPTIONS = ("head", "loss", "delta")  # of a term on features, after its weight: n2n=10,head=mlp,loss=huber
 STRUCTURE_LOSSES = ("cka", "gsp", "lsp")  # compare relations between atoms, so widths need not be equal
-VANILLA_SIGNALS = {"vanilla1": ("energy", "forces"), "vanilla2": ("atomic_energies",)}
+# Of the losses on outputs, which take no taps: the teacher's signals that they read.
+OUTPUT_SIGNALS = {"vanilla1": ("energy", "forces"), "vanilla2": ("atomic_energies",), "grad": ("forces",)}
 
 _OF_OTHER_KIND = {False: ("v2v", "edge"), True: ("node", "e2n", "edge")}  # by: is it a loss on vectors?
 
@@ -29,10 +30,13 @@ class KDTerm(Settings):
     Taps are names of signals; `U4` is short for `layer/U4`, and a loss without taps takes its own.
     """
 
-    name: Literal["n2n", "e2n", "v2v", "e2e", "vanilla1", "vanilla2"]
+    name: Literal["n2n", "e2n", "v2v", "e2e", "vanilla1", "vanilla2", "grad"]
     teacher_tap: str = ""  # the signal to learn; none with vanilla losses
     student_taps: tuple[str, ...] = ()  # the features to learn it with, several one behind the other
-    weight: float | Literal["auto"] = "auto"
+    # lambda; "auto": as large as the loss on labels for a model that knows nothing, by statistics;
+    # "balance": pulls at the fresh student's weights as hard as the loss on labels does
+    weight: float | Literal["auto", "balance"] = "auto"
+    fade: tuple[float, float] | None = None  # shares of the run between which the weight falls to zero
     head: Literal["identity", "linear", "mlp"] = "linear"  # on the student's features; not vanilla
     loss: Literal["mse", "mae", "huber", "cka", "gsp", "lsp"] = "mse"  # not vanilla
     delta: float = 1.0  # of huber: where squares turn into absolute values, in the signal's unit
@@ -40,7 +44,7 @@ class KDTerm(Settings):
     @property
     def signals(self) -> tuple[str, ...]:
         """The teacher's signals that the loss reads."""
-        return VANILLA_SIGNALS.get(self.name) or (self.teacher_tap,)
+        return OUTPUT_SIGNALS.get(self.name) or (self.teacher_tap,)
 
     @property
     def label(self) -> str:
@@ -50,12 +54,13 @@ class KDTerm(Settings):
     @property
     def text(self) -> str:
         """The term as it is written on the command line: n2n:H3->U2+U4=10,loss=huber."""
-        return f"{self._what}={_short(self.weight)}{self._options}"
+        fade = ",fade={}:{}".format(*map(_short, self.fade)) if self.fade else ""
+        return f"{self._what}={_short(self.weight)}{self._options}{fade}"
 
     @property
     def _options(self) -> str:
         """Every choice that is not the usual one; losses on outputs have none."""
-        if self.name in VANILLA_SIGNALS:
+        if self.name in OUTPUT_SIGNALS:
             return ""
         fields = type(self).model_fields
         chosen = {key: getattr(self, key) for key in OPTIONS if getattr(self, key) != fields[key].default}
@@ -65,7 +70,7 @@ class KDTerm(Settings):
     def _what(self) -> str:
         """Name and taps: n2n, n2n:U4, n2n:H3->U2+U4."""
         taps = (self.teacher_tap, self.student_taps)
-        if self.name in VANILLA_SIGNALS or taps == OWN_TAPS[self.name]:
+        if self.name in OUTPUT_SIGNALS or taps == OWN_TAPS[self.name]:
             return self.name
         student = "+".join(tap.removeprefix("layer/") for tap in self.student_taps)
         if self.teacher_tap == OWN_TAPS[self.name][0]:
@@ -103,8 +108,10 @@ class KDTerm(Settings):
             )
         if not 0 < self.delta < math.inf or (self.delta != 1 and self.loss != "huber"):
             raise ValueError("delta goes with loss huber, and must be positive and finite")
-        if self.weight != "auto" and not 0 < self.weight < math.inf:
+        if not isinstance(self.weight, str) and not 0 < self.weight < math.inf:
             raise ValueError("the weight must be positive and finite")
+        if self.fade is not None and not 0 <= self.fade[0] <= self.fade[1] <= 1:
+            raise ValueError("fade is two shares of the run, the first no larger: [0.5, 0.8]")
         self._check_taps()
         return self
 
@@ -147,11 +154,11 @@ def _full_tap(text: str) -> str:
 def parse_kd(texts: Sequence[str], head: str = "linear", loss: str = "mse") -> list[dict[str, Any]]:
     """Read ``--kd`` values: ``none``, or ``LOSS[:[TEACHER_TAP->]STUDENT_TAPS][=LAMBDA][,KEY=VALUE...]``.
 
-    Without LAMBDA, or with ``auto``, the weight is chosen from the data; several taps are joined by ``+``.
+    LAMBDA is a number, ``auto`` (also without it) or ``balance``; several taps are joined by ``+``.
 
     Parameters
     ----------
-    head, loss : of the terms that do not choose their own (KEY is one of `OPTIONS`)
+    head, loss : of the terms that do not choose their own (KEY is one of `OPTIONS`, or fade)
     """
     if "none" in texts and len(texts) > 1:
         raise ConfigError("--kd none cannot be combined with other losses")
@@ -162,13 +169,13 @@ def _parse_term(text: str, head: str, loss: str) -> dict[str, Any]:
     term, *options = text.split(",")
     what, _, weight = term.partition("=")
     name, colon, taps = what.partition(":")
-    value = "auto" if weight in ("", "auto") else number(weight)
-    if isinstance(value, str) and value != "auto":
-        raise ConfigError(f"--kd {text}: the weight is a number or auto, for example {what}=1.0")
+    value = number(weight or "auto")
+    if isinstance(value, str) and value not in ("auto", "balance"):
+        raise ConfigError(f"--kd {text}: the weight is a number, auto or balance, for example {what}=1.0")
     usual = {"head": "linear" if name == "v2v" and head == "mlp" else head, "loss": loss}
     chosen = _parse_options(options, text)
-    if chosen and name in VANILLA_SIGNALS:
-        raise ConfigError(f"--kd {text}: {name} takes neither head nor loss, it is the loss on the labels")
+    if set(chosen) - {"fade"} and name in OUTPUT_SIGNALS:
+        raise ConfigError(f"--kd {text}: {name} takes neither head nor loss, it compares outputs")
     return {"name": name, "weight": value} | usual | chosen | (_parse_taps(taps, text) if colon else {})
 
 
@@ -176,12 +183,12 @@ def _parse_options(options: Sequence[str], text: str) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for option in options:
         key, _, value = option.partition("=")
-        if key not in OPTIONS or not value or key in found:
+        if key not in (*OPTIONS, "fade") or not value or key in found:
             raise ConfigError(
-                f"--kd {text}: {option!r} is no choice; after the weight stand {', '.join(OPTIONS)}, each "
-                "once, as in n2n=10,head=mlp,loss=huber"
+                f"--kd {text}: {option!r} is no choice; after the weight stand {', '.join(OPTIONS)}, fade, "
+                "each once, as in n2n=10,head=mlp,loss=huber,fade=0.5:0.8"
             )
-        found[key] = number(value)
+        found[key] = [number(share) for share in value.split(":")] if key == "fade" else number(value)
     return found
 
 

@@ -37,6 +37,8 @@ class TrainingConfig(Settings):
     clip_grad_norm: float | None = Field(10.0, gt=0)
     energy_weight: float = Field(1.0, ge=0)  # a_E of Eq. 1
     forces_weight: float = Field(100.0, ge=0)  # a_F of Eq. 1
+    # Beyond the paper, for students with direct forces: of the energy's slope against the labelled forces.
+    gradient_weight: float = Field(0.0, ge=0)
     normalization: Literal["energy", "forces", "none"] = "energy"
     references: Literal["fit", "none"] | dict[int, float] = "fit"  # energy per element in eV
     max_epochs: int = Field(100, ge=1)

@@ -1,6 +1,7 @@
 """The weights lambda of the distillation losses (Eq. 2), as given or from the scale of what is learnt."""
 
 import logging
+import math
 
 import numpy as np
 from numpy.typing import NDArray
@@ -45,13 +46,17 @@ def term_weight(
     systems : (S,) stored indices of what is trained on
     rule : how the student finds neighbors
     """
+    if term.weight == "balance":
+        return math.nan  # measured before the first step, see `balance`
     if term.weight != "auto":
         return term.weight
     if term.name == "vanilla1" or teacher is None:
         return 1.0  # the same loss in the same units
     signal = term.signals[0]
     entry = cache.teachers[teacher].signals[signal]
-    if term.name == "vanilla2":
+    if term.name == "grad":
+        start = statistics.mean_force_norm / scale.forces_std
+    elif term.name == "vanilla2":
         start = mean_atomic_energy(cache, teacher, scale)
     elif term.loss == "cka":
         start = 1.0  # of unrelated features

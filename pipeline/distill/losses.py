@@ -134,6 +134,17 @@ def _weighted(errors: Tensor, weights: Tensor | None) -> Tensor:
     return errors if weights is None else errors * weights.view(-1, *(1 for _ in errors.shape[1:]))
 
 
+def gradient_loss(outputs: Outputs, forces: Float[Tensor, "N 3"], targets: Targets) -> Tensor:
+    """Mean over free atoms of the norm of F + dE/dx: the student's energy is to fall along the forces F.
+
+    A student with direct forces learns its energy from one number a system otherwise; forces tell its slope
+    in 3 N directions (Sobolev training, Czarnecki et al. 2017, arXiv:1706.04859). Weights and normaliser are
+    those of `forces_loss`.
+    """
+    weights = targets.weights.atoms if targets.weights else None
+    return forces_loss(-outputs["energy_gradient"], forces, targets.free, weights)
+
+
 def fill_labels(targets: Targets) -> Targets:
     """Replace missing labels by the teacher's energy and forces (pseudo-labels)."""
     energy = torch.where(torch.isfinite(targets.energy), targets.energy, targets.teacher["energy"])

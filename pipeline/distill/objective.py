@@ -1,5 +1,6 @@
 """What a student minimises: the loss on labels and every distillation loss with its weight (Eq. 2)."""
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -13,6 +14,7 @@ from molkd.pipeline.distill.losses import (
     Targets,
     base_loss,
     feature_loss,
+    gradient_loss,
     vanilla1_loss,
     vanilla2_loss,
 )
@@ -26,6 +28,8 @@ class Objective(nn.Module):
     Attributes
     ----------
     taps : the features that the student has to give beside energy and forces
+    needs_gradient : whether the outputs have to hold energy_gradient (N, 3), dE/dx of the student
+    weights : lambda by the label of its term
     """
 
     def __init__(
@@ -35,36 +39,61 @@ class Objective(nn.Module):
         heads: nn.ModuleDict,
         energy_weight: float,
         forces_weight: float,
+        gradient_weight: float = 0.0,
         ratios: Mapping[str, float] | None = None,
     ) -> None:
         super().__init__()
         self.ratios = ratios or {}  # teacher's tap -> components over channels, where learnt in a basis
         self.terms = terms
-        self.weights = weights  # by label
+        self.weights = dict(weights)
         self.energy_weight = energy_weight
         self.forces_weight = forces_weight
+        self.gradient_weight = gradient_weight
         self.taps = tuple(sorted({tap for term in terms for tap in term.student_taps}))
         self.heads = heads
+        self.needs_gradient = gradient_weight > 0 or any(term.name == "grad" for term in terms)
 
-    def forward(self, outputs: Outputs, targets: Targets, batch: Batch | None = None) -> LossTerms:
+    @property
+    def part_names(self) -> tuple[str, ...]:
+        """The parts that `forward` returns, in order."""
+        slope = ("gradient",) if self.gradient_weight > 0 else ()
+        return ("energy", "forces", *slope, *(term.label for term in self.terms))
+
+    def forward(
+        self, outputs: Outputs, targets: Targets, batch: Batch | None = None, progress: float = 0.0
+    ) -> LossTerms:
         """Return the total and every unweighted part, KD terms under their labels.
 
         Parameters
         ----------
         batch : what the outputs were computed from; losses on relations between atoms need it
+        progress : share of the run that is done, for terms that fade
         """
-        total, parts = base_loss(outputs, targets, self.energy_weight, self.forces_weight)
+        total, parts = self.labels_loss(outputs, targets)
         parts = dict(parts)
         for term in self.terms:
-            parts[term.label] = self._term(term, outputs, targets, batch)
-            total = total + self.weights[term.label] * parts[term.label]
+            parts[term.label] = self.term_loss(term, outputs, targets, batch)
+            total = total + self.weights[term.label] * fade_factor(term, progress) * parts[term.label]
         return LossTerms(total, parts)
 
-    def _term(self, term: KDTerm, outputs: Outputs, targets: Targets, batch: Batch | None) -> Tensor:
+    def labels_loss(self, outputs: Outputs, targets: Targets) -> LossTerms:
+        """L_0 of Eq. 1 and, beyond the paper, the slope of the energy against the labelled forces."""
+        total, parts = base_loss(outputs, targets, self.energy_weight, self.forces_weight)
+        if self.gradient_weight <= 0:
+            return LossTerms(total, parts)
+        slope = gradient_loss(outputs, targets.forces, targets)
+        return LossTerms(total + self.gradient_weight * slope, {**parts, "gradient": slope})
+
+    def term_loss(
+        self, term: KDTerm, outputs: Outputs, targets: Targets, batch: Batch | None = None
+    ) -> Tensor:
+        """Return one distillation loss, unweighted."""
         if term.name == "vanilla1":
             return vanilla1_loss(outputs, targets, self.energy_weight, self.forces_weight)
         if term.name == "vanilla2":
             return vanilla2_loss(outputs, targets)
+        if term.name == "grad":
+            return gradient_loss(outputs, targets.teacher["forces"], targets)
         mapped = self.heads[head_key(term)](_joined([outputs[tap] for tap in term.student_taps]))
         weights = targets.weights
         if term.loss in STRUCTURE_LOSSES:
@@ -73,6 +102,15 @@ class Objective(nn.Module):
         rows = (weights.edges if term.name == "e2e" else weights.atoms) if weights else None
         loss = feature_loss(mapped, targets.teacher[term.teacher_tap], term.loss, rows, delta=term.delta)
         return loss * self.ratios.get(term.teacher_tap, 1.0)
+
+
+def fade_factor(term: KDTerm, progress: float) -> float:
+    """Return what the weight of a term is multiplied by: 1, then half a cosine down to 0, then 0."""
+    if term.fade is None:
+        return 1.0
+    begin, end = term.fade
+    done = (progress - begin) / (end - begin) if end > begin else float(progress >= end)
+    return 0.5 * (1 + math.cos(math.pi * min(max(done, 0.0), 1.0)))
 
 
 def _joined(features: list[Tensor]) -> Tensor:

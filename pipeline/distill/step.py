@@ -17,6 +17,9 @@ from molkd.pipeline.distill.mixed_stores import TrainingStore, systems_a_batch
 from molkd.pipeline.distill.objective import Objective
 from molkd.pipeline.distill.optim import lr_factor, make_ema, make_optimizer, update_ema
 from molkd.pipeline.distill.student import Setup
+from molkd.pipeline.graphs.batch import Batch
+from molkd.pipeline.models.blocks import energy_gradient
+from molkd.pipeline.models.interface import Outputs
 from molkd.pipeline.models.potential import Potential
 
 
@@ -44,6 +47,7 @@ class TrainState:
         return {
             "model": self.potential.model.state_dict(),
             "objective": self.objective.state_dict(),
+            "kd_weights": self.objective.weights,
             "optimizer": self.optimizer.state_dict(),
             "ema": self.ema.state_dict() if self.ema is not None else None,
             "loader": self.loader.state_dict(),
@@ -64,6 +68,7 @@ class TrainState:
         """Continue exactly where `state_dict` was taken."""
         self.potential.model.load_state_dict(state["model"])
         self.objective.load_state_dict(state["objective"])
+        self.objective.weights.update(state.get("kd_weights", {}))
         self.optimizer.load_state_dict(state["optimizer"])
         if self.ema is not None:
             self.ema.load_state_dict(state["ema"])
@@ -129,11 +134,9 @@ def train_step(
     batch, targets = sample_to(sample, device)
     if config.pseudo_labels:
         targets = fill_labels(targets)
-    with torch.autocast(device.type, torch.bfloat16, enabled=config.amp == "bf16"):
-        outputs = state.potential.model(batch, state.objective.taps)
-    terms: LossTerms = state.objective(
-        outputs, targets, batch
-    )  # heads and losses in float32, as in the official code
+    outputs = forward(state, batch, config)
+    # Heads and losses in float32, as in the official code.
+    terms: LossTerms = state.objective(outputs, targets, batch, state.step / total_steps)
     state.optimizer.zero_grad(set_to_none=True)
     terms.total.backward()
     if training.clip_grad_norm:
@@ -143,6 +146,18 @@ def train_step(
     if state.ema is not None and training.ema_decay:
         update_ema(state.ema, state.potential.model, state.step, training.ema_decay)
     return terms
+
+
+def forward(state: TrainState, batch: Batch, config: TrainConfig) -> Outputs:
+    """Return what the student gives for a batch, with everything that the losses need."""
+    model, objective = state.potential.model, state.objective
+    if objective.needs_gradient:
+        batch = batch._replace(positions=batch.positions.detach().requires_grad_())
+    with torch.autocast(batch.positions.device.type, torch.bfloat16, enabled=config.amp == "bf16"):
+        outputs: Outputs = model(batch, objective.taps)
+    if objective.needs_gradient:
+        outputs["energy_gradient"] = energy_gradient(outputs, batch.positions, forces_from=model.forces_from)
+    return outputs
 
 
 def accumulate(state: TrainState, terms: LossTerms) -> None:

@@ -82,18 +82,30 @@ def prepare(
     }
     training = config.training
     objective = Objective(
-        config.kd, weights, heads, training.energy_weight, training.forces_weight, ratios(rotated)
+        config.kd,
+        weights,
+        heads,
+        training.energy_weight,
+        training.forces_weight,
+        training.gradient_weight,
+        ratios(rotated),
     )
     scope = Scope(config.student, frozenset(range(1, int(model.max_atomic_number) + 1)), model.neighbor_rule)
     for store in (main, *mixed):
         scope.check_store(store.cache, np.flatnonzero(store.train))
-    provenance = _provenance(cache, config, teacher, weights, train) | {"elements": elements}
+    provenance = _provenance(cache, config, teacher, train) | {"elements": elements}
     if mixed:
         provenance["mix"] = describe_mix(config, mixed)
     potential = Potential(model.to(device), scale, {"model": config.model, "provenance": provenance})
     return Setup(
         train, val, teacher, signals, potential, objective.to(device), edge_rule, frozenset(rotated), mixed
     )
+
+
+def record_weights(setup: Setup) -> None:
+    """Write the weights of the losses, some of which the first batches decide, into the provenance."""
+    for entry in setup.potential.metadata["provenance"]["kd"]:
+        entry["weight"] = setup.objective.weights[entry["label"]]
 
 
 def _check_edges(
@@ -113,7 +125,7 @@ def _measure_labels(
 ) -> tuple[LabelStatistics, LabelScale, list[int]]:
     """Return what the main store's labels look like, their scale, and the elements with known energies."""
     uses_energies = bool({"energy", "atomic_energies"} & set(signals))
-    read = tuple(sorted({"energy", "atomic_energies", "forces"} & set(signals))) if uses_energies else ()
+    read = tuple(sorted({"energy", "atomic_energies", "forces"} & set(signals)))
     statistics, *further = (label_statistics(s.cache, s.train, s.teacher, read) for s in stores)
     _check_labels(stores[0].cache, config, statistics)
     scale = add_references(_fit_scale(config, statistics), further, config)
@@ -200,7 +212,6 @@ def _provenance(
     cache: Cache,
     config: TrainConfig,
     teacher: str | None,
-    weights: dict[str, float],
     train: NDArray[np.bool_],
 ) -> dict[str, Any]:
     parent = cache.teachers[teacher].provenance if teacher else None
@@ -214,7 +225,7 @@ def _provenance(
         "n_training_systems": int(train.sum()),
         "n_training_energies": int(np.isfinite(cache.energy[train]).sum()),
         "teacher": parent,
-        "kd": [t.model_dump() | {"label": t.label, "weight": weights[t.label]} for t in config.kd],
+        "kd": [t.model_dump() | {"label": t.label} for t in config.kd],  # weights: `record_weights`
         "pseudo_labels": config.pseudo_labels,
         "seed": config.seed,
         "method": "arXiv:2306.14818",

@@ -18,13 +18,14 @@ from molkd.cache_schema.reader import Cache
 from molkd.pipeline.config import TrainConfig
 from molkd.pipeline.data.system import System
 from molkd.pipeline.device import choose_device
+from molkd.pipeline.distill.balance import balance_weights
 from molkd.pipeline.distill.held_out import read_held_out, read_systems, validation_systems
 from molkd.pipeline.distill.loader import Sample
 from molkd.pipeline.distill.optim import count_plateaus, lr_factor
 from molkd.pipeline.distill.run_folder import RunFolder
 from molkd.pipeline.distill.scale_factors import fit_on_first_batches
 from molkd.pipeline.distill.step import TrainState, accumulate, initial_state, train_step
-from molkd.pipeline.distill.student import Setup, prepare
+from molkd.pipeline.distill.student import Setup, prepare, record_weights
 from molkd.pipeline.errors import CacheError, DivergedError, ModelError
 from molkd.pipeline.evaluation.breakdown import KINDS
 from molkd.pipeline.evaluation.evaluate import evaluate
@@ -89,6 +90,8 @@ def _train(config: TrainConfig, run: RunFolder) -> TrainSummary:
         log.info("continuing at step %d of %d", state.step, total_steps)
     else:
         fit_on_first_batches(state)
+        balance_weights(state, config)
+    record_weights(setup)
     n_parameters = sum(p.numel() for p in setup.potential.model.parameters())
     log.info(
         "%s: %d parameters, %d training systems, %d steps of %d systems on %s",
@@ -99,7 +102,7 @@ def _train(config: TrainConfig, run: RunFolder) -> TrainSummary:
         config.training.batch_size,
         device,
     )
-    part_names = ["loss", "energy", "forces", *(t.label for t in config.kd)]
+    part_names = ["loss", *setup.objective.part_names]
     run.start_metrics(_columns(part_names), state.step)
 
     with (

@@ -6,7 +6,7 @@ from typing import Any
 
 from ase.data import chemical_symbols
 
-from molkd.pipeline.config import OPTIONS
+from molkd.pipeline.config import OPTIONS, OUTPUT_SIGNALS
 from molkd.pipeline.evaluation.metrics import REPORTED
 from molkd.pipeline.evaluation.seeds import SeedStat
 from molkd.pipeline.evaluation.tables import Column, format_number, markdown_table
@@ -189,7 +189,7 @@ def _taps(term: Mapping[str, Any]) -> str:
 
 def _choices(term: Mapping[str, Any]) -> list[str]:
     """Return the settings that mean something for a loss: the vanilla ones have neither head nor choice."""
-    if str(term["name"]).startswith("vanilla"):
+    if term["name"] in OUTPUT_SIGNALS:
         return []
     return [key for key in OPTIONS if key in term and (key != "delta" or term.get("loss") == "huber")]
 

@@ -79,3 +79,18 @@ def with_gradient_forces(
         (gradient,) = torch.autograd.grad(outputs["energy"].sum(), positions, create_graph=keep_graph)
     outputs["forces"] = -gradient
     return outputs if keep_graph else {name: value.detach() for name, value in outputs.items()}
+
+
+def energy_gradient(
+    outputs: dict[str, Tensor], positions: Float[Tensor, "N 3"], *, forces_from: str
+) -> Float[Tensor, "N 3"]:
+    """Return dE/dpositions of outputs that were computed from `positions`, itself differentiable.
+
+    Parameters
+    ----------
+    forces_from : "gradient" where the outputs' forces are its negative already
+    """
+    if forces_from == "gradient":
+        return -outputs["forces"]
+    (gradient,) = torch.autograd.grad(outputs["energy"].sum(), positions, create_graph=True)
+    return gradient
