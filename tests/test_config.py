@@ -221,7 +221,7 @@ def test_settings_written_before_there_were_taps_load(tmp_path):
         (["v2v:node"], "node is no vector feature of atoms; take v2v or layers of vectors, as in v2v:UV4"),
         (["v2v:node->v2v"], "v2v its v2v or a layer of vectors"),
         (["n2n=1,loss=huber", "n2n=2,loss=huber"], "given once, or with another head, loss or taps"),
-        (["n2n=1,huber"], "'huber' is no choice; after the weight stand head, loss, delta, each once"),
+        (["n2n=1,huber"], "'huber' is no choice; after the weight stand head, loss, delta, fade, each once"),
         (["n2n,head=mlp,head=linear"], "'head=linear' is no choice"),
         (["n2n,weight=1"], "'weight=1' is no choice"),
         (["n2n,loss="], "'loss=' is no choice"),
@@ -246,12 +246,12 @@ def test_settings_written_before_there_were_taps_load(tmp_path):
         (["n2n:"], "a tap is missing"),
         (["n2n:->U4"], "a tap is missing"),
         (["n2n:U4+"], "a tap is missing"),
-        (["n2n:H3->U4=x"], "the weight is a number or auto, for example n2n:H3->U4=1.0"),
+        (["n2n:H3->U4=x"], "the weight is a number, auto or balance, for example n2n:H3->U4=1.0"),
         (["n2n=0"], "the weight must be positive"),
         (["n2n=nan"], "positive and finite"),
         (["n2n=inf"], "positive and finite"),
         (["n2n=much"], "weight"),
-        (["n2e=1"], "'n2n', 'e2n', 'v2v', 'e2e', 'vanilla1' or 'vanilla2'"),
+        (["n2e=1"], "'n2n', 'e2n', 'v2v', 'e2e', 'vanilla1', 'vanilla2' or 'grad'"),
     ],
 )
 def test_kd_terms_that_make_no_sense_are_refused(kd, message):

@@ -45,7 +45,7 @@ def balance_weights(state: TrainState, config: TrainConfig) -> None:
             total = state.objective.labels_loss(outputs, targets).total
             labels.append(_gradient_norm(total, parameters))
             for term in terms:
-                loss = state.objective.term_loss(term, outputs, targets)
+                loss = state.objective.term_loss(term, outputs, targets, batch)
                 norms[term.label].append(_gradient_norm(loss, parameters))
     for term in terms:
         weight = _mean(labels) / _mean(norms[term.label]) if _mean(norms[term.label]) else math.inf
