@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from molkd.pipeline.config import TrainConfig
-from molkd.pipeline.distill.loader import first_samples, sample_to
+from molkd.pipeline.distill.loader import sample_to
 from molkd.pipeline.distill.losses import fill_labels
-from molkd.pipeline.distill.step import TrainState, forward
+from molkd.pipeline.distill.step import TrainState, first_samples, forward
 from molkd.pipeline.errors import ConfigError
 
 log = logging.getLogger(__name__)

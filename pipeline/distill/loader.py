@@ -1,9 +1,6 @@
 """Batches of a store for training: one prefetch thread reads, builds neighbours and normalises labels."""
 
-import copy
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
-from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -191,16 +188,6 @@ class CacheLoader:
             rotate=name not in self._rotated,
         )
         return rows if self.pin else rows.decode()
-
-
-@contextmanager
-def first_samples(loader: CacheLoader, n: int) -> Iterator[Iterator[Sample]]:
-    """Look at the first samples, no more than an epoch of them, without moving the place in the stream."""
-    samples = iter(copy.copy(loader))  # with a place of its own
-    try:
-        yield islice(samples, min(n, loader.batches_per_epoch))
-    finally:
-        samples.close()  # type: ignore[attr-defined]  # a generator: this stops the prefetch thread
 
 
 def sample_to(sample: Sample, device: torch.device) -> Sample:

@@ -1,7 +1,6 @@
 """Before the first step: the student's scale factors are fitted to the batches that training begins with."""
 
-from molkd.pipeline.distill.loader import first_samples
-from molkd.pipeline.distill.step import TrainState
+from molkd.pipeline.distill.step import TrainState, first_samples
 from molkd.pipeline.models.scaling import fit_scale_factors
 
 _N_BATCHES = 16  # OCP's number

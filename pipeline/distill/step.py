@@ -1,7 +1,11 @@
 """The state of a run and the one step that changes it (Eq. 2)."""
 
+import copy
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -121,6 +125,16 @@ def _make_loader(
 def _seed_of(seed: int, number: int) -> int:
     """Return the seed of the order in which a further store is used."""
     return int(np.random.SeedSequence(seed, spawn_key=(number,)).generate_state(1)[0])
+
+
+@contextmanager
+def first_samples(loader: CacheLoader | MixedLoader, n: int) -> Iterator[Iterator[Sample]]:
+    """Look at the first samples, no more than an epoch of them, without moving the place in the stream."""
+    samples = iter(copy.copy(loader))  # with a place of its own
+    try:
+        yield islice(samples, min(n, loader.batches_per_epoch))
+    finally:
+        samples.close()  # type: ignore[attr-defined]  # a generator: this stops the prefetch thread
 
 
 def train_step(

@@ -8,11 +8,10 @@ from molkd.cache_schema.reader import Cache
 from molkd.pipeline.config import KDTerm, make_config, parse_kd
 from molkd.pipeline.distill.balance import balance_weights
 from molkd.pipeline.distill.heads import make_heads
-from molkd.pipeline.distill.loader import first_samples
 from molkd.pipeline.distill.losses import Targets
 from molkd.pipeline.distill.objective import Objective, fade_factor
 from molkd.pipeline.distill.scale_factors import fit_on_first_batches
-from molkd.pipeline.distill.step import initial_state
+from molkd.pipeline.distill.step import first_samples, initial_state
 from molkd.pipeline.distill.student import prepare
 from molkd.pipeline.distill.train import train_student
 from molkd.pipeline.errors import ConfigError

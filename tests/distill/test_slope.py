@@ -7,10 +7,9 @@ from distill_cases import MODELS, column, read_summary, train_config
 from molkd.cache_schema.reader import Cache
 from molkd.pipeline.config import KDTerm
 from molkd.pipeline.distill.heads import make_heads
-from molkd.pipeline.distill.loader import first_samples
 from molkd.pipeline.distill.losses import Targets, gradient_loss
 from molkd.pipeline.distill.objective import Objective
-from molkd.pipeline.distill.step import forward, initial_state
+from molkd.pipeline.distill.step import first_samples, forward, initial_state
 from molkd.pipeline.distill.student import prepare
 from molkd.pipeline.distill.train import train_student
 from molkd.pipeline.graphs.batch import to_device
