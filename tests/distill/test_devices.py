@@ -3,8 +3,17 @@
 import numpy as np
 import pytest
 import torch
-from distill_cases import MODELS, column, interrupt_after, train_config
+from distill_cases import (
+    MODELS,
+    add_teacher,
+    column,
+    interrupt_after,
+    make_store,
+    train_config,
+    write_part,
+)
 
+from molkd.pipeline.config import TrainConfig, make_config
 from molkd.pipeline.distill.train import train_student
 
 # Relative difference of a loss after 12 steps: sums in another order, a few of 7 digits.
@@ -26,6 +35,24 @@ def config_of(store, out, name, device):
 def test_kd_on_cuda_follows_the_cpu(store, tmp_path, name):
     for device in ("cpu", "cuda"):
         assert train_student(config_of(store, tmp_path / device, name, device)).finished
+    cpu, cuda = (column(tmp_path / device, "train_loss") for device in ("cpu", "cuda"))
+    np.testing.assert_allclose(cuda, cpu, rtol=DEVICE_NOISE)
+
+
+@pytest.fixture(scope="module")
+def two_stores(tmp_path_factory, teacher_file):
+    """Two halves of the data in encodings with codebooks of their own."""
+    folder = tmp_path_factory.mktemp("mixed")
+    halves = [write_part(folder / f"{k}.extxyz", *part) for k, part in enumerate([(0, 30), (30, 48)])]
+    stores = [make_store(folder / f"{k}.kdcache", half) for k, half in enumerate(halves)]
+    return [add_teacher(s, teacher_file, encoding=e) for s, e in zip(stores, ("int8", "pca:6"), strict=True)]
+
+
+def test_several_stores_on_cuda_follow_the_cpu(two_stores, tmp_path):
+    mix = [{"store": two_stores[1], "weight": 0.5}]
+    for device in ("cpu", "cuda"):
+        config = config_of(two_stores[0], tmp_path / device, "painn-direct", device)
+        assert train_student(make_config(TrainConfig, config.model_dump(), {"mix": mix})).finished
     cpu, cuda = (column(tmp_path / device, "train_loss") for device in ("cpu", "cuda"))
     np.testing.assert_allclose(cuda, cpu, rtol=DEVICE_NOISE)
 

@@ -221,6 +221,22 @@ def test_every_store_is_decoded_with_its_own_codebook(encoded):
         assert not torch.equal(expected[0][name], expected[1][name])
 
 
+def test_a_pinned_stream_becomes_the_same_batches_on_the_device(encoded, monkeypatch):
+    """Coded parts and weights go through pinned memory; a copy stands for it where there is no CUDA."""
+    n_pinned = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: n_pinned.append(1) or tensor.clone())
+    streams = []
+    for pin in (False, True):
+        main, other = (
+            loader_of(path, part, 5, signals=("node", "v2v", "edge"), pin=pin)
+            for path, part in zip(encoded[1:], (FIRST, SECOND), strict=True)
+        )
+        streams.append(take(MixedLoader(main, [other], (0.5,)), 9))
+        assert bool(n_pinned) == pin
+    for plain, pinned in zip(*streams, strict=True):
+        assert_same(plain, sample_to(pinned, torch.device("cpu")))
+
+
 def test_edges_of_the_teacher_stay_with_their_features(encoded):
     """Edges count on behind those of the store before, and weigh as much as their system."""
     loaders = [
