@@ -235,7 +235,7 @@ def test_settings_written_before_there_were_taps_load(tmp_path):
         (["n2n,loss=huber,delta=inf"], "positive and finite"),
         (["n2n,loss=huber,delta=x"], "delta"),
         (["v2v,head=mlp"], "an MLP on vector components is not equivariant"),
-        (["vanilla1,loss=mae"], "vanilla1 takes neither head nor loss"),
+        (["vanilla1,loss=mae"], "vanilla1 takes neither head nor loss, it compares outputs"),
         (["e2e:H1->edge"], "e2e takes no taps"),
         (["vanilla1:U4"], "vanilla1 takes no taps"),
         (["n2n:U4+U4"], "n2n:U4.U4 names a tap of the student twice"),

@@ -27,14 +27,14 @@ from molkd.pipeline.commands.output import NEW_PATH, PATH, STORE, as_json, given
     type=click.Choice(["identity", "linear", "mlp"]),
     default="linear",
     show_default=True,
-    help="Of all losses on features that do not choose their own.",
+    help="Of losses on features that do not choose their own.",
 )
 @click.option(
     "--kd-loss",
     type=click.Choice(["mse", "mae", "huber", "cka", "gsp", "lsp"]),
     default="mse",
     show_default=True,
-    help="The same.",
+    help="How they compare features.",
 )
 @click.option("--teacher", help="Which one, if the store has several.")
 @click.option("--pseudo-labels", is_flag=True, default=None, help="Missing labels come from the teacher.")

@@ -62,8 +62,7 @@ class KDTerm(Settings):
         """Every choice that is not the usual one; losses on outputs have none."""
         if self.name in OUTPUT_SIGNALS:
             return ""
-        fields = type(self).model_fields
-        chosen = {key: getattr(self, key) for key in OPTIONS if getattr(self, key) != fields[key].default}
+        chosen = {key: value for key, usual in _USUAL.items() if (value := getattr(self, key)) != usual}
         return "".join(f",{key}={_short(value)}" for key, value in chosen.items())
 
     @property
@@ -140,6 +139,9 @@ class KDTerm(Settings):
             raise ValueError(
                 f"{self.label}: {wrong[0]} is no scalar feature of atoms; take node or layers, as in n2n:U4"
             )
+
+
+_USUAL = {key: KDTerm.model_fields[key].default for key in OPTIONS}
 
 
 def _short(value: float | str) -> str:

@@ -6,6 +6,8 @@ Features are scalars (N, C), or vectors (N, 3, C), which count as 3C numbers: th
 system turns.
 """
 
+import math
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -135,15 +137,12 @@ def _pair_errors(
     end: int,
 ) -> Tensor:
     """Sum over rows begin to end of share x squared errors of the distances within the row's system."""
-    error = _distances(x, begin, end) - _distances(y, begin, end)  # (R, N)
+    x, y = x * math.sqrt(2 / x.shape[1]), y * math.sqrt(2 / y.shape[1])
+    own = (x.square().sum(1) - y.square().sum(1)) / 2  # (N,)
+    products = torch.addmm(x[begin:end] @ x.T, y[begin:end], y.T, alpha=-1)  # (R, N)
+    error = own[begin:end, None] + own[None] - products
     same = system_idx[begin:end, None] == system_idx[None]
-    return ((error.square() * same).sum(1) * share[begin:end]).sum()
-
-
-def _distances(x: Float[Tensor, "N C"], begin: int, end: int) -> Float[Tensor, "R N"]:
-    squares = x.square().sum(1)
-    products = x[begin:end] @ x.T
-    return (squares[begin:end, None] + squares[None] - 2 * products) / x.shape[1]
+    return ((error * same).square().sum(1) * share[begin:end]).sum()
 
 
 def _log_shares(features: Float[Tensor, "N ..."], edge_index: Int[Tensor, "2 E"]) -> Float[Tensor, " E"]:

@@ -75,7 +75,7 @@ def make_head(
         if n_in != n_out and term.loss not in STRUCTURE_LOSSES:
             raise ConfigError(
                 f"--kd {term.label}: head identity needs equal widths, student {n_in}, teacher {n_out}; "
-                "take head linear"
+                "take head linear, or loss cka, gsp or lsp"
             )
         return nn.Identity()
     if term.head == "mlp":

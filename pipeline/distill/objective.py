@@ -72,8 +72,9 @@ class Objective(nn.Module):
         total, parts = self.labels_loss(outputs, targets)
         parts = dict(parts)
         for term in self.terms:
-            parts[term.label] = self.term_loss(term, outputs, targets, batch)
-            total = total + self.weights[term.label] * fade_factor(term, progress) * parts[term.label]
+            label = term.label
+            parts[label] = self.term_loss(term, outputs, targets, batch)
+            total = total + self.weights[label] * fade_factor(term, progress) * parts[label]
         return LossTerms(total, parts)
 
     def labels_loss(self, outputs: Outputs, targets: Targets) -> LossTerms:
