@@ -74,6 +74,7 @@ class TrainConfig(Settings):
     energy_key: str | None = None  # name of the energy in val and test files; None tries the usual ones
     forces_key: str | None = None
     val_every: int | None = Field(None, ge=1)  # steps; None: once an epoch, but at most 50 times a run
+    cka_systems: int = Field(64, ge=0)  # CKA of KD features with the teacher on so many; 0: none
     checkpoint_every: int = Field(1000, ge=1)  # steps
     log_every: int = Field(50, ge=1)
     seed: int = Field(0, ge=0)

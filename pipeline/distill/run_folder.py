@@ -22,6 +22,7 @@ _MAY_CHANGE = {
     "device",
     "checkpoint_every",
     "log_every",
+    "cka_systems",
     "tensorboard",
     "label",
     "test",

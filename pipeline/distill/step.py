@@ -46,6 +46,12 @@ class TrainState:
     sums: Tensor | None = None  # of the loss and its parts since the last row of metrics.csv
     n_summed: int = 0
 
+    @property
+    def averaged(self) -> nn.Module:
+        """The weights that are validated and kept: the average, or the raw ones where none is held."""
+        model: nn.Module = self.ema if self.ema is not None else self.potential.model
+        return model
+
     def state_dict(self) -> dict[str, Any]:
         """Everything as plain values and tensors, for `torch.save`."""
         return {

@@ -19,6 +19,7 @@ from molkd.pipeline.config import TrainConfig
 from molkd.pipeline.data.system import System
 from molkd.pipeline.device import choose_device
 from molkd.pipeline.distill.balance import balance_weights
+from molkd.pipeline.distill.cka_metric import cka_columns, prepare_cka
 from molkd.pipeline.distill.held_out import read_held_out, read_systems, validation_systems
 from molkd.pipeline.distill.loader import Sample
 from molkd.pipeline.distill.optim import count_plateaus, lr_factor
@@ -103,7 +104,8 @@ def _train(config: TrainConfig, run: RunFolder) -> TrainSummary:
         device,
     )
     part_names = ["loss", *setup.objective.part_names]
-    run.start_metrics(_columns(part_names), state.step)
+    run.start_metrics(_columns(part_names) + cka_columns(config.kd), state.step)
+    cka = prepare_cka(cache, setup, config, device)
 
     with (
         interruptible() as interrupted,
@@ -124,7 +126,8 @@ def _train(config: TrainConfig, run: RunFolder) -> TrainSummary:
             progress.update()
             if losses is not None:
                 row = _row(state, part_names, losses, config, total_steps)
-                row |= _validate(state, val_systems, run, config, device) if validates else {}
+                if validates:
+                    row |= _validate(state, val_systems, run, config, device) | cka.measure(state.averaged)
                 run.add_metrics(row)
                 _to_tensorboard(writer, row)
             if interrupted() or last or state.step % config.checkpoint_every == 0:
@@ -242,7 +245,7 @@ def _validate(
     state: TrainState, systems: list[System], run: RunFolder, config: TrainConfig, device: torch.device
 ) -> dict[str, float | int]:
     """Evaluate the averaged weights; keep them if they are the best so far."""
-    model = state.ema if state.ema is not None else state.potential.model
+    model = state.averaged
     averaged = Potential(model, state.potential.scale, state.potential.metadata)
     if not systems:
         state.best_step = state.step

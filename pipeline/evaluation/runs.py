@@ -19,7 +19,8 @@ NO_KD = "none"
 _IN_KD_NAME = frozenset({"kd", "pseudo_labels", "teacher"})
 # Settings that say where a run goes and how it is watched, not what it computes.
 _BOOKKEEPING = frozenset(
-    {"seed", "out", "label", "device", "tensorboard", "log_every", "checkpoint_every", "test", "test_groups"}
+    {"seed", "out", "label", "device", "tensorboard", "log_every", "cka_systems", "checkpoint_every"}
+    | {"test", "test_groups"}
 )
 
 
