@@ -10,7 +10,7 @@ without weights, never over the sum of weights: where the mean weight is one the
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional
 
@@ -18,7 +18,7 @@ from molkd.pipeline.models.interface import Outputs
 
 
 class Weights(NamedTuple):
-    """How much the systems of a batch count in every loss, for each kind of row; see `spread_weights`."""
+    """How much the systems of a batch count in every loss: of each system, and of its atoms and edges."""
 
     systems: Float[Tensor, " S"]
     atoms: Float[Tensor, " N"]
@@ -41,14 +41,6 @@ class LossTerms(NamedTuple):
 
     total: Tensor
     parts: dict[str, Tensor]
-
-
-def spread_weights(
-    weights: Float[Tensor, " S"], n_atoms: Int[Tensor, " S"], n_edges: Int[Tensor, " S"] | None = None
-) -> Weights:
-    """Give the atoms and edges of a system its weight."""
-    edges = weights[:0] if n_edges is None else weights.repeat_interleave(n_edges)
-    return Weights(weights, weights.repeat_interleave(n_atoms), edges)
 
 
 def energy_loss(

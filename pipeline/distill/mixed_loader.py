@@ -116,12 +116,13 @@ def join_samples(origins: Sequence[Sequence[Sample]], ratios: Sequence[float]) -
     if any(k != 1 for k in ratios):
         counts = [sum(s.batch.n_systems for s in origin) for origin in origins]
         weights = origin_weights(counts, ratios)
-        parts = [_constant(s, w) for origin, w in zip(origins, weights, strict=True) for s in origin]
-        joined = joined._replace(weights=Weights(*(torch.cat(rows) for rows in zip(*parts, strict=True))))
+        of_sample = torch.tensor([w for w, origin in zip(weights, origins, strict=True) for _ in origin])
+        rows = zip(*(_row_counts(sample) for sample in samples), strict=True)  # systems, atoms, edges
+        joined = joined._replace(
+            weights=Weights(*(of_sample.repeat_interleave(torch.tensor(n)) for n in rows))
+        )
     return Sample(join_batches([s.batch for s in samples]), joined)
 
 
-def _constant(sample: Sample, weight: float) -> Weights:
-    n_edges = len(sample.targets.teacher.get("edge", ()))
-    sizes = (sample.batch.n_systems, sample.batch.n_atoms, n_edges)
-    return Weights(*(torch.full((n,), weight) for n in sizes))
+def _row_counts(sample: Sample) -> tuple[int, int, int]:
+    return sample.batch.n_systems, sample.batch.n_atoms, len(sample.targets.teacher.get("edge", ()))

@@ -21,7 +21,7 @@ from molkd.pipeline.data.sources import open_source
 from molkd.pipeline.data.system import System
 from molkd.pipeline.distill import train
 from molkd.pipeline.distill.loader import Sample
-from molkd.pipeline.distill.losses import LossTerms
+from molkd.pipeline.distill.losses import LossTerms, Weights
 from molkd.pipeline.distill.step import TrainState
 from molkd.pipeline.ingest import ingest
 from molkd.pipeline.models.potential import Potential
@@ -241,3 +241,11 @@ def assert_bitwise(a: Any, b: Any, where: str = "state") -> None:
             assert_bitwise(x, y, f"{where}[{k}]")
     else:
         assert a == b, where
+
+
+def spread_weights(
+    weights: torch.Tensor, n_atoms: torch.Tensor, n_edges: torch.Tensor | None = None
+) -> Weights:
+    """Give the atoms and edges of each system its weight, (S,)."""
+    edges = weights[:0] if n_edges is None else weights.repeat_interleave(n_edges)
+    return Weights(weights, weights.repeat_interleave(n_atoms), edges)

@@ -5,13 +5,14 @@ import math
 import numpy as np
 import pytest
 import torch
+from distill_cases import spread_weights
 
 from molkd.cache_schema.fields import node_spec, v2v_spec
 from molkd.pipeline.config import KDTerm, parse_kd
 from molkd.pipeline.distill import feature_losses
 from molkd.pipeline.distill.feature_losses import cka_loss, gsp_loss, lsp_loss, structure_loss
 from molkd.pipeline.distill.heads import make_heads
-from molkd.pipeline.distill.losses import Targets, spread_weights
+from molkd.pipeline.distill.losses import Targets
 from molkd.pipeline.distill.objective import Objective
 from molkd.pipeline.errors import ConfigError
 from molkd.pipeline.graphs.batch import make_batch

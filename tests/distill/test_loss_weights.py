@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from distill_cases import spread_weights
 
 from molkd.cache_schema.fields import edge_spec, node_spec, v2v_spec
 from molkd.pipeline.config import KDTerm
@@ -14,7 +15,6 @@ from molkd.pipeline.distill.losses import (
     feature_loss,
     fill_labels,
     forces_loss,
-    spread_weights,
 )
 from molkd.pipeline.distill.objective import Objective
 
