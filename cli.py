@@ -10,6 +10,7 @@ import click
 
 from molkd.cache_schema.errors import MolkdError
 from molkd.pipeline.allocator import keep_freed_memory
+from molkd.pipeline.commands.augment import augment
 from molkd.pipeline.commands.cka import cka
 from molkd.pipeline.commands.evaluation import evaluate, report
 from molkd.pipeline.commands.output import NEW_PATH, NEW_STORE, PATH, STORE, as_json, given, show
@@ -192,7 +193,7 @@ def teacher_info(as_json: bool, teacher: str, scale_file: Path | None) -> None:
     show(describe_teacher(teacher, scale_file=scale_file), as_json)
 
 
-for command in (train_student, evaluate, report, cka):
+for command in (train_student, augment, evaluate, report, cka):
     kd.add_command(command)
 
 

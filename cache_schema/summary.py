@@ -27,6 +27,8 @@ def describe_info(info: Mapping[str, Any]) -> str:
     if info["overlay_of"]:
         lines.append(f"an overlay: structures, labels and other signals lie in {info['overlay_of']}")
     lines += [f"{key}: {info['dataset'][key]}" for key in ("licence", "citation") if info["dataset"].get(key)]
+    if made := describe_augmentation(info["dataset"]):
+        lines.append(made)
     lines += ["", _ROW.format(*_HEAD).rstrip()]
     lines += _rows("", info["fields"])
     for name, teacher in info["teachers"].items():
@@ -59,3 +61,15 @@ def _rows(prefix: str, entries: Mapping[str, Mapping[str, Any]]) -> Iterator[str
             prefix + name, entry["axis"], shape, entry["unit"], entry["encoding"],
             f"{entry['bytes_per_atom']:.1f}", rms, ", ".join(notes),
         ).rstrip()  # fmt: skip
+
+
+def describe_augmentation(dataset: Mapping[str, Any]) -> str:
+    """Say how the structures of a store were made, if `kd augment` made them; else nothing."""
+    facts = dataset.get("augmentation")
+    recipe = facts.get("recipe") if isinstance(facts, dict) else None
+    if not isinstance(facts, dict) or not isinstance(recipe, dict):
+        return ""
+    return (
+        f"made by kd augment {recipe.get('method')}, seed {recipe.get('seed')}: "
+        f"{facts.get('n_kept')} of {facts.get('n_made')} structures kept"
+    )

@@ -208,6 +208,7 @@ def _create(
             "n_duplicates_dropped": n_duplicates,
             LABELS_SHA256: labels_fingerprint(ids, [table.labels[i] for i in keep]),
             "units": {"energy": "eV", "positions": "A", "forces": "eV/A"},
+            **({"augmentation": config.augmentation} if config.augmentation else {}),
         },
         seed=config.seed,
         rows_per_shard=config.shard_atoms,

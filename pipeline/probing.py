@@ -57,7 +57,7 @@ def probe_teacher(
     """
     is_warm, done, n_atoms, n_edges, computing, building = False, 0, 0, 0, 0.0, 0.0
     rows: dict[str, list[NDArray[np.float32]]] = {s: [] for s in keep}
-    waiting = deque(_groups(systems, most_atoms))
+    waiting = deque(cut_by_atoms(systems, most_atoms))
     while waiting and computing + building < _SECONDS:
         part = waiting.popleft()
         began = time.perf_counter()
@@ -118,7 +118,7 @@ def write_bandwidth(folder: Path) -> float | None:
             probe.unlink()
 
 
-def _groups(systems: Sequence[System], most_atoms: int) -> list[Sequence[System]]:
+def cut_by_atoms(systems: Sequence[System], most_atoms: int) -> list[Sequence[System]]:
     """Cut systems into groups of as many as fit in `most_atoms`, at least one."""
     groups, begin, n_atoms = [], 0, 0
     for k, system in enumerate(systems):

@@ -14,6 +14,10 @@ if TYPE_CHECKING:
 scale_file = click.option(
     "--scale-file", type=PATH, help="Scale factors (JSON or .pt), for an OCP checkpoint that holds none."
 )
+_LABELS = (
+    click.option("--energy-key", help="Name of the energy in DATA (eV), kept as label."),
+    click.option("--forces-key", help="Name of the forces in DATA (eV/A), kept as label."),
+)
 _OPTIONS = (
     click.option(
         "--teacher", required=True, help="Model file, run folder, OCP checkpoint, or a name (see kd doctor)."
@@ -21,8 +25,6 @@ _OPTIONS = (
     scale_file,
     click.option("--signals", help="Comma-separated, or all; default energy,forces,atomic_energies,node."),
     click.option("--name", help="Of the teacher's group in the store."),
-    click.option("--energy-key", help="Name of the energy in DATA (eV), kept as label."),
-    click.option("--forces-key", help="Name of the forces in DATA (eV/A), kept as label."),
     click.option(
         "--encoding",
         multiple=True,
@@ -39,11 +41,18 @@ _OPTIONS = (
 )
 
 
-def asks_teacher(command: Callable[..., None]) -> Callable[..., None]:
+def asks_signals(command: Callable[..., None]) -> Callable[..., None]:
     """Add the options that say what a teacher is asked for, and where it runs."""
     for option in reversed(_OPTIONS):
         command = option(command)
     return command
+
+
+def asks_teacher(command: Callable[..., None]) -> Callable[..., None]:
+    """Add the options of `asks_signals`, and those that say which labels of the data are kept."""
+    for option in reversed(_LABELS):
+        command = option(command)
+    return asks_signals(command)
 
 
 def teacher_config(store: Path, flags: dict[str, Any]) -> "CacheConfig":

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, JsonValue, field_validator, model_validator
 
 from molkd.pipeline.config.base import Settings
 from molkd.pipeline.places import Place
@@ -26,6 +26,8 @@ class IngestConfig(Settings):
     shard_atoms: int | None = Field(None, ge=1024)  # atom rows a shard; None picks 65,536 or less
     licence: str = ""  # of the data, kept in the store
     citation: str = ""
+    # How the structures were made, if here: kept in the store as `augmentation` among the facts on its data.
+    augmentation: dict[str, JsonValue] | None = None
 
 
 _BATCH = {"cpu": (1024, 60_000), "cuda": (16_384, 1_000_000)}  # atoms, edges

@@ -10,6 +10,7 @@ from ase.data import chemical_symbols
 
 from molkd.cache_schema.manifest import info
 from molkd.cache_schema.reader import Cache
+from molkd.cache_schema.summary import describe_augmentation
 from molkd.pipeline.errors import DataError
 from molkd.pipeline.evaluation.tables import Column, markdown_table
 from molkd.pipeline.files import write_atomic
@@ -122,6 +123,8 @@ def _lines(facts: Mapping[str, Any]) -> Iterator[str]:
     sources = facts["sources"]
     more = f" and {len(sources) - _MAX_SOURCES:,} more" if len(sources) > _MAX_SOURCES else ""
     yield f"- sources: {', '.join(sources[:_MAX_SOURCES])}{more}"
+    if made := describe_augmentation(dataset):
+        yield f"- {made}"
     for key, words in (
         ("chosen_from", "chosen from the dataset"),
         ("merged_from", "merged from the datasets"),

@@ -1,0 +1,1 @@
+"""Ways out of the package: what other programs call."""
