@@ -18,8 +18,8 @@ from molkd.pipeline.commands.output import NEW_PATH, PATH, STORE, as_json, given
     "kd_terms",
     multiple=True,
     metavar="LOSS[:TAPS][=LAMBDA][,KEY=VALUE]",
-    help="none, n2n, e2n, v2v, e2e, vanilla1 or vanilla2; TAPS are U4, U2+U4 or 'H3->U4'; "
-    "KEY is head, loss or delta.",
+    help="auto (the default), none, or any of n2n, e2n, v2v, e2e, vanilla1, vanilla2, grad; TAPS are U4, "
+    "U2+U4 or 'H3->U4'; LAMBDA is auto, balance or a number; KEY is head, loss, delta or fade.",
 )
 @click.option("--out", required=True, type=NEW_PATH, help="Run folder.")
 @click.option(
@@ -66,7 +66,9 @@ def train_student(
 ) -> None:
     """Train a student on STORE; --kd says what it learns from the cached teacher.
 
-    LAMBDA is the paper's weight, or auto: then the term starts as large as the loss on the labels. TAPS say
+    --kd auto takes the losses that did best in the benchmarks, as far as store and student have what they
+    need, and the teacher's labels where there are none. LAMBDA is the paper's weight, or auto: then the term
+    starts as large as the loss on the labels; balance makes its gradient as large as theirs. TAPS say
     which layers n2n, e2n and v2v compare: U4 is one of the student, U2+U4 are two of them together, and in
     H3->U4 the teacher's H3 is learnt (quote the > for the shell). Each loss may choose its head (identity,
     linear, mlp) and how features are compared (mse, mae, huber with its delta; cka, gsp, lsp). e2e trains on
@@ -78,6 +80,7 @@ def train_student(
 
     \b
     Example:
+      kd train-student coll.kdcache --student painn-small --out runs/auto
       kd train-student coll.kdcache --student painn-small --kd n2n=auto --kd v2v=1.0 --out runs/n2n
       kd train-student coll.kdcache --student painn-small --kd 'n2n:H3->U2+U4' --out runs/layers
       kd train-student coll.kdcache --student painn-small --kd n2n=10,head=mlp,loss=huber --out runs/huber

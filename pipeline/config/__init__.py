@@ -9,7 +9,15 @@ from molkd.pipeline.config.base import (
     parse_assignments,
     read_yaml,
 )
-from molkd.pipeline.config.kd import OPTIONS, OUTPUT_SIGNALS, OWN_TAPS, STRUCTURE_LOSSES, KDTerm, parse_kd
+from molkd.pipeline.config.kd import (
+    OPTIONS,
+    OUTPUT_SIGNALS,
+    OWN_TAPS,
+    STRUCTURE_LOSSES,
+    KDTerm,
+    kd_settings,
+    parse_kd,
+)
 from molkd.pipeline.config.stage_one import CacheConfig, IngestConfig
 from molkd.pipeline.config.test_sets import SplitGroup, parse_groups
 from molkd.pipeline.config.training import MixConfig, ScheduleConfig, TrainConfig, TrainingConfig
@@ -29,6 +37,7 @@ __all__ = [
     "TrainConfig",
     "TrainingConfig",
     "dump_yaml",
+    "kd_settings",
     "make_config",
     "merged",
     "nested",

@@ -153,6 +153,16 @@ def _full_tap(text: str) -> str:
     return text if "/" in text or text in ("node", "e2n", "v2v", "edge") else f"layer/{text}"
 
 
+AUTO = "auto"  # as the only text of --kd: the run chooses
+
+
+def kd_settings(texts: Sequence[str], head: str = "linear", loss: str = "mse") -> dict[str, Any]:
+    """Return what ``--kd`` texts say as settings of a run, ``kd`` and ``kd_auto``; see `parse_kd`."""
+    if list(texts) == [AUTO]:
+        return {"kd": [], "kd_auto": True}
+    return {"kd": parse_kd(texts, head, loss), "kd_auto": False}
+
+
 def parse_kd(texts: Sequence[str], head: str = "linear", loss: str = "mse") -> list[dict[str, Any]]:
     """Read ``--kd`` values: ``none``, or ``LOSS[:[TEACHER_TAP->]STUDENT_TAPS][=LAMBDA][,KEY=VALUE...]``.
 
@@ -162,8 +172,9 @@ def parse_kd(texts: Sequence[str], head: str = "linear", loss: str = "mse") -> l
     ----------
     head, loss : of the terms that do not choose their own (KEY is one of `OPTIONS`, or fade)
     """
-    if "none" in texts and len(texts) > 1:
-        raise ConfigError("--kd none cannot be combined with other losses")
+    for alone in {"none", AUTO} & set(texts):
+        if len(texts) > 1:
+            raise ConfigError(f"--kd {alone} cannot be combined with other losses")
     return [_parse_term(text, head, loss) for text in texts if text != "none"]
 
 

@@ -63,6 +63,7 @@ class TrainConfig(Settings):
     model: dict[str, Any] = Field(default_factory=dict)  # the architecture's own settings
     training: TrainingConfig = TrainingConfig()
     kd: tuple[KDTerm, ...] = ()  # empty: no distillation
+    kd_auto: bool = False  # the run chooses kd and pseudo_labels itself when it begins, see distill/recipe.py
     teacher: str | None = None  # which one, if the store has several
     pseudo_labels: bool = False  # where a label is missing the base loss takes the teacher's
     mix: tuple[MixConfig, ...] = ()  # further stores to train on

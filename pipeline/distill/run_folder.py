@@ -58,6 +58,13 @@ class RunFolder:
             )
         write_atomic(self._config, dump_yaml(config))
 
+    def with_recipe(self, config: TrainConfig) -> TrainConfig:
+        """Return the settings with the losses that a run with `kd_auto`, which has begun here, has chosen."""
+        if not (self._config.exists() and self.has_begun):
+            return config
+        old = make_config(TrainConfig, read_yaml(self._config))
+        return config.model_copy(update={"kd": old.kd, "pseudo_labels": old.pseudo_labels})
+
     @property
     def has_begun(self) -> bool:
         """Whether there is anything of a run inside."""
@@ -68,7 +75,7 @@ class RunFolder:
         if not (self._config.exists() and self.has_begun):
             return []
         old, new = (_what_matters(c) for c in (make_config(TrainConfig, read_yaml(self._config)), config))
-        return [key for key in new if new[key] != old[key]]
+        return [key for key in new if new[key] != old.get(key, new[key])]
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -154,7 +161,8 @@ class RunFolder:
 
 def _what_matters(config: TrainConfig) -> dict[str, Any]:
     """Return the settings that a run keeps; stores may move, what they hold is checked elsewhere."""
-    settings = {k: v for k, v in config.model_dump(mode="json").items() if k not in _MAY_CHANGE}
+    chosen = {"kd", "pseudo_labels"} if config.kd_auto else set()  # once, when the run began
+    settings = {k: v for k, v in config.model_dump(mode="json").items() if k not in _MAY_CHANGE | chosen}
     return settings | {"mix": [{k: v for k, v in mix.items() if k != "store"} for mix in settings["mix"]]}
 
 

@@ -7,10 +7,11 @@ from typing import Any
 from molkd.cache_schema.reader import Cache
 from molkd.pipeline.config import (
     TrainConfig,
+    kd_settings,
     make_config,
+    merged,
     parse_assignments,
     parse_groups,
-    parse_kd,
     read_yaml,
 )
 from molkd.pipeline.errors import ConfigError
@@ -21,7 +22,7 @@ _TRAINING_FLAGS = {"epochs": "max_epochs", "steps": "max_steps", "batch_size": "
 
 
 def resolve(config_file: Path | None, assignments: Sequence[str], flags: Mapping[str, Any]) -> TrainConfig:
-    """Merge preset < YAML < --set < flags.
+    """Merge preset < YAML < --set < flags; where none of them names losses, the run chooses (`kd_auto`).
 
     Parameters
     ----------
@@ -38,12 +39,14 @@ def resolve(config_file: Path | None, assignments: Sequence[str], flags: Mapping
     if "groups" in flags:
         flags["test_groups"] = parse_groups(flags.pop("groups"))
     if terms:
-        flags["kd"] = parse_kd(terms, head, loss)
+        flags |= kd_settings(terms, head, loss)
     if training:
         flags["training"] = training
     cache = Cache.open(flags["store"])
-    layers = [read_yaml(config_file) if config_file else {}, parse_assignments(assignments), flags]
-    return train_config(flags["student"], *layers, periodic=bool(cache.pbc.any()))
+    asked = merged(read_yaml(config_file) if config_file else {}, parse_assignments(assignments), flags)
+    if not {"kd", "kd_auto"} & asked.keys():
+        asked["kd_auto"] = True
+    return train_config(flags["student"], asked, periodic=bool(cache.pbc.any()))
 
 
 def train_config(student: str, *layers: Mapping[str, Any], periodic: bool) -> TrainConfig:

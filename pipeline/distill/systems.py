@@ -19,16 +19,29 @@ def choose_teacher(cache: Cache, config: TrainConfig) -> str | None:
     """Return which teacher's signals the run reads, None if it needs none."""
     if not needed_signals(config.kd, pseudo_labels=config.pseudo_labels):
         return None
+    return pick_teacher(cache, config.teacher)
+
+
+def pick_teacher(cache: Cache, name: str | None) -> str:
+    """Return the teacher of that name, or without a name the only one.
+
+    Raises
+    ------
+    CacheError
+        If there is none.
+    ConfigError
+        If there are several and none is named.
+    """
     names = sorted(cache.teachers)
     if not names:
         raise CacheError(
             f"{cache.path}: no teacher in this store; run kd cache-teacher on it first, or take --kd none"
         )
-    if config.teacher is not None and config.teacher not in names:
-        raise CacheError(f"{cache.path}: no teacher {config.teacher}; it has {', '.join(names)}")
-    if config.teacher is None and len(names) > 1:
+    if name is not None and name not in names:
+        raise CacheError(f"{cache.path}: no teacher {name}; it has {', '.join(names)}")
+    if name is None and len(names) > 1:
         raise ConfigError(f"{cache.path}: several teachers ({', '.join(names)}); choose one with --teacher")
-    return config.teacher or names[0]
+    return name or names[0]
 
 
 def choose_systems(

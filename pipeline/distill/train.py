@@ -23,6 +23,7 @@ from molkd.pipeline.distill.cka_metric import cka_columns, prepare_cka
 from molkd.pipeline.distill.held_out import read_held_out, read_systems, validation_systems
 from molkd.pipeline.distill.loader import Sample
 from molkd.pipeline.distill.optim import count_plateaus, lr_factor
+from molkd.pipeline.distill.recipe import automatic
 from molkd.pipeline.distill.run_folder import RunFolder
 from molkd.pipeline.distill.scale_factors import fit_on_first_batches
 from molkd.pipeline.distill.step import TrainState, accumulate, initial_state, train_step
@@ -68,6 +69,10 @@ def train_student(config: TrainConfig) -> TrainSummary:
         If settings, labels or losses make no sense; see the message.
     """
     run = RunFolder(config.out)
+    if config.kd_auto and not run.has_begun:
+        config = automatic(Cache.open(config.store), config)
+    elif config.kd_auto:
+        config = run.with_recipe(config)
     run.open(config)
     if (done := run.finished()) is not None:
         log.info("%s: finished before, nothing to do", config.out)

@@ -16,7 +16,7 @@ from molkd.pipeline.errors import DataError
 from molkd.pipeline.places import short_name
 
 NO_KD = "none"
-_IN_KD_NAME = frozenset({"kd", "pseudo_labels", "teacher"})
+_IN_KD_NAME = frozenset({"kd", "kd_auto", "pseudo_labels", "teacher"})
 # Settings that say where a run goes and how it is watched, not what it computes.
 _BOOKKEEPING = frozenset(
     {"seed", "out", "label", "device", "tensorboard", "log_every", "cka_systems", "checkpoint_every"}

@@ -1,0 +1,56 @@
+"""`--kd auto`: the losses a student learns with where nobody chose any, by what store and student have.
+
+The rule is what closed most of the gap in benchmarks/recipes.py; docs/benchmarks.md has the figures.
+"""
+
+import logging
+from typing import Any
+
+import numpy as np
+import torch
+
+from molkd.cache_schema.reader import Cache
+from molkd.pipeline.config import KDTerm, TrainConfig
+from molkd.pipeline.distill.systems import pick_teacher
+from molkd.pipeline.models.registry import build_model
+
+log = logging.getLogger(__name__)
+
+_FEATURES = ("n2n", "v2v")  # losses on features, where both sides have them
+_LABELS = frozenset({"energy", "forces"})
+
+
+def automatic(cache: Cache, config: TrainConfig) -> TrainConfig:
+    """Return the settings with the losses of the recipe in place of `kd`; each choice is logged.
+
+    - `grad`, if the student's forces are direct and the teacher's are cached: its energy learns their slope.
+    - `n2n` and `v2v` with the weight `auto`, where the cache has the signal and the student such features.
+    - pseudo-labels, if systems without labels are trained on and the teacher's are cached.
+
+    A store without a teacher is trained on with its labels alone.
+
+    Raises
+    ------
+    CacheError, ConfigError
+        If the teacher is not there, or the store has several and none is chosen.
+    """
+    if not cache.teachers:
+        log.info("kd auto: %s holds no teacher, the student learns from labels alone", cache.path)
+        return config
+    teacher = pick_teacher(cache, config.teacher)
+    cached = {name for name, entry in cache.teachers[teacher].signals.items() if entry.complete}
+    with torch.random.fork_rng(devices=[]):  # looked at only: the run makes its own
+        model: Any = build_model(config.model)
+    terms = [KDTerm(name="grad")] if model.forces_from == "direct" and "forces" in cached else []
+    features = (KDTerm.model_validate({"name": name}) for name in _FEATURES)
+    terms += [t for t in features if t.teacher_tap in cached and set(t.student_taps) <= set(model.signals)]
+    pseudo_labels = config.pseudo_labels or (_lacks_labels(cache, config) and cached >= _LABELS)
+    chosen = " ".join(f"--kd {term.text}" for term in terms) or "--kd none"
+    log.info("kd auto: %s%s", chosen, " --pseudo-labels" if pseudo_labels else "")
+    return config.model_copy(update={"kd": tuple(terms), "pseudo_labels": pseudo_labels})
+
+
+def _lacks_labels(cache: Cache, config: TrainConfig) -> bool:
+    """Say whether a store that is trained on holds systems without an energy."""
+    stores = [cache, *(Cache.open(mix.store) for mix in config.mix)]
+    return any(np.isnan(store.energy).any() for store in stores)
