@@ -17,6 +17,7 @@ from molkd.pipeline.evaluation.fingerprint import fingerprint
 from molkd.pipeline.evaluation.groups import group_runs
 from molkd.pipeline.evaluation.predictions import ExtxyzPredictions
 from molkd.pipeline.evaluation.report import Report, write_report
+from molkd.pipeline.evaluation.reproduce import report_command
 from molkd.pipeline.evaluation.result import FOLDER, Evaluation
 from molkd.pipeline.evaluation.results import TeacherResult, splits_of
 from molkd.pipeline.evaluation.runs import read_run
@@ -146,7 +147,11 @@ def report_runs(
         model = load_teacher(teacher, device=chosen, scale_file=scale_file)
         of_teacher = {name: _evaluate_set(model, data, batch_size) for name, data in sets.items()}
         result = TeacherResult(model.info.name, n_parameters=model.info.n_parameters, evaluations=of_teacher)
-    return write_report(runs, out, teacher=result, evaluations=evaluations, test_groups=test_groups)
+    others = {"--scale-file": scale_file, "--energy-key": energy_key, "--forces-key": forces_key}
+    command = report_command(runs, out, teacher=teacher, test=test, groups=groups, others=others)
+    return write_report(
+        runs, out, teacher=result, evaluations=evaluations, test_groups=test_groups, command=command
+    )
 
 
 def _test_sets(

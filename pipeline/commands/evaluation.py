@@ -40,7 +40,7 @@ def evaluate(as_json: bool, **flags: Any) -> None:
 
 @click.command()
 @click.argument("runs", nargs=-1, required=True, type=PATH)
-@click.option("--out", required=True, type=NEW_PATH, help="Folder for report.md, tables and pictures.")
+@click.option("--out", required=True, type=NEW_PATH, help="Folder for report.html and the rest.")
 @click.option("--teacher", help="Evaluated too; needed for the share of the gap closed.")
 @scale_file
 @click.option("--test", multiple=True, type=STORE, help="More data that runs and teacher are measured on.")
@@ -50,7 +50,10 @@ def evaluate(as_json: bool, **flags: Any) -> None:
 @click.option("--device", default="auto", show_default=True)
 @as_json
 def report(as_json: bool, **flags: Any) -> None:
-    """Compare RUNS: table with mean and spread over seeds, gap closed, learning curves, parity plots, cards.
+    """Compare RUNS on one page: errors and their spread, gap closed, speed, curves, scans, parity, commands.
+
+    FOLDER/report.html is one file that needs nothing else: send it as it is. The same stands in report.md,
+    results.csv and results.json. Each run also gets its card.md.
 
     \b
     Example:

@@ -35,7 +35,7 @@ class DemoSummary:
         """Return the table and where to look next."""
         return (
             f"{self.report.text()}\n\n"
-            f"{self.seconds:.0f} s in all. Report with pictures: {self.report.folder / 'report.md'}\n"
+            f"{self.seconds:.0f} s in all. Report with pictures: {self.report.page}\n"
             f"Store: {Path(self.folder) / 'demo.kdcache'} (kd cache info, kd cache verify)"
         )
 

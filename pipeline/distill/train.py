@@ -28,6 +28,7 @@ from molkd.pipeline.distill.run_folder import RunFolder
 from molkd.pipeline.distill.scale_factors import fit_on_first_batches
 from molkd.pipeline.distill.step import TrainState, accumulate, initial_state, train_step
 from molkd.pipeline.distill.student import Setup, prepare, record_weights
+from molkd.pipeline.environment import environment
 from molkd.pipeline.errors import CacheError, DivergedError, ModelError
 from molkd.pipeline.evaluation.breakdown import KINDS
 from molkd.pipeline.evaluation.evaluate import evaluate
@@ -166,6 +167,8 @@ def _train(config: TrainConfig, run: RunFolder) -> TrainSummary:
             "teacher": setup.potential.metadata["provenance"]["teacher"],
             "store": str(config.store),
             "dataset_fingerprint": cache.fingerprint,
+            "data": setup.potential.metadata["provenance"]["data"],
+            "environment": environment(device),
         }
         if setup.mixed:
             extra["mix"] = setup.potential.metadata["provenance"]["mix"]

@@ -13,7 +13,7 @@ from molkd.pipeline.evaluation.tables import Column, format_number, markdown_tab
 from molkd.pipeline.files import write_atomic
 from molkd.pipeline.models.potential import Potential
 
-_METHOD = (
+METHOD = (
     "Knowledge distillation: Ekström Kelvinius, Georgiev, Toshev, Gasteiger, *Accelerating Molecular Graph "
     "Neural Networks via Knowledge Distillation*, NeurIPS 2023, arXiv:2306.14818."
 )
@@ -237,7 +237,7 @@ def _accuracy(results: Mapping[str, Any], over_seeds: Mapping[str, Mapping[str, 
 
 
 def _citations(teacher: Mapping[str, Any], data: Mapping[str, Any], *, has_kd: bool) -> str:
-    lines = [f"- {_METHOD}"] if has_kd else []
+    lines = [f"- {METHOD}"] if has_kd else []
     lines += [f"- Teacher: {teacher['citation']}"] if has_kd and teacher.get("citation") else []
     lines += [f"- Data: {data['citation']}"] if data.get("citation") else []
     return "\n".join(lines) or "- The training data and the architecture's authors."

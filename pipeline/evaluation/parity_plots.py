@@ -1,4 +1,4 @@
-"""Parity plots: predicted against reference and the error below, models side by side on equal axes."""
+"""Parity plots: predicted against reference and the error below, one figure a model on equal axes."""
 
 import textwrap
 from collections.abc import Sequence
@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from molkd.pipeline.evaluation.result import Evaluation
+from molkd.pipeline.evaluation.style import COLORS, INK, new_figure, tidy
 from molkd.pipeline.evaluation.tables import format_number
 from molkd.pipeline.units import MILLI
 
@@ -18,14 +19,13 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Quantity = Literal["energy", "forces"]
+QUANTITIES: tuple[Quantity, ...] = ("energy", "forces")
 
 MAX_POINTS = 3_000  # more are drawn as a density
 _MEV_UP_TO = 3_000  # meV/atom; a wider range of energies is written in eV/atom
-_POINT_COLOR = "#0072B2"
-_LINE_COLOR = "#D55E00"
-_TITLE_WIDTH = 30
+_WIDTH, _HEIGHT = 3.3, 4.6  # inches
+_TITLE_WIDTH = 42
 _N_HEXAGONS = 60
-_BACKGROUND = {"facecolor": "white", "edgecolor": "none", "alpha": 0.7, "pad": 1.5}  # of text over points
 _MARGIN = 0.04
 _SHOWN = 0.998  # share of a panel's errors that the error axis holds at least
 
@@ -44,16 +44,13 @@ class _Points:
     error: NDArray[np.float64]  # the same unit, prediction minus label
 
 
-def plot_parity(panels: Sequence[Panel], quantity: Quantity) -> "Figure":
-    """Draw one column per model: prediction against label on top, error against label below.
+def plot_parity(panels: Sequence[Panel], quantity: Quantity) -> "list[Figure]":
+    """Draw one figure per model: prediction against label on top, error against label below.
 
     Energies are per atom and relative to the mean label, so that differences show beside large totals; forces
-    are components of free atoms. The panels of a row share their axes; many points are drawn as a density
-    with one colour scale. The MAE in a panel is that of the whole data set, per atom for energies.
+    are components of free atoms. The figures share their axes and, where many points are drawn as a density,
+    the scale of its colours. The MAE in a figure is that of the whole data set, per atom for energies.
     """
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
-
     points = [_points(panel.evaluation, quantity) for panel in panels]
     labels = np.concatenate([p.label for p in points])
     center = labels.mean() if quantity == "energy" and len(labels) else 0.0
@@ -65,54 +62,68 @@ def plot_parity(panels: Sequence[Panel], quantity: Quantity) -> "Figure":
     ys = [x + p.error * scale for x, p in zip(xs, points, strict=True)]
     errors = [p.error * MILLI for p in points]
     limits, error_limit = _span([*xs, *ys]), _error_limit(errors)
+    titles = [
+        "\n".join(textwrap.fill(line, _TITLE_WIDTH) for line in panel.title.splitlines()) for panel in panels
+    ]
+    lines = max(title.count("\n") for title in titles)
+    titles = [title + "\n\u00a0" * (lines - title.count("\n")) for title in titles]  # axes of equal height
+    axes = _Axes(limits, error_limit, f"{prefix}eV{per}", f"meV{per}", quantity)
+    drawn = [
+        _draw_model(title, _mae_text(panel.evaluation, quantity), x, y, error, axes)
+        for title, panel, x, y, error in zip(titles, panels, xs, ys, errors, strict=True)
+    ]
+    _share_colors([(figure, density) for figure, densities in drawn for density in densities])
+    return [figure for figure, _ in drawn]
 
-    figure = Figure(figsize=(1.3 + 2.9 * len(panels), 5.4), layout="constrained")
-    axes = figure.subplots(
-        2, len(panels), sharex=True, sharey="row", squeeze=False, gridspec_kw={"height_ratios": (2.7, 1)}
-    )
-    densities = []
-    for (top, bottom), panel, x, y, error in zip(axes.T, panels, xs, ys, errors, strict=True):
-        top.set_title(
-            "\n".join(textwrap.fill(line, _TITLE_WIDTH) for line in panel.title.splitlines()), fontsize=10
-        )
-        top.axline((0, 0), slope=1, color=_LINE_COLOR, lw=1, zorder=3)
-        bottom.axhline(0, color=_LINE_COLOR, lw=1, zorder=3)
-        densities += [
-            _draw(top, x, y, (*limits, *limits), 1.0),
-            _draw(bottom, x, error, (*limits, -error_limit, error_limit), 2.7),
-        ]
-        top.text(
-            0.04,
-            0.96,
-            _mae_text(panel.evaluation, quantity),
-            transform=top.transAxes,
-            va="top",
-            bbox=_BACKGROUND,
-        )
-        n_outside = int((np.abs(error) > error_limit).sum())
-        if n_outside:
-            bottom.text(
-                0.98,
-                0.97,
-                f"{n_outside} beyond",
-                transform=bottom.transAxes,
-                ha="right",
-                va="top",
-                fontsize=8,
-            )
-        for ax in (top, bottom):
-            ax.spines[["top", "right"]].set_visible(False)
-            ax.tick_params(labelsize=9)
-    axes[1, 0].xaxis.set_major_locator(MaxNLocator(nbins=5))
-    axes[0, 0].set_xlim(limits)
-    axes[0, 0].set_ylim(limits)
-    axes[1, 0].set_ylim(-error_limit, error_limit)
-    axes[0, 0].set_ylabel(f"predicted ({prefix}eV{per})")
-    axes[1, 0].set_ylabel(f"error (meV{per})")
-    name = "energy per atom, relative to the mean" if quantity == "energy" else "force component"
-    figure.supxlabel(f"reference {name} ({prefix}eV{per})", fontsize=10)
-    _share_colors(figure, axes, [d for d in densities if d is not None])
-    return figure
+
+@dataclass(frozen=True)
+class _Axes:
+    """What all figures of a row share."""
+
+    limits: tuple[float, float]
+    error_limit: float  # meV
+    unit: str
+    error_unit: str
+    quantity: Quantity
+
+
+def _draw_model(
+    title: str,
+    mae: str,
+    x: NDArray[np.float64],
+    y: NDArray[np.float64],
+    error: NDArray[np.float64],
+    axes: _Axes,
+) -> "tuple[Figure, list[PolyCollection]]":
+    from matplotlib.ticker import MaxNLocator
+
+    figure = new_figure(_HEIGHT, _WIDTH)
+    top, bottom = figure.subplots(2, 1, sharex=True, gridspec_kw={"height_ratios": (2.7, 1)})
+    figure.suptitle(title, fontsize=10, x=0.02, ha="left")
+    top.axline((0, 0), slope=1, color=INK, lw=0.9, zorder=3)
+    bottom.axhline(0, color=INK, lw=0.9, zorder=3)
+    limits, error_limit = axes.limits, axes.error_limit
+    densities = [
+        _draw(top, x, y, (*limits, *limits), 1.0),
+        _draw(bottom, x, error, (*limits, -error_limit, error_limit), 2.7),
+    ]
+    n_outside = int((np.abs(error) > error_limit).sum())
+    top.set_title(mae, loc="right", fontsize=10)
+    if n_outside:
+        bottom.set_title(f"{n_outside} beyond the axis", loc="right", fontsize=8.5, pad=2)
+    for ax in (top, bottom):
+        tidy(ax)
+        ax.tick_params(labelsize=9)
+    for axis, most in ((bottom.xaxis, 4), (top.yaxis, 5), (bottom.yaxis, 3)):
+        axis.set_major_locator(MaxNLocator(nbins=most))
+    top.set_xlim(limits)
+    top.set_ylim(limits)
+    bottom.set_ylim(-error_limit, error_limit)
+    name = "energy" if axes.quantity == "energy" else "force component"
+    top.set_ylabel(f"predicted ({axes.unit})", fontsize=10)
+    bottom.set_ylabel(f"error\n({axes.error_unit})", fontsize=10)
+    bottom.set_xlabel(f"reference {name} ({axes.unit})", fontsize=10)
+    return figure, [d for d in densities if d is not None]
 
 
 def _points(evaluation: Evaluation, quantity: Quantity) -> _Points:
@@ -154,23 +165,30 @@ def _draw(
     extent: tuple[float, float, float, float],
     aspect: float,
 ) -> "PolyCollection | None":
-    """Draw points, or their density if there are many; `aspect` (width over height) keeps hexagons even."""
+    """Draw points, or their density if there are many; `aspect` (width over height) keeps hexagons even.
+
+    Both become pixels inside an SVG: thousands of paths would make the page slow.
+    """
     if len(x) <= MAX_POINTS:
-        ax.plot(x, y, "o", ms=3, color=_POINT_COLOR, alpha=0.45, mew=0, rasterized=True)
+        ax.plot(x, y, "o", ms=2.8, color=COLORS[0], alpha=0.5, mew=0, rasterized=True)
         return None
     size = (_N_HEXAGONS, max(int(_N_HEXAGONS / aspect / 1.73), 1))
-    return ax.hexbin(x, y, gridsize=size, extent=extent, mincnt=1, cmap="viridis", linewidths=0.1)
+    return ax.hexbin(
+        x, y, gridsize=size, extent=extent, mincnt=1, cmap="viridis", linewidths=0.1, rasterized=True
+    )
 
 
-def _share_colors(figure: "Figure", axes: NDArray[np.object_], densities: Sequence["PolyCollection"]) -> None:
-    """Give all densities one logarithmic colour scale and one bar that explains it."""
-    if not densities:
+def _share_colors(drawn: "Sequence[tuple[Figure, PolyCollection]]") -> None:
+    """Give all densities one logarithmic colour scale; every figure has a bar that explains it."""
+    if not drawn:
         return
     from matplotlib.colors import LogNorm
 
-    highest = max(float(np.max(d.get_array())) for d in densities)  # type: ignore[arg-type]
+    highest = max(float(np.max(d.get_array())) for _, d in drawn)  # type: ignore[arg-type]
     norm = LogNorm(1, max(highest, 10.0))
-    for density in densities:
+    for _, density in drawn:
         density.set_norm(norm)
-    bar = figure.colorbar(densities[0], ax=axes, shrink=0.7, pad=0.01)
-    bar.set_label("points per cell")
+    for figure, density in {id(figure): (figure, density) for figure, density in drawn}.values():
+        bar = figure.colorbar(density, ax=figure.axes, orientation="horizontal", pad=0.02, aspect=40)
+        bar.set_label("points per cell", fontsize=8.5)
+        bar.ax.tick_params(labelsize=8.5)

@@ -1,21 +1,37 @@
-"""`kd report`: tables, pictures and one Markdown page from finished runs."""
+"""`kd report`: tables and pictures from finished runs, as one HTML page, Markdown, CSV and JSON."""
 
 import csv
 import io
 import json
-import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from molkd.pipeline.errors import DataError
+from molkd.pipeline.config import TrainConfig, make_config
+from molkd.pipeline.environment import environment
+from molkd.pipeline.errors import ConfigError, DataError
+from molkd.pipeline.evaluation.best import RULE, best_marks
+from molkd.pipeline.evaluation.breakdown_tables import breakdown_blocks, evaluations_of
 from molkd.pipeline.evaluation.card import write_card
+from molkd.pipeline.evaluation.contents import Origin, build_document, citations, fingerprints
+from molkd.pipeline.evaluation.document import Gallery
+from molkd.pipeline.evaluation.figures import (
+    Studio,
+    cka_gallery,
+    curve_galleries,
+    error_gallery,
+    parity_galleries,
+    scan_gallery,
+    speed_gallery,
+)
 from molkd.pipeline.evaluation.gap import FORMULA
 from molkd.pipeline.evaluation.groups import Group, comparisons, group_runs
-from molkd.pipeline.evaluation.parity_plots import Panel, plot_parity
-from molkd.pipeline.evaluation.plots import plot_errors, plot_learning_curves, save_figure
+from molkd.pipeline.evaluation.html import to_html
+from molkd.pipeline.evaluation.lambda_scan import Scan, find_scans
+from molkd.pipeline.evaluation.markdown import to_markdown
+from molkd.pipeline.evaluation.reproduce import train_command
 from molkd.pipeline.evaluation.result import load_evaluations
 from molkd.pipeline.evaluation.results import (
     GAPS,
@@ -29,21 +45,13 @@ from molkd.pipeline.evaluation.results import (
     missing_means,
     splits_of,
 )
-from molkd.pipeline.evaluation.runs import read_run
-from molkd.pipeline.evaluation.tables import format_table, markdown_table
+from molkd.pipeline.evaluation.runs import Run, read_run
+from molkd.pipeline.evaluation.style import drawing, model_styles
+from molkd.pipeline.evaluation.tables import format_table
 from molkd.pipeline.files import write_atomic
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-PLOTS = "plots"
 _MIN_SEEDS = 3
-_PANELS_WITH_KD = 3  # beside teacher and student without KD; more go to a further picture
-_INTRODUCTION = """\
-Errors are mean absolute errors against the reference labels; forces are those of free atoms. The force cosine
-is the mean over atoms, EFwT the share of systems with an energy error below 0.02 eV and every force component
-within 0.03 eV/Å. Values are mean ± sample standard deviation over seeds. Throughput counts the model only,
-without neighbour lists, on the machine and at the batch size of its evaluation."""
+Galleries = dict[str | None, list[tuple[str, Gallery]]]  # by data set, with headings; None: of training
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,8 +60,16 @@ class Report:
 
     folder: Path
     tables: dict[str, list[Row]]  # by data set
+    marks: dict[str, dict[str, dict[str, str]]]  # data set, model, metric: "best" or "near"
+    scans: list[Scan]
     remarks: list[str]
-    plots: list[tuple[str | None, Path]]  # with the data set, None for learning curves
+    plots: list[str]  # paths from `folder`
+    origin: Origin
+
+    @property
+    def page(self) -> Path:
+        """The HTML page."""
+        return self.folder / "report.html"
 
     def text(self) -> str:
         """Return the tables for a terminal."""
@@ -67,15 +83,31 @@ class Report:
         """Return everything as plain values for JSON."""
         return {
             "formula": FORMULA,
+            "rule": RULE,
             "tables": {name: [row.to_dict() for row in rows] for name, rows in self.tables.items()},
+            "marks": self.marks,
+            "scans": [
+                {
+                    "student": scan.student,
+                    "term": scan.term,
+                    "others": scan.others,
+                    "baseline": scan.baseline,
+                    "points": [vars(point) for point in scan.points],
+                }
+                for scan in self.scans
+            ],
             "remarks": self.remarks,
-            "plots": [path.relative_to(self.folder).as_posix() for _, path in self.plots],
+            "plots": self.plots,
+            "commands": {name: list(lines) for name, lines in self.origin.commands.items()},
+            "versions": list(self.origin.environments),
+            "fingerprints": list(self.origin.fingerprints),
+            "citations": list(self.origin.citations),
         }
 
     def _explanation(self) -> list[str]:
         has_gap = any(row.gaps for rows in self.tables.values() for row in rows)
         lines = ["mean ± sample standard deviation over seeds", *([FORMULA] if has_gap else [])]
-        return ["\n".join(lines + [f"* {remark}" for remark in self.remarks])]
+        return ["\n".join([*lines, *(f"* {remark}" for remark in self.remarks), f"page: {self.page}"])]
 
 
 def write_report(
@@ -85,8 +117,9 @@ def write_report(
     teacher: TeacherResult | None = None,
     evaluations: Evaluations | None = None,
     test_groups: Mapping[str, Sequence[str]] = MappingProxyType({}),
+    command: str | None = None,
 ) -> Report:
-    """Compare finished runs and write report.md, results.json, results.csv and plots/ into `out`.
+    """Compare finished runs and write report.html, report.md, results.json and .csv, and plots/ into `out`.
 
     Each run folder that holds its best.safetensors gets a card.md with the mean and spread of its group.
     Runs that differ in the seed only form a group; a group with KD is compared with the group without KD of
@@ -101,6 +134,7 @@ def write_report(
         kept in the run folders (evaluation/<data set>.npz)
     test_groups : names of test sets by the name of the group whose mean gets a table too, beside those that
         the runs were trained with
+    command : that makes this report, for the reader
 
     Raises
     ------
@@ -119,17 +153,108 @@ def write_report(
     splits = {group.name: group for group in splits_of(read, measured_sets(read, evaluations), test_groups)}
     names = dataset_names(read, evaluations, list(splits.values()))
     tables = {name: build_rows(groups, name, teacher, evaluations, splits.get(name)) for name in names}
-    plots = []
-    for dataset, name, figure in _figures(groups, tables, teacher, evaluations):
-        plots.append((dataset, out / PLOTS / f"{name}.png"))
-        save_figure(figure, plots[-1][1])
+    baselines = _baselines(groups)
+    scans = find_scans(groups, baselines)
+    galleries = _galleries(out, groups, tables, scans, teacher, evaluations)
     remarks = _remarks(groups, tables) + _write_cards(groups, tables)
     remarks += [text for its in splits.values() for text in missing_means(groups, its, teacher, evaluations)]
-    report = Report(out, tables, remarks, plots)
+    origin = _origin(groups, command, evaluations, teacher)
+    plots = [p.path for found in galleries.values() for _, gallery in found for p in gallery.pictures]
+    report = Report(out, tables, _marks(groups, tables), scans, remarks, plots, origin)
+    breakdowns = {
+        name: list(breakdown_blocks(name, rows, evaluations_of(name, groups, teacher, evaluations)))
+        for name, rows in tables.items()
+    }
+    document = build_document(tables, galleries, remarks, groups, origin, baselines, breakdowns)
     write_atomic(out / "results.json", json.dumps(report.to_dict(), indent=1, ensure_ascii=False) + "\n")
     write_atomic(out / "results.csv", _csv(tables))
-    write_atomic(out / "report.md", _markdown(report, groups))
+    write_atomic(out / "report.md", to_markdown(document))
+    write_atomic(report.page, to_html(document))
     return report
+
+
+def _galleries(
+    out: Path,
+    groups: Sequence[Group],
+    tables: Mapping[str, list[Row]],
+    scans: Sequence[Scan],
+    teacher: TeacherResult | None,
+    evaluations: Evaluations,
+) -> Galleries:
+    """Draw every picture, one at a time."""
+    found: Galleries = {}
+    studio = Studio(out, model_styles([group.name for group in groups]))
+    with drawing():
+        for name, rows in tables.items():
+            wanted: list[tuple[str, Gallery | None]] = [
+                ("Errors", error_gallery(studio, name, rows)),
+                ("Accuracy against speed", speed_gallery(studio, name, rows)),
+                *((f"λ scan: {scan.title}", scan_gallery(studio, name, rows, scan)) for scan in scans),
+                *parity_galleries(studio, groups, name, teacher, evaluations, rows),
+            ]
+            found[name] = [(title, gallery) for title, gallery in wanted if gallery is not None]
+        found[None] = [("Learning curves", gallery) for gallery in curve_galleries(studio, groups)]
+        similarities = cka_gallery(studio, groups)
+        found[None] += [("Similarity of layers (CKA)", similarities)] if similarities else []
+    return found
+
+
+def _baselines(groups: Sequence[Group]) -> dict[str, str | None]:
+    return {
+        group.name: baseline.name if baseline else None
+        for baseline, with_kd in comparisons(groups)
+        for group in with_kd
+    }
+
+
+def _marks(groups: Sequence[Group], tables: Mapping[str, list[Row]]) -> dict[str, dict[str, dict[str, str]]]:
+    students = {group.name: group.student for group in groups}
+    return {
+        dataset: {
+            row.name: {key: mark.name.lower() for key, mark in marks.items()}
+            for row, marks in zip(rows, best_marks(rows, students), strict=True)
+            if marks
+        }
+        for dataset, rows in tables.items()
+    }
+
+
+def _origin(
+    groups: Sequence[Group],
+    command: str | None,
+    evaluations: Evaluations,
+    teacher: TeacherResult | None,
+) -> Origin:
+    here = environment()
+    made = [
+        {"what": group.name, **recorded}
+        for group in groups
+        for run in group.runs
+        if (recorded := _recorded(run)) is not None
+    ]
+    unique = {tuple(row.items()): row for row in [*made, {"what": "this report", **here}]}
+    measured = [*evaluations.values(), teacher.evaluations if teacher else {}]
+    tests = {name: result.data_fingerprint for results in measured for name, result in results.items()}
+    return Origin(
+        commands={group.name: tuple(_command(run) for run in group.runs) for group in groups},
+        report_command=command,
+        environments=tuple(unique.values()),
+        fingerprints=fingerprints(groups, dict(sorted(tests.items()))),
+        citations=citations(groups, here["molkd"]),
+    )
+
+
+def _recorded(run: Run) -> dict[str, str] | None:
+    """Return the versions that a run was made with, if it kept them."""
+    found = run.summary.get("environment")
+    return {str(k): str(v) for k, v in found.items()} if isinstance(found, Mapping) else None
+
+
+def _command(run: Run) -> str:
+    try:
+        return train_command(make_config(TrainConfig, run.config), run.path)
+    except ConfigError as error:
+        return f"# {run.path / 'config.yaml'}: not settings of this version ({error})".replace("\n", " ")
 
 
 def _write_cards(groups: Sequence[Group], tables: dict[str, list[Row]]) -> list[str]:
@@ -147,52 +272,6 @@ def _write_cards(groups: Sequence[Group], tables: dict[str, list[Row]]) -> list[
             except OSError as error:
                 remarks.append(f"{run.path / 'card.md'}: not written ({error.strerror})")
     return remarks
-
-
-def _figures(
-    groups: Sequence[Group],
-    tables: dict[str, list[Row]],
-    teacher: TeacherResult | None,
-    evaluations: Evaluations,
-) -> Iterator[tuple[str | None, str, "Figure"]]:
-    """Yield data set, file name and figure, one at a time."""
-    curves = plot_learning_curves(groups)
-    if curves is not None:
-        yield None, "learning_curves", curves
-    for dataset, rows in tables.items():
-        errors = plot_errors(rows)
-        if errors is not None:
-            yield dataset, f"errors_{_slug(dataset)}", errors
-        sheets = list(_parity_sheets(groups, dataset, teacher, evaluations))
-        for number, panels in enumerate(sheets, start=1):
-            suffix = f"_{number}" if len(sheets) > 1 else ""
-            yield dataset, f"parity_energy_{_slug(dataset)}{suffix}", plot_parity(panels, "energy")
-            yield dataset, f"parity_forces_{_slug(dataset)}{suffix}", plot_parity(panels, "forces")
-
-
-def _parity_sheets(
-    groups: Sequence[Group], dataset: str, teacher: TeacherResult | None, evaluations: Evaluations
-) -> Iterator[list[Panel]]:
-    """Yield the panels of one picture: teacher, student without KD, then up to three settings with KD."""
-    first = []
-    if teacher is not None and dataset in teacher.evaluations:
-        first.append(Panel(f"teacher: {teacher.name}", teacher.evaluations[dataset]))
-    for baseline, with_kd in comparisons(groups):
-        left = first + ([p] if baseline and (p := _panel(baseline, dataset, evaluations)) else [])
-        right = [p for group in with_kd if (p := _panel(group, dataset, evaluations))]
-        for begin in range(0, max(len(right), 1), _PANELS_WITH_KD):
-            sheet = left + right[begin : begin + _PANELS_WITH_KD]
-            if len(sheet) > len(first):
-                yield sheet
-
-
-def _panel(group: Group, dataset: str, evaluations: Evaluations) -> Panel | None:
-    """Return the panel of the lowest seed that was evaluated; None if none was."""
-    for run in group.runs:
-        evaluation = evaluations.get(run.path, {}).get(dataset)
-        if evaluation is not None:
-            return Panel(f"{group.name}\nseed {run.seed}", evaluation)
-    return None
 
 
 def _remarks(groups: Sequence[Group], tables: dict[str, list[Row]]) -> list[str]:
@@ -213,44 +292,6 @@ def _remarks(groups: Sequence[Group], tables: dict[str, list[Row]]) -> list[str]
         if group.differences
     ]
     return remarks
-
-
-def _markdown(report: Report, groups: Sequence[Group]) -> str:
-    parts = ["# Distillation report", _INTRODUCTION]
-    for dataset, rows in report.tables.items():
-        parts += [f"## {dataset}", markdown_table([row.cells() for row in rows], columns(rows))]
-        if any(row.gaps for row in rows):
-            parts.append(f"{FORMULA}.")
-        parts += [_image(path, report.folder) for its, path in report.plots if its == dataset]
-    if report.remarks:
-        parts += ["## Remarks", "\n".join(f"- {remark}" for remark in report.remarks)]
-    curves = [path for dataset, path in report.plots if dataset is None]
-    if curves:
-        parts += ["## Learning curves", *(_image(path, report.folder) for path in curves)]
-    parts += [
-        "## Runs",
-        markdown_table(_run_rows(groups), ["model", "seed", "label", "training (s)", "folder"]),
-    ]
-    return "\n\n".join(parts) + "\n"
-
-
-def _run_rows(groups: Sequence[Group]) -> list[dict[str, object]]:
-    return [
-        {
-            "model": group.name,
-            "seed": run.seed,
-            "label": run.label,
-            "training (s)": run.seconds,
-            "folder": str(run.path),
-        }
-        for group in groups
-        for run in group.runs
-    ]
-
-
-def _image(path: Path, folder: Path) -> str:
-    words = path.stem.replace("_", " ")
-    return f"![{words}]({path.relative_to(folder).as_posix()})"
 
 
 def _csv(tables: dict[str, list[Row]]) -> str:
@@ -278,7 +319,3 @@ def _csv(tables: dict[str, list[Row]]) -> str:
     writer.writeheader()
     writer.writerows(lines)
     return text.getvalue()
-
-
-def _slug(name: str) -> str:
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-") or "data"

@@ -39,6 +39,7 @@ class Run:
     test: dict[str, dict[str, float | None]]  # the same by name of the test set
     test_groups: dict[str, tuple[str, ...]]  # names of test sets by the name of the group they form
     settings: dict[str, Any]  # config.yaml, flat ("training.lr"), without what may differ within a group
+    config: dict[str, Any]  # config.yaml as it stands
     summary: dict[str, Any]  # metrics.json as it stands
     curves: dict[str, NDArray[np.float64]]  # columns of metrics.csv, NaN where not measured
 
@@ -75,6 +76,7 @@ def read_run(path: Path) -> Run:
             for key, value in flat.items()
             if key.partition(".")[0] not in _BOOKKEEPING | _IN_KD_NAME
         },
+        config=config,
         summary=final,
         curves=read_curves(path / "metrics.csv"),
     )
@@ -136,6 +138,11 @@ def mix_setting(config: Mapping[str, Any]) -> dict[str, str]:
 def _mixed(mix: MixConfig) -> str:
     weight = "" if mix.weight == 1 else f" (weight {mix.weight:g})"
     return f"{mix.share:g} of {short_name(mix.store)}{weight}"
+
+
+def term_label(term: Mapping[str, Any]) -> str:
+    """Return a term of a config as it is written on the command line, without its weight."""
+    return make_config(KDTerm, term).label
 
 
 def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:

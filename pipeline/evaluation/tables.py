@@ -74,9 +74,14 @@ def markdown_table(rows: Sequence[Mapping[str, object]], columns: Sequence[Colum
     """Return the same table in Markdown."""
     cols = _as_columns(columns)
     head = [c.title.replace("\n", " ") for c in cols]
-    rule = [":--" if _is_text(rows, c) else "--:" for c in cols]
-    body = [[cell.replace("|", "\\|") for cell in line] for line in _cells(rows, cols)]
-    return "\n".join("| " + " | ".join(line) + " |" for line in [head, rule, *body])
+    return markdown_grid(head, [_is_text(rows, c) for c in cols], _cells(rows, cols))
+
+
+def markdown_grid(head: Sequence[str], is_text: Sequence[bool], body: Sequence[Sequence[str]]) -> str:
+    """Return a Markdown table of finished cells; text to the left, numbers to the right."""
+    rule = [":--" if text else "--:" for text in is_text]
+    cells = [[cell.replace("|", "\\|") for cell in line] for line in body]
+    return "\n".join("| " + " | ".join(line) + " |" for line in [head, rule, *cells])
 
 
 def _as_columns(columns: Sequence[Column | str]) -> list[Column]:

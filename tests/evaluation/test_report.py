@@ -8,18 +8,30 @@ import numpy as np
 import pytest
 
 from molkd.pipeline.errors import DataError
+from molkd.pipeline.evaluation.curves import VALIDATION, kd_columns, mean_curve, plot_curves
 from molkd.pipeline.evaluation.groups import comparisons, group_runs
 from molkd.pipeline.evaluation.parity_plots import MAX_POINTS, Panel, plot_parity
-from molkd.pipeline.evaluation.plots import mean_curve, plot_errors, plot_learning_curves, save_figure
+from molkd.pipeline.evaluation.plots import pareto, plot_errors, plot_speed
 from molkd.pipeline.evaluation.report import write_report
 from molkd.pipeline.evaluation.result import FOLDER
 from molkd.pipeline.evaluation.results import TeacherResult, build_rows
 from molkd.pipeline.evaluation.runs import read_run
+from molkd.pipeline.evaluation.style import COLORS, drawing, model_styles, save_picture, svg_of
 
 N2N = {"name": "n2n", "weight": "auto", "head": "linear", "loss": "mse"}
 V2V = {"name": "v2v", "weight": 1.0, "head": "linear", "loss": "mse"}
 TEACHER = TeacherResult("big", {"test": {"energy_mae_meV": 20.0, "force_mae_meV_A": 10.0}}, n_parameters=5000)
 MIN_PNG_BYTES = 5_000  # an empty canvas of these sizes compresses to less
+
+
+@pytest.fixture(autouse=True)
+def _settings():
+    with drawing():
+        yield
+
+
+def styles(groups):
+    return model_styles([group.name for group in groups])
 
 
 @pytest.fixture
@@ -46,7 +58,7 @@ def test_table_by_hand(runs, tmp_path):
     assert report.remarks == []
 
 
-def test_written_files_say_the_same(runs, tmp_path):
+def test_written_files_say_the_same(runs, tmp_path, real_pictures):
     out = tmp_path / "out"
     report = write_report(runs, out, teacher=TEACHER)
     results = json.loads((out / "results.json").read_text())
@@ -57,8 +69,8 @@ def test_written_files_say_the_same(runs, tmp_path):
     assert float(rows[2]["gap_closed_percent_energy_mae_meV"]) == pytest.approx(50)
     assert rows[0]["gap_closed_percent_energy_mae_meV"] == ""
     page = (out / "report.md").read_text()
-    assert "| painn-small, n2n=auto | 3 | 35.0 ± 1.0 | 32.5 ± 0.0 |" in page
-    assert results["formula"] in page
+    assert "| painn-small, n2n=auto | 3 | **35.0 ± 1.0** ★ | **32.5 ± 0.0** ★ |" in page
+    assert results["formula"][1:] in page
     assert results["formula"] in report.text()
     assert "50.0 ± 4.7" in report.text()
     linked = re.findall(r"\]\((plots/.*?\.png)\)", page)
@@ -76,18 +88,30 @@ def test_evaluations_in_the_run_folders_give_metrics_and_parity_plots(make_run, 
     assert list(report.tables) == ["hot"]
     assert report.tables["hot"][2].gaps["force_mae_meV_A"].percent == pytest.approx(50)
     assert report.tables["hot"][2].systems_per_second.mean == 100.0
-    assert [p.name for _, p in report.plots] == [
-        "learning_curves.png", "errors_hot.png", "parity_energy_hot.png", "parity_forces_hot.png",
+    models = range(1, 4)
+    assert report.plots == [
+        f"plots/{name}.png"
+        for name in (
+            "errors_energy_hot", "errors_force_hot", "speed_energy_hot", "speed_force_hot",
+            *(f"parity_energy_hot_{i}" for i in models), *(f"parity_forces_hot_{i}" for i in models),
+            "learning_curves_painn-small", "learning_curves_time_painn-small", "training_loss_painn-small",
+        )
     ]  # fmt: skip
 
 
 def test_pictures_stay_with_their_data_set(make_run, tmp_path):
     write_report([make_run("a", tests=("test", "test_600K"))], tmp_path / "out")
     page = (tmp_path / "out" / "report.md").read_text()
-    first, second = page.split("## test_600K")
-    assert "errors_test.png" in first
-    assert "errors_test_600K.png" not in first
-    assert "errors_test_600K.png" in second
+    first, second = page.split("## Results on test_600K")
+    assert "errors_energy_test.png" in first
+    assert "errors_energy_test_600K.png" not in first
+    assert "errors_energy_test_600K.png" in second
+
+
+def test_data_sets_whose_names_make_one_file_name_have_two(make_run, tmp_path):
+    report = write_report([make_run("a", tests=("a b", "a-b", "A-B"))], tmp_path / "out")
+    assert len(set(map(str.lower, report.plots))) == len(report.plots)
+    assert all((tmp_path / "out" / path).exists() for path in report.plots)
 
 
 def test_without_test_sets_the_validation_set_is_reported(make_run, tmp_path):
@@ -139,7 +163,7 @@ def test_groups_with_kd_stand_behind_their_own_baseline(make_run):
 
 
 def test_curves_are_means_over_seeds_with_their_extremes(runs):
-    curve = mean_curve(group_runs(map(read_run, runs[:3]))[0].runs, "force_mae_meV_A")
+    curve = mean_curve(group_runs(map(read_run, runs[:3]))[0].runs, "val_force_mae_meV_A")
     np.testing.assert_array_equal(curve.steps, [100, 200, 300])
     np.testing.assert_array_equal(curve.seconds, [2, 4, 6])
     np.testing.assert_allclose(curve.mean, [160, 80, 40])
@@ -150,16 +174,32 @@ def test_curves_are_means_over_seeds_with_their_extremes(runs):
 def test_curves_of_unequal_length_end_where_all_seeds_still_run(runs):
     path = runs[1] / "metrics.csv"
     path.write_text("\n".join(path.read_text().splitlines()[:-1]) + "\n")
-    curve = mean_curve([read_run(p) for p in runs[:3]], "force_mae_meV_A")
+    curve = mean_curve([read_run(p) for p in runs[:3]], "val_force_mae_meV_A")
     assert curve.steps.tolist() == [100, 200]
 
 
-def test_learning_curves_show_every_group_on_log_axes(runs):
+@pytest.mark.parametrize(("against", "last"), [("step", 300), ("seconds", 6)])
+def test_learning_curves_show_every_group_on_log_axes(runs, against, last):
     groups = group_runs(map(read_run, runs))
-    axes = plot_learning_curves(groups).axes
-    assert len(axes) == 4
-    assert all(ax.get_yscale() == "log" and len(ax.lines) == 2 for ax in axes)
-    assert {line.get_color() for line in axes[0].lines} != {axes[0].lines[0].get_color()}
+    axes = plot_curves(groups, styles(groups), VALIDATION, against=against).axes
+    assert len(axes) == 2
+    for ax in axes:
+        assert ax.get_yscale() == "log"
+        assert [line.get_color() for line in ax.lines] == list(COLORS[:2])
+        assert [line.get_xdata()[-1] for line in ax.lines] == [last, last]
+
+
+def test_kd_terms_have_a_panel_each(make_run):
+    folder = make_run("kd", kd=[N2N, V2V])
+    final = json.loads((folder / "metrics.json").read_text()) | {"kd": {"n2n": 3.0, "v2v": 1.0}}
+    (folder / "metrics.json").write_text(json.dumps(final))
+    (folder / "metrics.csv").write_text("step,seconds,train_n2n,train_v2v\n1,1,4,-1\n2,2,3,-2\n")
+    groups = group_runs([read_run(folder)])
+    columns = kd_columns(groups)
+    n2n, v2v = plot_curves(groups, styles(groups), columns).axes
+    assert (n2n.get_title("left"), v2v.get_title("left")) == ("n2n loss, unweighted", "v2v loss, unweighted")
+    assert n2n.lines[0].get_ydata().tolist() == [4, 3]
+    assert (n2n.get_yscale(), v2v.get_yscale()) == ("log", "linear")  # what is below zero has no logarithm
 
 
 def test_what_no_run_measured_is_left_out(make_run, tmp_path):
@@ -170,33 +210,54 @@ def test_what_no_run_measured_is_left_out(make_run, tmp_path):
     row = report.tables["test"][2]
     assert set(row.gaps) == {"energy_mae_meV"}
     assert "forces (%)" not in report.text()
-    assert len(plot_errors([r for r in report.tables["test"] if r.role != "teacher"]).axes) == 1
+    students = [r for r in report.tables["test"] if r.role != "teacher"]
+    names = model_styles([r.name for r in students])
+    assert plot_errors(students, "energy_mae_meV", names) is not None
+    assert plot_errors(students, "force_mae_meV_A", names) is None
 
 
 def test_without_validation_there_are_no_curves(runs):
     (runs[0] / "metrics.csv").unlink()
-    assert plot_learning_curves(group_runs([read_run(runs[0])])) is None
+    groups = group_runs([read_run(runs[0])])
+    assert plot_curves(groups, styles(groups), VALIDATION) is None
 
 
-def test_error_chart_holds_all_points_and_the_teacher(runs):
-    rows = build_rows(group_runs(map(read_run, runs)), "test", TEACHER, {})
-    energy, force = plot_errors(rows).axes
-    for ax, teacher, worst in ((energy, 20.0, 52.0), (force, 10.0, 41.0)):
+def test_error_chart_holds_all_points_names_and_the_teacher(runs):
+    groups = group_runs(map(read_run, runs))
+    rows = build_rows(groups, "test", TEACHER, {})
+    for key, teacher, worst in (("energy_mae_meV", 20.0, 52.0), ("force_mae_meV_A", 10.0, 41.0)):
+        (ax,) = plot_errors(rows, key, styles(groups)).axes
         low, high = ax.get_xlim()
         assert low == 0
         assert high > worst
         assert teacher in [line.get_xdata()[0] for line in ax.lines]
-    assert [label.get_text() for label in energy.get_yticklabels()] == [
-        "painn-small, without KD",
-        "painn-small, n2n=auto",
-    ]
+        texts = [text.get_text() for text in ax.texts]
+        assert texts[0::2] == ["painn-small, without KD", "painn-small, n2n=auto"]
+    assert texts[1::2] == ["40.0 ± 1.0", "32.5 ± 0.0"]
+
+
+def test_speed_chart_holds_every_model_and_the_line_of_the_best(make_run, make_evaluation, tmp_path):
+    folders = [make_run("no"), make_run("kd", kd=[N2N])]
+    evaluations = {f: {"test": make_evaluation(e, e)} for f, e in zip(folders, (0.05, 0.03), strict=True)}
+    teacher = TeacherResult("big", {"test": {"force_mae_meV_A": 10.0, "systems_per_second": 20.0}})
+    groups = group_runs(map(read_run, folders))
+    rows = build_rows(groups, "test", teacher, evaluations)
+    (ax,) = plot_speed(rows, "force_mae_meV_A", styles(groups)).axes
+    line = ax.lines[-1]  # the student without KD is as fast as that with KD, and worse
+    np.testing.assert_allclose(line.get_xdata(), [100, 20])
+    np.testing.assert_allclose(line.get_ydata(), [30, 10])
+    assert plot_speed(rows[:1], "force_mae_meV_A", styles(groups)) is None
+
+
+def test_pareto_line_by_hand():
+    points = [(10, 5), (20, 5), (5, 1), (4, 2), (30, 9), (30, 8)]
+    assert pareto(points) == [(30, 8), (20, 5), (5, 1)]
 
 
 @pytest.mark.parametrize("quantity", ["energy", "forces"])
-def test_parity_panels_share_axes_that_hold_every_point(make_evaluation, quantity):
+def test_parity_figures_share_axes_that_hold_every_point(make_evaluation, quantity):
     panels = [Panel("teacher", make_evaluation(0.01, 0.01)), Panel("student", make_evaluation(0.9, 0.5))]
-    figure = plot_parity(panels, quantity)
-    tops = figure.axes[0:2]
+    tops = [figure.axes[0] for figure in plot_parity(panels, quantity)]
     assert tops[0].get_xlim() == tops[1].get_xlim() == tops[0].get_ylim() == tops[1].get_ylim()
     for panel in panels:
         parity = panel.evaluation.parity
@@ -208,9 +269,9 @@ def test_parity_panels_share_axes_that_hold_every_point(make_evaluation, quantit
         low, high = tops[0].get_xlim()
         assert low < min(label.min(), pred.min())
         assert high > max(label.max(), pred.max())
-    texts = [text.get_text() for ax in tops for text in ax.texts]
+    titles = [ax.get_title("right") for ax in tops]
     assert (
-        texts
+        titles
         == {
             "energy": ["MAE 0.500 meV/atom", "MAE 45.0 meV/atom"],
             "forces": ["MAE 10.0 meV/Å", "MAE 500 meV/Å"],
@@ -221,16 +282,45 @@ def test_parity_panels_share_axes_that_hold_every_point(make_evaluation, quantit
 def test_many_points_become_a_density_with_one_scale(make_evaluation, tmp_path):
     few, many = make_evaluation(n_systems=10), make_evaluation(n_systems=60)
     assert few.parity.forces_pred.size <= MAX_POINTS < many.parity.forces_pred.size
-    assert len(plot_parity([Panel("a", few)], "forces").axes) == 2
-    figure = plot_parity([Panel("a", many), Panel("b", many)], "forces")
-    assert len(figure.axes) == 5  # two rows of two, and the bar
-    assert (
-        sum(ax.collections[0].get_array().sum() for ax in figure.axes[:2]) == 2 * many.parity.forces_pred.size
-    )
-    save_figure(figure, tmp_path / "density.png")
-    assert (tmp_path / "density.png").stat().st_size > MIN_PNG_BYTES
+    assert len(plot_parity([Panel("a", few)], "forces")[0].axes) == 2
+    figures = plot_parity([Panel("a", many), Panel("b", many)], "forces")
+    assert [len(figure.axes) for figure in figures] == [3, 3]  # two, and the bar
+    densities = [figure.axes[0].collections[0] for figure in figures]
+    assert sum(density.get_array().sum() for density in densities) == 2 * many.parity.forces_pred.size
+    assert densities[0].norm is densities[1].norm
+    picture = save_picture(figures[0], tmp_path, "plots/density.png", "words")
+    assert (tmp_path / picture.path).stat().st_size > MIN_PNG_BYTES
+    assert len(picture.svg) < 150_000  # pixels, not thousands of hexagons
 
 
 def test_parity_without_labels_is_an_empty_picture(make_evaluation):
     evaluation = make_evaluation(n_systems=0)
-    assert len(plot_parity([Panel("a", evaluation)], "energy").axes) == 2
+    assert len(plot_parity([Panel("a", evaluation)], "energy")[0].axes) == 2
+
+
+def test_pictures_repeat_byte_for_byte_and_follow_the_page(runs):
+    groups = group_runs(map(read_run, runs))
+    first, second = (svg_of(plot_curves(groups, styles(groups), VALIDATION)) for _ in range(2))
+    assert first == second
+    assert "#000000" not in first  # ink that would vanish on a dark page
+    assert "prefers-color-scheme:dark" in first
+
+
+def luminance(color):
+    """WCAG 2: relative luminance of an sRGB colour."""
+    parts = [int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    linear = [p / 12.92 if p <= 0.04045 else ((p + 0.055) / 1.055) ** 2.4 for p in parts]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+@pytest.mark.parametrize("paper", ["#ffffff", "#12161c"])
+@pytest.mark.parametrize("color", COLORS)
+def test_colors_stand_out_on_light_and_dark_pages(color, paper):
+    bright, dim = sorted((luminance(color), luminance(paper)), reverse=True)
+    assert (bright + 0.05) / (dim + 0.05) >= 3  # WCAG 2.2, 1.4.11, of graphical objects
+
+
+def test_models_differ_in_more_than_colour():
+    many = model_styles([str(i) for i in range(24)])
+    assert len({(s.color, s.marker) for s in many.values()}) == 24
+    assert len({s.marker for s in list(many.values())[:8]}) == 8
