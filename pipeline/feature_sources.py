@@ -134,8 +134,8 @@ class StoredFeatures:
 def choose_taps(source: FeatureSource, asked: Sequence[str]) -> tuple[str, ...]:
     """Return signals of a source: those asked for, `U4` for `layer/U4`; by default scalar layers and `node`.
 
-    Vectors have nothing in common with scalars, so they are left to be asked for. A source that has neither
-    layers nor `node` gives what features it has.
+    Vectors say little about scalars, nothing where orientations are random: they are left to be asked for.
+    A source that has neither layers nor `node` gives what features it has.
 
     Raises
     ------
