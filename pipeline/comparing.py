@@ -20,7 +20,7 @@ from molkd.pipeline.errors import ConfigError, DataError
 from molkd.pipeline.evaluation.cka import CKASums, atom_batches
 from molkd.pipeline.evaluation.cka_plot import plot_cka
 from molkd.pipeline.evaluation.cka_result import FOLDER, CKAResult
-from molkd.pipeline.evaluation.plots import save_figure
+from molkd.pipeline.evaluation.style import save_figure
 from molkd.pipeline.feature_sources import FeatureSource, ModelFeatures, StoredFeatures, choose_taps
 from molkd.pipeline.files import write_atomic
 from molkd.pipeline.places import short_name

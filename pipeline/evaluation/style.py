@@ -83,6 +83,12 @@ def new_figure(height: float, width: float = WIDTH) -> "Figure":
     return Figure(figsize=(width, height), layout="constrained")
 
 
+def save_figure(figure: "Figure", path: Path) -> None:
+    """Write a PNG."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=_DPI, facecolor="white")
+
+
 def save_picture(figure: "Figure", folder: Path, path: str, alt: str) -> Picture:
     """Write a PNG at `path` below `folder` and return the picture with its SVG.
 
@@ -91,8 +97,7 @@ def save_picture(figure: "Figure", folder: Path, path: str, alt: str) -> Picture
     OSError
         If the PNG cannot be written.
     """
-    (folder / path).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(folder / path, dpi=_DPI, facecolor="white")
+    save_figure(figure, folder / path)
     figure.set_layout_engine("none")  # all has its place now; finding it again would take half of the time
     width, height = (round(96 * inches) for inches in figure.get_size_inches())
     return Picture(path, alt, svg_of(figure), width, height)
