@@ -19,6 +19,7 @@ FLOAT32_CURVES = 1e-5  # relative; see test_equivalence
 STUDENTS = {
     "painn, own edges": (MODELS["painn-direct"], ["n2n:H1->U1+U2=5", "e2n:M2=0.5", "v2v=50"]),
     "painn, the teacher's edges": (MODELS["painn-direct"] | {"cutoff": 5.0}, ["e2e=1", "n2n:U1=5", "v2v=50"]),
+    "painn, layers of vectors": (MODELS["painn-direct"], ["v2v:UV1=50", "v2v:MV2+v2v=20", "v2v=10"]),
     "schnet": (MODELS["schnet"], ["n2n:X2->I1=5", "e2n=0.5", "vanilla2=10"]),
     "gemnet-oc": (GEMNET, ["e2e=1", "e2n:e2n=0.5", "n2n:H1->H2+X0=5", "v2v=50"]),
 }

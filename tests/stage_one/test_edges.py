@@ -98,6 +98,23 @@ def test_e2n_and_v2v_are_aggregates_of_the_stored_edges(small, store):
         np.testing.assert_allclose(stored, sums, atol=ROUNDING * np.abs(stored).max())
 
 
+def test_vectors_of_layers_are_stored_where_they_are_asked_for(small, store):
+    """`all` leaves them out; those of the last update block are the model's v2v."""
+    path = small / "painn.safetensors"
+    done = cache_teacher(config(store, path, "all", encoding="fp32"))
+    vectors = {
+        name for name, s in load_teacher(str(path), device="cpu").signals.items() if s.symmetry == "vector"
+    }
+    assert {"layer/MV1", "layer/UV1"} < vectors
+    assert set(done.signals) & vectors == {"forces", "v2v"}
+    last = max(name for name in vectors if name.startswith("layer/UV"))
+    cache_teacher(config(store, path, last, "layer/MV1", encoding="fp32"))
+    with Cache.open(store, complete=True) as cache:
+        arrays = cache.read(range(N), (), "painn", ("v2v", last, "layer/MV1"))
+    np.testing.assert_array_equal(arrays[f"teacher/{last}"], arrays["teacher/v2v"])
+    assert np.abs(arrays["teacher/layer/MV1"] - arrays["teacher/v2v"]).max() > 1e-3
+
+
 def test_all_means_every_signal_but_raw_edges(small, store):
     done = cache_teacher(config(store, small / "gemnet.safetensors", "all"))
     expected = {"energy", "forces", "atomic_energies", "node", "e2n", "v2v"}
