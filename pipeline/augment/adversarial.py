@@ -29,7 +29,7 @@ class Adversarial:
     @property
     def n_starts(self) -> int:
         """How many ascents there are."""
-        return self.config.n or len(self.parents.systems)
+        return self.config.n or len(self.parents)
 
     def make(self, starts: Sequence[int], dropped: Counter[str]) -> list[Frame]:  # noqa: ARG002
         """Return the structure that each ascent found."""

@@ -30,7 +30,7 @@ class Molecules:
     @property
     def n_starts(self) -> int:
         """How many molecules are displaced."""
-        return self.config.n or len(self.parents.systems)
+        return self.config.n or len(self.parents)
 
     def make(self, starts: Sequence[int], dropped: Counter[str]) -> list[Frame]:
         """Return frames of the trajectories from these starts."""
@@ -85,17 +85,16 @@ def chosen(path: Trajectory, made: Facts, n_frames: int, dropped: Counter[str]) 
     ]
 
 
-def require_molecules(systems: Sequence[System]) -> None:
-    """Refuse periodic systems: bonds are looked for in open space.
+def require_molecule(system: System) -> None:
+    """Refuse a periodic system: bonds are looked for in open space.
 
     Raises
     ------
     DataError
-        Naming the first one.
+        Naming it.
     """
-    for system in systems:
-        if system.pbc.any():
-            raise DataError(
-                f"{system.source}: is periodic, and kd augment molecules displaces molecules in open space; "
-                "take kd augment rattle or adversarial for it"
-            )
+    if system.pbc.any():
+        raise DataError(
+            f"{system.source}: is periodic, and kd augment molecules displaces molecules in open space; "
+            "take kd augment rattle or adversarial for it"
+        )

@@ -24,7 +24,7 @@ class Rattle:
     def n_starts(self) -> int:
         """How many structures are made."""
         config = self.config
-        return config.n or len(self.parents.systems) * len(config.sigma) * config.copies
+        return config.n or len(self.parents) * len(config.sigma) * config.copies
 
     def make(self, starts: Sequence[int], dropped: Counter[str]) -> list[Frame]:  # noqa: ARG002
         """Return one structure for each start."""

@@ -1,6 +1,7 @@
 """`kd augment`: one function a sub-command, from its settings to the summary."""
 
-from collections.abc import Sequence
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch
@@ -8,7 +9,7 @@ import torch
 from molkd.pipeline.augment.adversarial import Adversarial
 from molkd.pipeline.augment.flow import AugmentSummary, Origin, augment
 from molkd.pipeline.augment.look import Looking
-from molkd.pipeline.augment.molecules import Molecules, require_molecules
+from molkd.pipeline.augment.molecules import Molecules, require_molecule
 from molkd.pipeline.augment.rattle import Rattle
 from molkd.pipeline.augment.starts import Parents, draw_parents
 from molkd.pipeline.augment.surfaces import Surfaces
@@ -20,6 +21,7 @@ from molkd.pipeline.config.augment import (
     RattleConfig,
     SurfacesConfig,
 )
+from molkd.pipeline.data.system import System
 from molkd.pipeline.errors import ConfigError
 from molkd.pipeline.models.potential import Potential
 from molkd.pipeline.places import resolved
@@ -36,8 +38,8 @@ def augment_rattle(config: RattleConfig) -> AugmentSummary:
     """
     looking = _looking(config)
     n_parents = None if config.n is None else -(-config.n // len(config.sigma))
-    parents = _parents(config, config.data, n_parents, [scope_of(looking.teacher)])
-    return augment(Rattle(config, parents), _origin("rattle", parents), config, looking)
+    with _parents(config, config.data, n_parents, scope_of(looking.teacher).check) as parents:
+        return augment(Rattle(config, parents), _origin("rattle", parents), config, looking)
 
 
 def augment_adversarial(config: AdversarialConfig) -> AugmentSummary:
@@ -54,10 +56,12 @@ def augment_adversarial(config: AdversarialConfig) -> AugmentSummary:
     device = looking.teacher.device
     student = Potential.load(Path(config.student).expanduser(), device).to(device, looking.teacher.dtype)
     student.model.requires_grad_(False)
-    scopes = [scope_of(looking.teacher), Scope(config.student, student.elements, student.neighbor_rule)]
-    parents = _parents(config, config.data, config.n, scopes)
-    origin = _origin("adversarial", parents, student=config.student, student_sha256=student.weights_sha256)
-    return augment(Adversarial(config, parents, student, looking), origin, config, looking)
+    scope = Scope(config.student, student.elements, student.neighbor_rule)
+    with _parents(config, config.data, config.n, scope_of(looking.teacher).check, scope.check) as parents:
+        origin = _origin(
+            "adversarial", parents, student=config.student, student_sha256=student.weights_sha256
+        )
+        return augment(Adversarial(config, parents, student, looking), origin, config, looking)
 
 
 def augment_surfaces(config: SurfacesConfig) -> AugmentSummary:
@@ -91,9 +95,10 @@ def augment_molecules(config: MoleculesConfig) -> AugmentSummary:
         As `augment_rattle`; DataError also for a periodic system.
     """
     looking = _looking(config)
-    parents = _parents(config, config.data, config.n, [scope_of(looking.teacher)])
-    require_molecules(parents.systems)
-    return augment(Molecules(config, parents, looking), _origin("molecules", parents), config, looking)
+    with _parents(
+        config, config.data, config.n, scope_of(looking.teacher).check, require_molecule
+    ) as parents:
+        return augment(Molecules(config, parents, looking), _origin("molecules", parents), config, looking)
 
 
 def _looking(config: AugmentConfig) -> Looking:
@@ -101,10 +106,12 @@ def _looking(config: AugmentConfig) -> Looking:
     return Looking(teacher, *config.cache.budget(torch.device(teacher.device).type))
 
 
-def _parents(config: AugmentConfig, data: Path | str, n: int | None, scopes: Sequence[Scope]) -> Parents:
+def _parents(
+    config: AugmentConfig, data: Path | str, n: int | None, *checks: Callable[[System], None]
+) -> AbstractContextManager[Parents]:
     if resolved(data) == config.cache.store.resolve():
         raise ConfigError(f"{data}: new structures go to a store of their own; name another one for them")
-    return draw_parents(data, n, config.seed, scopes)
+    return draw_parents(data, n, config.seed, checks)
 
 
 def _origin(method: str, parents: Parents, **student: str) -> Origin:

@@ -1,20 +1,20 @@
 """Where new structures start from: systems of the user's data, drawn by a seed, checked before any work."""
 
-from collections.abc import Sequence
-from contextlib import closing
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from molkd.cache_schema.identity import dataset_fingerprint
-from molkd.pipeline.data.sources import open_source
+from molkd.cache_schema.identity import ID_BYTES, dataset_fingerprint
+from molkd.pipeline.data.sources import Source, open_source
 from molkd.pipeline.data.store_source import StoreSource
 from molkd.pipeline.data.system import System
 from molkd.pipeline.data.validate import check_system
 from molkd.pipeline.progress import Progress
-from molkd.pipeline.scope import Scope
 
 
 def generator(seed: int, *place: int) -> np.random.Generator:
@@ -24,54 +24,55 @@ def generator(seed: int, *place: int) -> np.random.Generator:
 
 @dataclass(frozen=True, eq=False)
 class Parents:
-    """The systems that are started from, without labels, and what the new store keeps of their origin."""
+    """The systems that are started from, read when they are asked for, and what is kept of their origin."""
 
-    systems: Sequence[System]
+    source: Source
+    order: NDArray[np.int64]  # (S,) which systems of the source, in the order drawn
     fingerprint: str  # of those drawn
     facts: dict[str, str | int]  # where they are from
     licence: str
     citation: str
 
+    def __len__(self) -> int:
+        """Return how many systems were drawn."""
+        return len(self.order)
+
     def of(self, start: int) -> System:
         """Return the parent of a start; after the last one the first comes again."""
-        return self.systems[start % len(self.systems)]
+        return self.source.read(int(self.order[start % len(self.order)]))
 
 
-def draw_parents(data: Path | str, n: int | None, seed: int, scopes: Sequence[Scope]) -> Parents:
-    """Read `n` systems in an order drawn by the seed, or all of them if there are fewer or n is None.
+@contextmanager
+def draw_parents(
+    data: Path | str, n: int | None, seed: int, checks: Sequence[Callable[[System], None]]
+) -> Iterator[Parents]:
+    """Draw `n` systems by the seed, or take all of them if there are fewer or n is None, and check each.
+
+    Parameters
+    ----------
+    checks : called with every system drawn; they refuse it by raising
 
     Raises
     ------
     DataError
         If the data cannot be read, or a system makes no sense.
-    ModelError
-        If one of them is out of a model's scope.
     """
     with closing(open_source(data)) as source:
         order = generator(seed).permutation(len(source))[:n]
-        systems = []
-        with Progress(len(order), "read", "system") as progress:
-            for index in order:
+        ids = np.empty((len(order), ID_BYTES), dtype=np.uint8)
+        with Progress(len(order), "check", "system") as progress:
+            for k, index in enumerate(order):
                 system = source.read(int(index))
-                check_system(system)
-                for scope in scopes:
-                    scope.check(system)
-                systems.append(system)
+                for check in (check_system, *checks):
+                    check(system)
+                ids[k] = np.frombuffer(system.id, dtype=np.uint8)
                 progress.update()
-        cache = source.cache if isinstance(source, StoreSource) else None
-        about, fingerprint = (cache.dataset, cache.fingerprint) if cache else ({}, "")
-        n_systems = len(source)
-    ids = np.frombuffer(b"".join(s.id for s in systems), dtype=np.uint8).reshape(len(systems), -1)
-    facts: dict[str, str | int] = {"data": str(data), "n_systems": n_systems, "n_drawn": len(systems)}
-    if fingerprint:
-        facts["store_fingerprint"] = fingerprint
-    return Parents(
-        systems,
-        dataset_fingerprint(ids),
-        facts,
-        str(about.get("licence") or ""),
-        str(about.get("citation") or ""),
-    )
+        facts: dict[str, str | int] = {"data": str(data), "n_systems": len(source), "n_drawn": len(order)}
+        about: dict[str, Any] = {}
+        if isinstance(source, StoreSource):
+            about, facts["store_fingerprint"] = source.cache.dataset, source.cache.fingerprint
+        licence, citation = (str(about.get(key) or "") for key in ("licence", "citation"))
+        yield Parents(source, order, dataset_fingerprint(ids), facts, licence, citation)
 
 
 def mobile(system: System, *, move_fixed: bool) -> NDArray[np.bool_]:

@@ -7,7 +7,7 @@ from augment_cases import Springs, ethanol, looking, system
 
 from molkd.pipeline.augment.distortion import open_bonds, stretched, turned
 from molkd.pipeline.augment.dynamics import simulate
-from molkd.pipeline.augment.molecules import require_molecules
+from molkd.pipeline.augment.molecules import require_molecule
 from molkd.pipeline.errors import DataError, ModelError
 from molkd.pipeline.export.calculator import TeacherCalculator
 
@@ -86,7 +86,7 @@ def test_periodic_systems_are_refused():
     cell.set_cell([9, 9, 9])
     cell.pbc = True
     with pytest.raises(DataError, match=r"is periodic.*kd augment rattle"):
-        require_molecules([system(cell)])
+        require_molecule(system(cell))
 
 
 def test_calculator_gives_what_the_teacher_says(files):

@@ -31,8 +31,9 @@ def test_fixed_atoms_stay_unless_told_otherwise():
 def make(path, **settings):
     cache = CacheConfig(store=path.with_name("out.kdcache"), teacher="none")
     config = RattleConfig(cache=cache, data=path, **settings)
-    method = Rattle(config, draw_parents(path, None, config.seed, []))
-    return method.make(range(method.n_starts), {})
+    with draw_parents(path, None, config.seed, []) as parents:
+        method = Rattle(config, parents)
+        return method.make(range(method.n_starts), {})
 
 
 def test_every_system_with_every_sigma_and_copy(tmp_path):
