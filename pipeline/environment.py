@@ -5,6 +5,8 @@ from importlib.metadata import version
 
 import torch
 
+from molkd.pipeline.evaluation.throughput import device_name
+
 
 def environment(device: torch.device | None = None) -> dict[str, str]:
     """Return versions of molkd, torch and Python, the platform, and the device if one is given."""
@@ -15,5 +17,5 @@ def environment(device: torch.device | None = None) -> dict[str, str]:
         "platform": platform.platform(),
     }
     if device is not None:
-        facts["device"] = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+        facts["device"] = device_name(device)
     return facts

@@ -1,11 +1,8 @@
 """What a report says and in which order: its document, from the numbers and pictures."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
 
 from molkd.pipeline.evaluation.best import RULE, best_marks, best_tiles
-from molkd.pipeline.evaluation.card import METHOD
 from molkd.pipeline.evaluation.document import (
     Block,
     Bullets,
@@ -21,6 +18,7 @@ from molkd.pipeline.evaluation.document import (
 )
 from molkd.pipeline.evaluation.gap import FORMULA
 from molkd.pipeline.evaluation.groups import Group
+from molkd.pipeline.evaluation.origin import Origin
 from molkd.pipeline.evaluation.results import Row, columns
 from molkd.pipeline.evaluation.tables import Column
 
@@ -30,17 +28,6 @@ _INTRODUCTION = (
     "force component within 0.03 eV/Å. Values are mean ± sample standard deviation over seeds. Throughput "
     "counts the model only, without neighbour lists, on the machine and at the batch size of its evaluation."
 )
-
-
-@dataclass(frozen=True)
-class Origin:
-    """What makes a report reproducible."""
-
-    commands: Mapping[str, tuple[str, ...]]  # by name of the group, one a run
-    report_command: str | None
-    environments: tuple[dict[str, str], ...]  # what made what, and its versions
-    fingerprints: tuple[dict[str, str], ...]  # kind, name, sha256
-    citations: tuple[str, ...]
 
 
 def build_document(
@@ -151,6 +138,9 @@ def _origin(origin: Origin) -> Iterable[Block]:
         runs = _count(len(commands), "run")
         yield Details(f"{name}: {runs}", (Code("\n\n".join(commands)),))
     yield Section("Versions", (_facts("Versions that made runs and report", origin.environments),))
+    if origin.conditions:
+        table = _facts("What systems per second were measured with", origin.conditions)
+        yield Section("Conditions of throughput", (table,))
     if origin.fingerprints:
         keys = frozenset({"sha256"})
         table = _facts("Fingerprints of data and weights", origin.fingerprints, code=keys)
@@ -164,31 +154,3 @@ def _facts(caption: str, rows: Sequence[dict[str, str]], code: frozenset[str] = 
 
 def _count(n: int, noun: str) -> str:
     return f"{n} {noun}" if n == 1 else f"{n} {noun}s"
-
-
-def citations(groups: Sequence[Group], version: str) -> tuple[str, ...]:
-    """Return what a paper that uses these runs should cite: method, teachers, data, software."""
-    found = [METHOD.replace("*", "")] if any(group.has_kd for group in groups) else []
-    for key, word in (("teacher", "Teacher"), ("data", "Data")):
-        texts = (_text(run.summary.get(key), "citation") for group in groups for run in group.runs)
-        found += dict.fromkeys(f"{word}: {text}" for text in texts if text)
-    return (*found, f"Software: molkd {version}, see CITATION.cff.")
-
-
-def fingerprints(groups: Sequence[Group], tests: Mapping[str, str]) -> tuple[dict[str, str], ...]:
-    """Return the hashes of training data, teachers and test data, each once."""
-    rows: list[dict[str, str]] = []
-    for run in (run for group in groups for run in group.runs):
-        data, teacher = run.summary.get("dataset_fingerprint"), run.summary.get("teacher")
-        if isinstance(data, str):
-            rows.append({"what": "training data", "name": str(run.config.get("store")), "sha256": data})
-        weights = _text(teacher, "weights_sha256")
-        if weights:
-            rows.append({"what": "teacher", "name": _text(teacher, "name") or "", "sha256": weights})
-    rows += [{"what": "test data", "name": name, "sha256": sha} for name, sha in tests.items() if sha]
-    return tuple({tuple(row.items()): row for row in rows}.values())
-
-
-def _text(mapping: Any, key: str) -> str | None:
-    value = mapping.get(key) if isinstance(mapping, Mapping) else None
-    return value if isinstance(value, str) and value else None

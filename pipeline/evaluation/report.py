@@ -9,13 +9,11 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from molkd.pipeline.config import TrainConfig, make_config
-from molkd.pipeline.environment import environment
-from molkd.pipeline.errors import ConfigError, DataError
+from molkd.pipeline.errors import DataError
 from molkd.pipeline.evaluation.best import RULE, best_marks
 from molkd.pipeline.evaluation.breakdown_tables import breakdown_blocks, evaluations_of
 from molkd.pipeline.evaluation.card import write_card
-from molkd.pipeline.evaluation.contents import Origin, build_document, citations, fingerprints
+from molkd.pipeline.evaluation.contents import build_document
 from molkd.pipeline.evaluation.document import Gallery
 from molkd.pipeline.evaluation.figures import (
     Studio,
@@ -31,7 +29,7 @@ from molkd.pipeline.evaluation.groups import Group, comparisons, group_runs
 from molkd.pipeline.evaluation.html import to_html
 from molkd.pipeline.evaluation.lambda_scan import Scan, find_scans
 from molkd.pipeline.evaluation.markdown import to_markdown
-from molkd.pipeline.evaluation.reproduce import train_command
+from molkd.pipeline.evaluation.origin import Origin, incomparable_speeds, origin_of
 from molkd.pipeline.evaluation.result import load_evaluations
 from molkd.pipeline.evaluation.results import (
     GAPS,
@@ -45,7 +43,7 @@ from molkd.pipeline.evaluation.results import (
     missing_means,
     splits_of,
 )
-from molkd.pipeline.evaluation.runs import Run, read_run
+from molkd.pipeline.evaluation.runs import read_run
 from molkd.pipeline.evaluation.style import drawing, model_styles
 from molkd.pipeline.evaluation.tables import format_table
 from molkd.pipeline.files import write_atomic
@@ -100,6 +98,7 @@ class Report:
             "plots": self.plots,
             "commands": {name: list(lines) for name, lines in self.origin.commands.items()},
             "versions": list(self.origin.environments),
+            "throughput_conditions": list(self.origin.conditions),
             "fingerprints": list(self.origin.fingerprints),
             "citations": list(self.origin.citations),
         }
@@ -158,7 +157,8 @@ def write_report(
     galleries = _galleries(out, groups, tables, scans, teacher, evaluations)
     remarks = _remarks(groups, tables) + _write_cards(groups, tables)
     remarks += [text for its in splits.values() for text in missing_means(groups, its, teacher, evaluations)]
-    origin = _origin(groups, command, evaluations, teacher)
+    remarks += incomparable_speeds(groups, teacher, evaluations)
+    origin = origin_of(groups, teacher, evaluations, command)
     plots = [p.path for found in galleries.values() for _, gallery in found for p in gallery.pictures]
     report = Report(out, tables, _marks(groups, tables), scans, remarks, plots, origin)
     breakdowns = {
@@ -217,44 +217,6 @@ def _marks(groups: Sequence[Group], tables: Mapping[str, list[Row]]) -> dict[str
         }
         for dataset, rows in tables.items()
     }
-
-
-def _origin(
-    groups: Sequence[Group],
-    command: str | None,
-    evaluations: Evaluations,
-    teacher: TeacherResult | None,
-) -> Origin:
-    here = environment()
-    made = [
-        {"what": group.name, **recorded}
-        for group in groups
-        for run in group.runs
-        if (recorded := _recorded(run)) is not None
-    ]
-    unique = {tuple(row.items()): row for row in [*made, {"what": "this report", **here}]}
-    measured = [*evaluations.values(), teacher.evaluations if teacher else {}]
-    tests = {name: result.data_fingerprint for results in measured for name, result in results.items()}
-    return Origin(
-        commands={group.name: tuple(_command(run) for run in group.runs) for group in groups},
-        report_command=command,
-        environments=tuple(unique.values()),
-        fingerprints=fingerprints(groups, dict(sorted(tests.items()))),
-        citations=citations(groups, here["molkd"]),
-    )
-
-
-def _recorded(run: Run) -> dict[str, str] | None:
-    """Return the versions that a run was made with, if it kept them."""
-    found = run.summary.get("environment")
-    return {str(k): str(v) for k, v in found.items()} if isinstance(found, Mapping) else None
-
-
-def _command(run: Run) -> str:
-    try:
-        return train_command(make_config(TrainConfig, run.config), run.path)
-    except ConfigError as error:
-        return f"# {run.path / 'config.yaml'}: not settings of this version ({error})".replace("\n", " ")
 
 
 def _write_cards(groups: Sequence[Group], tables: dict[str, list[Row]]) -> list[str]:

@@ -1,0 +1,137 @@
+"""What makes a report reproducible: commands, versions, fingerprints, conditions of speed, citations."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from molkd.pipeline.config import TrainConfig, make_config
+from molkd.pipeline.environment import environment
+from molkd.pipeline.errors import ConfigError
+from molkd.pipeline.evaluation.card import METHOD
+from molkd.pipeline.evaluation.groups import Group
+from molkd.pipeline.evaluation.reproduce import train_command
+from molkd.pipeline.evaluation.result import Evaluation
+from molkd.pipeline.evaluation.results import Evaluations, TeacherResult
+from molkd.pipeline.evaluation.runs import Run
+
+_SAME = ("device", "n_threads", "batch_size", "dtype")  # without which throughputs do not compare
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Rows of tables hold what is to be shown, by title."""
+
+    commands: Mapping[str, tuple[str, ...]]  # by name of the group, one a run
+    report_command: str | None
+    environments: tuple[dict[str, str], ...]  # what made what, and its versions
+    conditions: tuple[dict[str, str], ...]  # of throughputs
+    fingerprints: tuple[dict[str, str], ...]  # kind, name, sha256
+    citations: tuple[str, ...]
+
+
+def origin_of(
+    groups: Sequence[Group], teacher: TeacherResult | None, evaluations: Evaluations, command: str | None
+) -> Origin:
+    """Collect what the runs and evaluations have kept."""
+    here = environment()
+    made = [{"what": g.name, **its} for g in groups for run in g.runs if (its := _recorded(run)) is not None]
+    return Origin(
+        commands={group.name: tuple(_command(run) for run in group.runs) for group in groups},
+        report_command=command,
+        environments=_unique([*made, {"what": "this report", **here}]),
+        conditions=_unique(_conditions(dict(_measured(groups, teacher, evaluations)))),
+        fingerprints=_unique(_fingerprints(groups, teacher, evaluations)),
+        citations=_citations(groups, here["molkd"]),
+    )
+
+
+def incomparable_speeds(
+    groups: Sequence[Group], teacher: TeacherResult | None, evaluations: Evaluations
+) -> list[str]:
+    """Say on which data throughputs were measured under conditions that do not compare."""
+    found: dict[str, set[tuple[str, ...]]] = {}
+    for (_, dataset), evaluation in _measured(groups, teacher, evaluations):
+        if evaluation.throughput is not None:
+            plain = asdict(evaluation.throughput.conditions)
+            found.setdefault(dataset, set()).add(tuple(str(plain[key]) for key in _SAME))
+    return [
+        f"systems per second on {dataset} do not compare: measured under {len(kinds)} different conditions, "
+        "see Conditions of throughput"
+        for dataset, kinds in found.items()
+        if len(kinds) > 1
+    ]
+
+
+def _measured(
+    groups: Sequence[Group], teacher: TeacherResult | None, evaluations: Evaluations
+) -> Iterator[tuple[tuple[str, str], Evaluation]]:
+    """Yield model and data set with what was measured; of a group every run."""
+    for dataset, evaluation in (teacher.evaluations if teacher else {}).items():
+        yield (f"teacher: {teacher.name if teacher else ''}", dataset), evaluation
+    for group in groups:
+        for run in group.runs:
+            for dataset, evaluation in evaluations.get(run.path, {}).items():
+                yield (group.name, dataset), evaluation
+
+
+def _conditions(measured: Mapping[tuple[str, str], Evaluation]) -> Iterator[dict[str, str]]:
+    for (model, dataset), evaluation in measured.items():
+        if evaluation.throughput is not None:
+            found = evaluation.throughput.conditions
+            yield {
+                "model": model,
+                "data": dataset,
+                "device": found.device,
+                "threads": "–" if found.n_threads is None else str(found.n_threads),
+                "systems a batch": str(found.batch_size),
+                "atoms a system": f"{found.atoms_per_system:.1f}",
+                "precision": found.dtype,
+                "repeats": str(evaluation.throughput.n_repeats),
+            }
+
+
+def _fingerprints(
+    groups: Sequence[Group], teacher: TeacherResult | None, evaluations: Evaluations
+) -> Iterator[dict[str, str]]:
+    for run in (run for group in groups for run in group.runs):
+        data, learnt_from = run.summary.get("dataset_fingerprint"), run.summary.get("teacher")
+        if isinstance(data, str):
+            yield {"what": "training data", "name": str(run.config.get("store")), "sha256": data}
+        if weights := _text(learnt_from, "weights_sha256"):
+            yield {"what": "cached teacher", "name": _text(learnt_from, "name") or "", "sha256": weights}
+    for (model, dataset), evaluation in _measured(groups, teacher, evaluations):
+        if teacher is not None and model == f"teacher: {teacher.name}" and evaluation.weights_sha256:
+            yield {"what": "measured teacher", "name": teacher.name, "sha256": evaluation.weights_sha256}
+        if evaluation.data_fingerprint:
+            yield {"what": "test data", "name": dataset, "sha256": evaluation.data_fingerprint}
+
+
+def _citations(groups: Sequence[Group], version: str) -> tuple[str, ...]:
+    """Return what a paper that uses these runs should cite: method, teachers, data, software."""
+    found = [METHOD.replace("*", "")] if any(group.has_kd for group in groups) else []
+    for key, word in (("teacher", "Teacher"), ("data", "Data")):
+        texts = (_text(run.summary.get(key), "citation") for group in groups for run in group.runs)
+        found += dict.fromkeys(f"{word}: {text}" for text in texts if text)
+    return (*found, f"Software: molkd {version}, see CITATION.cff.")
+
+
+def _recorded(run: Run) -> dict[str, str] | None:
+    """Return the versions that a run was made with, if it kept them."""
+    found = run.summary.get("environment")
+    return {str(k): str(v) for k, v in found.items()} if isinstance(found, Mapping) else None
+
+
+def _command(run: Run) -> str:
+    try:
+        return train_command(make_config(TrainConfig, run.config), run.path)
+    except ConfigError as error:
+        return f"# {run.path / 'config.yaml'}: not settings of this version ({error})".replace("\n", " ")
+
+
+def _unique(rows: Iterable[dict[str, str]]) -> tuple[dict[str, str], ...]:
+    return tuple({tuple(row.items()): row for row in rows}.values())
+
+
+def _text(mapping: Any, key: str) -> str | None:
+    value = mapping.get(key) if isinstance(mapping, Mapping) else None
+    return value if isinstance(value, str) and value else None
