@@ -1,4 +1,4 @@
-"""`kd evaluate` and `kd report`: apply any model or teacher to labelled data, compare runs."""
+"""`kd report`: measure runs and their teacher on the same data, and compare them."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -12,86 +12,22 @@ from molkd.pipeline.config import TrainConfig, make_config, parse_groups, read_y
 from molkd.pipeline.data.sources import Source, open_source
 from molkd.pipeline.device import choose_device
 from molkd.pipeline.errors import ConfigError, DataError
-from molkd.pipeline.evaluation.evaluate import evaluate, known_systems
 from molkd.pipeline.evaluation.fingerprint import fingerprint
 from molkd.pipeline.evaluation.groups import group_runs
-from molkd.pipeline.evaluation.predictions import ExtxyzPredictions
 from molkd.pipeline.evaluation.report import Report, write_report
 from molkd.pipeline.evaluation.reproduce import report_command
 from molkd.pipeline.evaluation.result import FOLDER, Evaluation
 from molkd.pipeline.evaluation.results import TeacherResult, splits_of
 from molkd.pipeline.evaluation.runs import read_run
+from molkd.pipeline.evaluation.throughput import Speed
+from molkd.pipeline.measuring import evaluate_source, measure_speeds
 from molkd.pipeline.places import is_there, resolved, short_name
-from molkd.pipeline.progress import Progress
-from molkd.pipeline.scope import Scope
 from molkd.pipeline.teachers.interface import Teacher
 from molkd.pipeline.teachers.load import load_teacher
 
 log = logging.getLogger(__name__)
 
-
-@dataclass(frozen=True)
-class EvaluationSummary:
-    """What `kd evaluate` prints; None where nothing was labelled."""
-
-    model: str
-    data: str
-    n_systems: int
-    n_energies: int
-    n_force_atoms: int
-    energy_mae_meV: float | None  # noqa: N815  # the unit is written as in reports
-    energy_mae_meV_per_atom: float | None  # noqa: N815
-    force_mae_meV_A: float | None  # noqa: N815
-    force_rmse_meV_A: float | None  # noqa: N815
-    force_cos: float | None
-    efwt_percent: float | None
-    systems_per_second: float | None
-
-
-def evaluate_model(
-    model: str,
-    data: Path | str,
-    *,
-    predictions: Path | None = None,
-    energy_key: str | None = None,
-    forces_key: str | None = None,
-    batch_size: int = 32,
-    device: str = "auto",
-    scale_file: Path | None = None,
-) -> EvaluationSummary:
-    """Measure a run, a model file or any teacher on the labels of `data`.
-
-    Parameters
-    ----------
-    scale_file : scale factors, for a checkpoint of OCP that holds none
-
-    Raises
-    ------
-    ModelError, TeacherError
-        If the model cannot be loaded, does not know an element, or gives non-finite numbers.
-    DataError
-        If the data cannot be read.
-    """
-    teacher = load_teacher(model, device=choose_device(device), scale_file=scale_file)
-    with closing(open_source(data, energy_key=energy_key, forces_key=forces_key)) as source:
-        result = _evaluate(teacher, source, batch_size, predictions)
-    metrics = result.metrics
-    has_energy, has_forces = metrics.n_energies > 0, metrics.n_force_atoms > 0
-    report = result.to_report()
-    return EvaluationSummary(
-        model=model,
-        data=str(data),
-        n_systems=metrics.n_systems,
-        n_energies=metrics.n_energies,
-        n_force_atoms=metrics.n_force_atoms,
-        energy_mae_meV=report["energy_mae_meV"],
-        energy_mae_meV_per_atom=1e3 * metrics.energy_mae_per_atom if has_energy else None,
-        force_mae_meV_A=report["force_mae_meV_A"],
-        force_rmse_meV_A=1e3 * metrics.force_rmse if has_forces else None,
-        force_cos=report["force_cos"],
-        efwt_percent=report["efwt_percent"],
-        systems_per_second=result.systems_per_second,
-    )
+_TEACHER = "the teacher"  # among the paths of runs
 
 
 @dataclass(frozen=True)
@@ -115,6 +51,7 @@ def report_runs(
     batch_size: int = 32,
     scale_file: Path | None = None,
     groups: Sequence[str] = (),
+    throughput: bool = False,
 ) -> Report:
     """Measure what was not measured with these weights on these data, and write the comparison into `out`.
 
@@ -124,6 +61,8 @@ def report_runs(
     ----------
     energy_key, forces_key : names of the labels in the files of `test`
     scale_file : scale factors, for a teacher that is a checkpoint of OCP and holds none
+    throughput : whether all runs and the teacher take turns in a measurement of their speed, in place of the
+        speeds of their evaluations, which were made at different times
     groups : test sets whose mean gets a table too, as NAME=SET,SET; beside those the runs were trained with
 
     Raises
@@ -143,15 +82,39 @@ def report_runs(
     evaluations = {Path(run): _evaluations_of(run, sets, chosen, batch_size) for run in runs}
     _check_same_data(evaluations)
     result = None
+    models: dict[str, Teacher] = {}
     if teacher is not None:
-        model = load_teacher(teacher, device=chosen, scale_file=scale_file)
+        model = models[_TEACHER] = load_teacher(teacher, device=chosen, scale_file=scale_file)
         of_teacher = {name: _evaluate_set(model, data, batch_size) for name, data in sets.items()}
         result = TeacherResult(model.info.name, n_parameters=model.info.n_parameters, evaluations=of_teacher)
-    others = {"--scale-file": scale_file, "--energy-key": energy_key, "--forces-key": forces_key}
+    if throughput:
+        models |= {str(run): load_teacher(str(run), device=chosen) for run in runs}
+        speeds = _speeds(models, sets, batch_size)
+        evaluations = {run: _with_speed(results, speeds[str(run)]) for run, results in evaluations.items()}
+        if result is not None:
+            result = replace(result, evaluations=_with_speed(result.evaluations, speeds[_TEACHER]))
+    others: dict[str, object] = {
+        "--scale-file": scale_file, "--energy-key": energy_key, "--forces-key": forces_key,
+        "--throughput": throughput or None, "--batch-size": batch_size if throughput else None,
+    }  # fmt: skip
     command = report_command(runs, out, teacher=teacher, test=test, groups=groups, others=others)
     return write_report(
         runs, out, teacher=result, evaluations=evaluations, test_groups=test_groups, command=command
     )
+
+
+def _speeds(models: dict[str, Teacher], sets: Mapping[str, _TestSet], batch_size: int) -> dict[str, Speed]:
+    """Return the speeds of models that take turns on a sample of all test data."""
+    with ExitStack() as stack:
+        there = [data for data in sets.values() if is_there(data.path)]
+        sources = [stack.enter_context(closing(_open(data))) for data in there]
+        if not sources:
+            raise ConfigError("--throughput: no test data are there to measure it on; name some with --test")
+        return measure_speeds(models, sources, batch_size)
+
+
+def _with_speed(results: Mapping[str, Evaluation], speed: Speed) -> dict[str, Evaluation]:
+    return {name: result.with_speed(speed) for name, result in results.items()}
 
 
 def _test_sets(
@@ -239,30 +202,4 @@ def _evaluate_set(teacher: Teacher, data: _TestSet, batch_size: int) -> Evaluati
             f"{data.path}: test data of a run, no longer there; name their present place with --test"
         )
     with closing(_open(data)) as source:
-        return _evaluate(teacher, source, batch_size, None)
-
-
-def _evaluate(teacher: Teacher, source: Source, batch_size: int, predictions: Path | None) -> Evaluation:
-    with ExitStack() as stack:
-        writer = stack.enter_context(ExtxyzPredictions(predictions)) if predictions else None
-        progress = stack.enter_context(Progress(len(source), source.path.name, "system"))
-        result = evaluate(
-            lambda batch: teacher.compute(batch, ("energy", "forces")),
-            known_systems(source, Scope(teacher.info.name, teacher.atomic_numbers, teacher.neighbor_rule)),
-            teacher.neighbor_rule,
-            batch_size=batch_size,
-            device=teacher.device,
-            dtype=torch.float32,
-            weights_sha256=teacher.info.weights_sha256,
-            on_batch=progress.advance_to,
-            on_prediction=writer.add if writer else None,
-        )
-    for kind, n, flag in (
-        ("energies", result.metrics.n_energies, "--energy-key"),
-        ("forces", result.metrics.n_force_atoms, "--forces-key"),
-    ):
-        if n == 0:
-            log.warning(
-                "%s: no %s to compare with; if it holds any, name their key: %s", source.path, kind, flag
-            )
-    return result
+        return evaluate_source(teacher, source, batch_size)

@@ -1,11 +1,13 @@
 """Where data are: a file or folder, or the URL of a store on a server, which a path would not keep whole."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 from pydantic import BeforeValidator
 
 from molkd.cache_schema.remote import is_url
+from molkd.pipeline.errors import ConfigError
 
 
 def as_place(given: object) -> object:
@@ -20,6 +22,16 @@ def short_name(place: Path | str) -> str:
     """Return the name up to its first dot."""
     last = place.name if isinstance(place, Path) else place.rstrip("/").rsplit("/", 1)[-1]
     return last.split(".")[0]
+
+
+def by_short_name(places: Sequence[Path | str], flag: str) -> dict[str, Path | str]:
+    """Return places by their short names; raise ConfigError if two have the same."""
+    names = {short_name(place): place for place in places}
+    if len(names) < len(places):
+        raise ConfigError(
+            f"{flag}: two files of the same name; rename one, so that results can be told apart"
+        )
+    return names
 
 
 def is_there(place: Path | str) -> bool:

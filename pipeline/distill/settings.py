@@ -16,7 +16,7 @@ from molkd.pipeline.config import (
 )
 from molkd.pipeline.errors import ConfigError
 from molkd.pipeline.models.registry import load_preset
-from molkd.pipeline.places import short_name
+from molkd.pipeline.places import by_short_name
 
 _TRAINING_FLAGS = {"epochs": "max_epochs", "steps": "max_steps", "batch_size": "batch_size", "lr": "lr"}
 
@@ -35,7 +35,7 @@ def resolve(config_file: Path | None, assignments: Sequence[str], flags: Mapping
     if mix := _mixed(flags.pop("mix", ()), flags.pop("mix_share", ()), flags.pop("mix_weight", ())):
         flags["mix"] = mix
     if "test" in flags:
-        flags["test"] = _named(flags["test"])
+        flags["test"] = by_short_name(flags["test"], "--test")
     if "groups" in flags:
         flags["test_groups"] = parse_groups(flags.pop("groups"))
     if terms:
@@ -78,10 +78,3 @@ def _mixed(
         for k in range(len(stores) if values else 0):
             mixed[k][name] = values[k] if len(values) > 1 else values[0]
     return mixed
-
-
-def _named(places: Sequence[Path | str]) -> dict[str, Path | str]:
-    names = {short_name(place): place for place in places}
-    if len(names) < len(places):
-        raise ConfigError("--test: two files of the same name; rename one, so that results can be told apart")
-    return names

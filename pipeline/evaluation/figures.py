@@ -72,9 +72,11 @@ def speed_gallery(studio: Studio, dataset: str, rows: Sequence[Row]) -> Gallery 
         for key in ERRORS
         if (figure := plot_speed(rows, key, studio.styles)) is not None
     ]
+    in_turns = any(row.end_to_end_per_second.mean is not None for row in rows)
+    how = "measured in turns on the same systems" if in_turns else "as measured with each evaluation"
     return _gallery(
         "Lower and further right is better. Bars are spreads over seeds; throughput is of the model alone, "
-        "as measured with each evaluation.",
+        f"{how}.",
         pictures,
     )
 

@@ -56,7 +56,7 @@ def incomparable_speeds(
             found.setdefault(dataset, set()).add(tuple(str(plain[key]) for key in _SAME))
     return [
         f"systems per second on {dataset} do not compare: measured under {len(kinds)} different conditions, "
-        "see Conditions of throughput"
+        "see Conditions of throughput; --throughput measures all anew, in turns"
         for dataset, kinds in found.items()
         if len(kinds) > 1
     ]

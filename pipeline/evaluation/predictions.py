@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from molkd.pipeline.data.system import System
 from molkd.pipeline.errors import DataError
+from molkd.pipeline.evaluation.worst import KeptSystem, WorstSystems
 
 
 class ExtxyzPredictions:
@@ -44,12 +45,23 @@ class ExtxyzPredictions:
         else:
             self._temporary.unlink()
 
-    def add(self, system: System, energy: float, forces: NDArray[np.float64]) -> None:
-        """Write one system with its predicted energy in eV and forces (N, 3) in eV/A."""
+    def add_worst(self, worst: WorstSystems, most: int) -> None:
+        """Write the worst systems, first by energy; `energy_rank` and `force_rank` tell their places."""
+        ranks: dict[str, tuple[KeptSystem, dict[str, int]]] = {}
+        for key, by in (("energy_rank", "energy"), ("force_rank", "forces")):
+            for rank, kept in enumerate(worst.ranked(by)[:most], start=1):
+                ranks.setdefault(kept.system.source, (kept, {}))[1][key] = rank
+        for kept, info in ranks.values():
+            self.add(kept.system, kept.energy, kept.forces, **info)
+
+    def add(self, system: System, energy: float, forces: NDArray[np.float64], **info: int) -> None:
+        """Write one system with its predicted energy in eV and forces (N, 3) in eV/A, and more numbers."""
         atoms = Atoms(system.atomic_numbers, system.positions, cell=system.cell, pbc=system.pbc)
-        atoms.info = {"predicted_energy": energy, "source": system.source}
+        atoms.info = {"predicted_energy": energy, "source": system.source, **info}
         atoms.arrays["predicted_forces"] = forces
         atoms.arrays["fixed"] = system.fixed
+        if system.tags.any():
+            atoms.set_tags(system.tags)
         if not np.isnan(system.energy):
             atoms.info["energy"] = float(system.energy)
         if not np.isnan(system.forces).any():

@@ -275,6 +275,7 @@ def _csv(tables: dict[str, list[Row]]) -> str:
                 line |= {f"gap_closed_percent_{key}_spread": gap.spread if gap else None}
             line |= {"seconds": row.seconds.mean, "seconds_spread": row.seconds.spread}
             line |= {"n_parameters": row.n_parameters, "systems_per_second": row.systems_per_second.mean}
+            line |= {"end_to_end_per_second": row.end_to_end_per_second.mean}
             lines.append(line)
     text = io.StringIO()
     writer = csv.DictWriter(text, fieldnames=list(lines[0]), lineterminator="\n")

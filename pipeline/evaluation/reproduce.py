@@ -50,7 +50,10 @@ def report_command(
     parts += [["--teacher", teacher]] if teacher else []
     parts += [["--test", str(place)] for place in test]
     parts += [["--group", text] for text in groups]
-    return _joined(parts + [[flag, str(value)] for flag, value in others.items() if value is not None])
+    for flag, value in others.items():
+        if value is not None:
+            parts.append([flag] if value is True else [flag, str(value)])
+    return _joined(parts)
 
 
 def _joined(parts: list[list[str]]) -> str:

@@ -4,7 +4,7 @@ import io
 import json
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from molkd.pipeline.errors import DataError
 from molkd.pipeline.evaluation.breakdown import Breakdown
 from molkd.pipeline.evaluation.metrics import TERMS, Metrics
 from molkd.pipeline.evaluation.tail import Tail
-from molkd.pipeline.evaluation.throughput import Throughput
+from molkd.pipeline.evaluation.throughput import Speed, Throughput
 from molkd.pipeline.evaluation.worst import WorstSystem
 from molkd.pipeline.files import write_atomic
 
@@ -44,6 +44,7 @@ class Evaluation:
     weights_sha256: str = ""  # of the model; empty: not known, so nothing shows that this is still its result
     data_fingerprint: str = ""  # of systems and labels, see `fingerprint.Fingerprint`
     throughput: Throughput | None = None  # the same with its spread and conditions
+    end_to_end: Throughput | None = None  # from structures to results on the host; measured in turns only
     breakdowns: Mapping[str, Breakdown] = field(default_factory=dict)  # by kind
     energy_tail: Tail | None = None  # of |dE| in eV, over systems
     force_tail: Tail | None = None  # of |dF| in eV/A, over components of labelled free atoms
@@ -56,7 +57,17 @@ class Evaluation:
 
     def to_report(self) -> dict[str, float | None]:
         """Return the four reported metrics with units in their names, and systems_per_second."""
-        return {**self.metrics.to_report(), "systems_per_second": self.systems_per_second}
+        found = {**self.metrics.to_report(), "systems_per_second": self.systems_per_second}
+        return found | ({"end_to_end_per_second": self.end_to_end.median} if self.end_to_end else {})
+
+    def with_speed(self, speed: Speed) -> "Evaluation":
+        """Return this with a throughput that was measured in turns with other models."""
+        return replace(
+            self,
+            systems_per_second=speed.model.median,
+            throughput=speed.model,
+            end_to_end=speed.end_to_end,
+        )
 
     def save(self, path: Path) -> None:
         """Write to `path` (.npz), whole or not at all."""
@@ -125,6 +136,7 @@ def _tail(plain: dict[str, Any]) -> Tail:
 
 _NESTED: dict[str, Callable[[dict[str, Any]], Any]] = {
     "throughput": Throughput.from_dict,
+    "end_to_end": Throughput.from_dict,
     "energy_tail": _tail,
     "force_tail": _tail,
 }

@@ -20,6 +20,9 @@ from molkd.pipeline.evaluation.tables import Column
 GAPS = {"energy_mae_meV": "gap closed, energy (%)", "force_mae_meV_A": "gap closed, forces (%)"}
 VALIDATION = "validation"  # stands for a test set where no run has one
 _THROUGHPUT = "systems_per_second"
+_END_TO_END = "end_to_end_per_second"
+
+_UNKNOWN = SeedStat(None, None, 0)
 
 Evaluations = Mapping[Path, Mapping[str, Evaluation]]  # run folder -> data set -> evaluation
 
@@ -52,6 +55,8 @@ class Row:
     systems_per_second: SeedStat
     n_parameters: int | None
     n_seeds: int
+    # Neighbour lists and transfer included; of `kd report --throughput` only.
+    end_to_end_per_second: SeedStat = _UNKNOWN
 
     def cells(self) -> dict[str, object]:
         """Return the values under the keys of `columns`."""
@@ -59,6 +64,7 @@ class Row:
         others = {
             "seconds": self.seconds,
             _THROUGHPUT: self.systems_per_second,
+            _END_TO_END: self.end_to_end_per_second,
             "n_parameters": self.n_parameters,
         }
         return {"name": self.name, "seeds": self.n_seeds or None, **self.metrics, **gaps, **others}
@@ -80,6 +86,7 @@ def columns(rows: Sequence[Row]) -> list[Column]:
         Column("seconds", "training\n(s)"),
         Column("n_parameters", "parameters"),
         Column(_THROUGHPUT, "systems/s"),
+        Column(_END_TO_END, "end to end\n(systems/s)"),
     ]
     cells = [row.cells() for row in rows]
     return [c for c in every if any(not _is_empty(line[c.key]) for line in cells)]
@@ -206,6 +213,7 @@ def _teacher_row(teacher: TeacherResult, known: Mapping[str, float | None]) -> R
         gaps={},
         seconds=SeedStat.of([]),
         systems_per_second=SeedStat.of([known.get(_THROUGHPUT)]),
+        end_to_end_per_second=SeedStat.of([known.get(_END_TO_END)]),
         n_parameters=teacher.n_parameters,
         n_seeds=0,
     )
@@ -221,6 +229,7 @@ def _group_row(group: Group, role: str, measured: Sequence[Mapping[str, float | 
         gaps={},
         seconds=SeedStat.of(run.seconds for run in group.runs),
         systems_per_second=SeedStat.of(m.get(_THROUGHPUT) for m in measured),
+        end_to_end_per_second=SeedStat.of(m.get(_END_TO_END) for m in measured),
         n_parameters=group.runs[0].n_parameters,
         n_seeds=len(group.runs),
     )

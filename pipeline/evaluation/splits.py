@@ -17,7 +17,7 @@ log = logging.getLogger(__name__)
 Report = Mapping[str, float | None]  # the keys of `Metrics.to_report`, and systems_per_second
 OC20 = ("id", "ood_ads", "ood_cat", "ood_both")
 _OC20_PREFIXES = ("val", "test")
-_THROUGHPUT = "systems_per_second"
+_RATES = ("systems_per_second", "end_to_end_per_second")
 
 
 def split_groups(given: Mapping[str, Sequence[str]], names: Iterable[str]) -> list[SplitGroup]:
@@ -65,12 +65,13 @@ def mean_report(
     absent = [split for split in group.splits if not reports.get(split)]
     problems = [f"no mean over {group.name}: {split} was not measured" for split in absent]
     means: dict[str, float | None] = {}
-    for key in (*REPORTED, _THROUGHPUT):
+    rates = [key for key in _RATES if any(key in report for report in reports.values())]
+    for key in (*REPORTED, *rates):
         values = {split: reports.get(split, {}).get(key) for split in group.splits}
         present = [v for v in values.values() if v is not None]
         means[key] = None
         if len(present) == len(group.splits):
-            means[key] = harmonic_mean(present) if key == _THROUGHPUT else fmean(present)
+            means[key] = harmonic_mean(present) if key in _RATES else fmean(present)
         elif present and not absent:
             lacking = ", ".join(split for split, value in values.items() if value is None)
             problems.append(f"no mean of {key} over {group.name}: {lacking} has none")

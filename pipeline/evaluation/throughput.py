@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from molkd.pipeline.device import synchronize
 from molkd.pipeline.graphs.batch import Batch
@@ -61,6 +60,18 @@ class Throughput:
         """Return "12.3 (11.9 to 12.6 in half of 9 repeats)"."""
         low, high = f"{self.lower_quartile:.3g}", f"{self.upper_quartile:.3g}"
         return f"{self.median:.3g} ({low} to {high} in the middle half of {self.n_repeats} repeats)"
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Throughput of one model, measured in turns with others."""
+
+    model: Throughput  # batches with their neighbour lists are on the device already
+    end_to_end: Throughput  # from structures on the host to energies and forces there, one step after another
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values."""
+        return {"model": self.model.to_dict(), "end_to_end": self.end_to_end.to_dict()}
 
 
 class ThroughputMeter:
@@ -148,9 +159,3 @@ def device_name(device: torch.device) -> str:
         lines = []
     names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     return next(names, "") or platform.processor() or platform.machine() or "CPU"
-
-
-def on_host(output: dict[str, Tensor]) -> None:
-    """Copy energy and forces to the host, as whoever uses them has to."""
-    for name in ("energy", "forces"):
-        output[name].detach().cpu()

@@ -11,8 +11,9 @@ from ase.calculators.singlepoint import SinglePointCalculator
 
 from molkd.pipeline.data.references import LabelScale
 from molkd.pipeline.errors import ConfigError, DataError
-from molkd.pipeline.evaluating import evaluate_model, report_runs
+from molkd.pipeline.evaluating import report_runs
 from molkd.pipeline.evaluation.result import FOLDER, Evaluation
+from molkd.pipeline.measuring import evaluate_model
 from molkd.pipeline.models.potential import Potential
 from molkd.pipeline.models.registry import build_model
 
@@ -54,6 +55,12 @@ def kept(run):
     return run / FOLDER / "hot.npz"
 
 
+def measured(run, data, **keys):
+    """What `kd evaluate` says of a run on one data set."""
+    (summary,) = evaluate_model(str(run), [data], **keys).sets.values()
+    return summary
+
+
 def energy_error(report):
     return report.tables["hot"][0].metrics["energy_mae_meV"].mean
 
@@ -61,19 +68,19 @@ def energy_error(report):
 def test_a_measurement_is_reused_only_with_its_weights_and_data(run, tmp_path):
     out, data = tmp_path / "out", tmp_path / "a" / "hot.extxyz"
     first = energy_error(report_runs([run], out))
-    assert first == pytest.approx(evaluate_model(str(run), data).energy_mae_meV)
+    assert first == pytest.approx(measured(run, data).energy_mae_meV)
     written = kept(run).stat().st_mtime_ns
     assert energy_error(report_runs([run], out)) == first
     assert kept(run).stat().st_mtime_ns == written
 
     write_data(data, shift=1000.0)  # other labels, same structures
     second = energy_error(report_runs([run], out))
-    assert second == pytest.approx(evaluate_model(str(run), data).energy_mae_meV)
+    assert second == pytest.approx(measured(run, data).energy_mae_meV)
     assert abs(second - first) > 1e5
 
     write_model(run, seed=1)
     third = energy_error(report_runs([run], out))
-    assert third == pytest.approx(evaluate_model(str(run), data).energy_mae_meV)
+    assert third == pytest.approx(measured(run, data).energy_mae_meV)
     assert third != pytest.approx(second, rel=1e-6)
 
 
@@ -137,12 +144,12 @@ def test_keys_of_labels_in_test_files(run, tmp_path, caplog):
     named = write_data(tmp_path / "b" / "named.extxyz", key="my_energy")
     report = report_runs([run], tmp_path / "out", test=[named], energy_key="my_energy")
     found = report.tables["named"][0].metrics
-    expected = evaluate_model(str(run), named, energy_key="my_energy")
+    expected = measured(run, named, energy_key="my_energy")
     assert found["energy_mae_meV"].mean == pytest.approx(expected.energy_mae_meV)
     assert "named.extxyz: no forces to compare with; if it holds any, name their key: --forces-key" in (
         caplog.text
     )
     assert "no energies" not in caplog.text
     caplog.clear()
-    assert evaluate_model(str(run), named).energy_mae_meV is None
+    assert measured(run, named).energy_mae_meV is None
     assert "named.extxyz: no energies to compare with" in caplog.text

@@ -10,9 +10,9 @@ from molkd.pipeline.config import CacheConfig
 from molkd.pipeline.data.references import LabelScale
 from molkd.pipeline.data.sources import open_source
 from molkd.pipeline.errors import ModelError
-from molkd.pipeline.evaluating import evaluate_model
 from molkd.pipeline.evaluation.evaluate import known_systems
 from molkd.pipeline.graphs.neighbors import NeighborRule
+from molkd.pipeline.measuring import evaluate_model
 from molkd.pipeline.models.potential import Potential
 from molkd.pipeline.models.registry import build_model
 from molkd.pipeline.planning import plan_teacher
@@ -74,5 +74,5 @@ def test_no_command_ignores_periodicity_silently(mixed, blind, tmp_path):
     with pytest.raises(ModelError, match="is periodic, and blind ignores cells"):
         plan_teacher(asked, mixed / "m.kdcache")
     with pytest.raises(ModelError, match="is periodic, and blind ignores cells"):
-        evaluate_model(str(blind), mixed / "m.xyz")
+        evaluate_model(str(blind), [mixed / "m.xyz"])
     assert files(mixed) == before
