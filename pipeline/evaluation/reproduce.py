@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from molkd.pipeline.config import TrainConfig, parse_assignments, parse_kd
+from molkd.pipeline.config import TrainConfig, kd_settings, parse_assignments
 from molkd.pipeline.distill.settings import train_config
 from molkd.pipeline.errors import ConfigError
 from molkd.pipeline.places import short_name
@@ -63,6 +63,9 @@ def _joined(parts: list[list[str]]) -> str:
 
 def _said(config: TrainConfig) -> list[list[str]] | None:
     """Return settings beyond the preset's as flags; None if they would not come back the same."""
+    losses = [term.text for term in config.kd] or ["auto" if config.kd_auto else "none"]
+    if config.kd:
+        config = config.model_copy(update={"kd_auto": False})  # what a run chose is said outright
     place = {"store": config.store, "out": config.out, "student": config.student}
     periodic = bool(config.model.get("use_pbc"))
     try:
@@ -71,13 +74,13 @@ def _said(config: TrainConfig) -> list[list[str]] | None:
         return None  # a preset that this version does not have
     changes = _differing(config.model_dump(mode="json"), plain.model_dump(mode="json"))
     tests, groups = changes.pop("test", {}), changes.pop("test_groups", {})
-    changes.pop("kd", None)
-    losses = [term.text for term in config.kd] or ["none"]
+    for key in ("kd", "kd_auto"):
+        changes.pop(key, None)
     flags = {key: changes.pop(key) for key in _FLAGS if changes.get(key) not in (None, "")}
     assignments = [f"{key}={_yaml(value)}" for key, value in changes.items()]
     named = {short_name(config.test[name]): path for name, path in tests.items()}
     values = parse_assignments([*assignments, *(f"{key}={_yaml(value)}" for key, value in flags.items())])
-    given = {**place, "kd": parse_kd(losses), "test": named, "test_groups": groups}
+    given = {**place, **kd_settings(losses), "test": named, "test_groups": groups}
     try:
         again = train_config(config.student, values, given, periodic=periodic)
     except ConfigError:

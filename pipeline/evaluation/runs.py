@@ -11,8 +11,8 @@ import numpy as np
 import yaml
 from numpy.typing import NDArray
 
-from molkd.pipeline.config import KDTerm, MixConfig, make_config
-from molkd.pipeline.errors import DataError
+from molkd.pipeline.config import KDTerm, MixConfig, TrainConfig, make_config
+from molkd.pipeline.errors import ConfigError, DataError
 from molkd.pipeline.places import short_name
 
 NO_KD = "none"
@@ -57,13 +57,14 @@ def read_run(path: Path) -> Run:
     student = final.get("student") or config.get("student")
     if not student:
         raise DataError(f"{path / 'metrics.json'}: no student is named; was it written by another program?")
-    flat = _flatten({**config, **mix_setting(config)})
-    if not flat["mix"]:
-        del flat["mix"]  # as of runs that knew no mixing
+    kd = kd_setting(config)
+    flat = _flatten({**_with_defaults(config), **mix_setting(config)})
+    if kd != NO_KD or not flat["mix"]:
+        del flat["mix"]  # named with the losses, or there is none
     return Run(
         path=path,
         student=str(student),
-        kd=kd_setting(config),
+        kd=kd,
         seed=int(final.get("seed", config.get("seed", 0))),
         label=str(final.get("label") or ""),
         n_parameters=final.get("n_parameters"),
@@ -120,14 +121,27 @@ def read_curves(path: Path) -> dict[str, NDArray[np.float64]]:
 
 
 def kd_setting(config: Mapping[str, Any]) -> str:
-    """Name the distillation of a config: "none", or for example "n2n=auto,loss=mae + v2v=1 from painn"."""
+    """Name the distillation of a config: "none", or for example "n2n=auto,loss=mae + v2v=1 from painn".
+
+    Stores mixed in belong to the name, as the teacher labelled them: "grad=3 + 0.5 of rattled". Without a
+    teacher they are a setting like others.
+    """
     terms = [make_config(KDTerm, term).text for term in config.get("kd") or ()]
     if config.get("pseudo_labels"):
         terms.append("pseudo-labels")
     if not terms:
         return NO_KD
+    mix = mix_setting(config)["mix"]
     source = f" from {config['teacher']}" if config.get("teacher") else ""
-    return " + ".join(sorted(terms)) + source
+    return " + ".join([*sorted(terms), *([mix] if mix else [])]) + source
+
+
+def _with_defaults(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a config with the settings that its version did not know yet; a later one's as it stands."""
+    try:
+        return make_config(TrainConfig, config).model_dump(mode="json")
+    except ConfigError:
+        return dict(config)
 
 
 def mix_setting(config: Mapping[str, Any]) -> dict[str, str]:

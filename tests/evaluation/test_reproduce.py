@@ -42,6 +42,13 @@ def config_of(store, *assignments, **flags):
     return resolve(None, assignments, place | flags)
 
 
+def test_what_a_run_chose_itself_is_said_outright(store):
+    """Of `--kd auto` the command names the losses that came of it."""
+    config = config_of(store, kd_terms=("n2n=2",))
+    chosen = config.model_copy(update={"kd_auto": True})
+    assert settings_of(train_command(chosen, Path("runs/it's one"))) == config
+
+
 @pytest.mark.parametrize(
     "case",
     [
@@ -67,7 +74,7 @@ def test_command_comes_to_the_same_settings(store, case):
 def test_what_the_preset_says_is_left_out(store):
     words = shlex.split(train_command(config_of(store), Path("run")).replace("\\\n", " "))
     assert words[:3] == ["kd", "train-student", str(store)]
-    assert words[3:] == ["--student", "painn-tiny", "--kd", "none", "--out", "runs/it's one"]
+    assert words[3:] == ["--student", "painn-tiny", "--kd", "auto", "--out", "runs/it's one"]
 
 
 def test_what_flags_cannot_say_comes_from_the_run(store, tmp_path):

@@ -21,13 +21,29 @@ def test_run_folder_is_read(make_run):
     )
     assert run.test["test"]["force_mae_meV_A"] == 31.0
     assert run.test["test"]["efwt_percent"] is None
-    assert run.settings == {
+    given = {
         "store": "acac.kdcache",
         "training.lr": 1e-3,
         "training.max_epochs": 5,
         "student": "painn-small",
     }
+    assert run.settings.items() >= given.items()
+    assert not {"seed", "out", "label", "kd", "mix"} & run.settings.keys()
     np.testing.assert_array_equal(run.curves["val_force_mae_meV_A"], [np.nan, 124.0, 62.0, 31.0])
+
+
+def test_a_run_of_an_earlier_version_has_the_defaults_of_settings_it_did_not_know(make_run):
+    older = read_run(make_run("older"))
+    newer = read_run(make_run("newer", seed=1, amp="off", rotated_targets=False))
+    assert older.settings == newer.settings
+    assert len(group_runs([older, newer])) == 1
+
+
+def test_mixed_stores_are_named_with_the_losses_and_are_a_setting_without_a_teacher(make_run):
+    mix = [{"store": "/data/rattled.kdcache", "share": 0.5}]
+    with_kd, without = (read_run(make_run(f"m{len(kd)}", kd=kd, mix=mix)) for kd in ([N2N], []))
+    assert (with_kd.kd, with_kd.settings.get("mix")) == ("n2n=auto + 0.5 of rattled", None)
+    assert (without.kd, without.settings["mix"]) == ("none", "0.5 of rattled")
 
 
 @pytest.mark.parametrize(
