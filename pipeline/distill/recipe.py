@@ -18,12 +18,16 @@ log = logging.getLogger(__name__)
 
 _FEATURES = ("n2n", "v2v")  # losses on features, where both sides have them
 _LABELS = frozenset({"energy", "forces"})
+_SLOPE = (
+    0.3  # weight of `grad` over that of the labelled forces; 1 takes from the forces what it gives the energy
+)
 
 
 def automatic(cache: Cache, config: TrainConfig) -> TrainConfig:
     """Return the settings with the losses of the recipe in place of `kd`; each choice is logged.
 
-    - `grad`, if the student's forces are direct and the teacher's are cached: its energy learns their slope.
+    - `grad`, if the student's forces are direct and the teacher's are cached: its energy learns their slope,
+      with 0.3 of the weight of the labelled forces.
     - `n2n` and `v2v` with the weight `auto`, where the cache has the signal and the student such features.
     - pseudo-labels, if systems without labels are trained on and the teacher's are cached.
 
@@ -41,7 +45,8 @@ def automatic(cache: Cache, config: TrainConfig) -> TrainConfig:
     cached = {name for name, entry in cache.teachers[teacher].signals.items() if entry.complete}
     with torch.random.fork_rng(devices=[]):  # looked at only: the run makes its own
         model: Any = build_model(config.model)
-    terms = [KDTerm(name="grad")] if model.forces_from == "direct" and "forces" in cached else []
+    slope = KDTerm(name="grad", weight=_SLOPE * config.training.forces_weight or "auto")
+    terms = [slope] if model.forces_from == "direct" and "forces" in cached else []
     features = (KDTerm.model_validate({"name": name}) for name in _FEATURES)
     terms += [t for t in features if t.teacher_tap in cached and set(t.student_taps) <= set(model.signals)]
     pseudo_labels = config.pseudo_labels or (_lacks_labels(cache, config) and cached >= _LABELS)

@@ -1,0 +1,173 @@
+"""Which recipe closes most of the gap: labels everywhere, on a tenth, and on a tenth beside a pool.
+
+    python benchmarks/recipes.py acac tenth OUT --teacher RUN_OR_MODEL [--seeds 3] [--steps 5000] [--jobs 2]
+
+The same command continues. Three regimes: `all` labels; a `tenth` of the labelled systems and nothing else;
+the same tenth and, as `pool`, the other nine tenths without their labels. In each the teacher also labels
+rattled copies of what there is. Every run of a case has the same student, steps and batch size. Baselines
+without KD are `none` and `slope`, which teaches the energy its slope from the labelled forces, as `grad` does
+from the teacher's. Test files are never trained on, rattled, or looked at by the teacher but to measure it.
+Writes OUT/CASE-REGIME.yaml, a study, and runs it: `kd study` shows its state, tables are in
+OUT/CASE-REGIME/report.
+Needs the data sets beside the checkout (../shared/data).
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import ase.io
+import yaml
+
+DATA = Path(__file__).resolve().parents[1] / ".." / "shared" / "data"
+KD = [sys.executable, "-m", "molkd.cli"]
+REGIMES = ("all", "tenth", "pool")
+FEATURES = ("node", "v2v")
+COPIES = {"all": 3, "tenth": 20, "pool": 3}  # rattled ones of each system
+SHARE = 0.5  # of them in each batch
+TENTH = 10
+
+
+@dataclass(frozen=True)
+class Case:
+    """A data set with how long and how students are trained on it."""
+
+    folder: str
+    train: str
+    val: str
+    tests: tuple[str, ...]
+    licence: str
+    steps: int
+    batch_size: int
+    sigma: float  # A, of the rattling
+    settings: dict[str, Any] = field(default_factory=dict)
+    teacher: Path | None = None  # that comes with the data
+
+
+CASES = {
+    "ethanol": Case(
+        "rmd17-ethanol", "train", "val", ("test",), "MIT", 12_000, 8, 0.03,
+        teacher=DATA / "painn-rmd17-ethanol-weights" / "painn_1.npz",
+    ),
+    "acac": Case("acac", "train_300K", "val_300K", ("test_300K", "test_600K"), "MIT", 8_000, 8, 0.03),
+    "coll-gfn2": Case(
+        "coll-gfn2", "train", "val", ("test", "test_ood_hot", "test_ood_new_molecules"), "CC0-1.0",
+        8_000, 8, 0.03,
+    ),
+    "oc20like-nrr": Case(
+        "oc20like-nrr", "train", "val_id", ("test_id", "test_ood_ads", "test_ood_cat", "test_ood_both"),
+        "not settled: internal use only", 2_000, 4, 0.03,
+        # Adsorption energies need no references; 16 neighbors are those of the teacher.
+        {"training.references": "none", "training.normalization": "energy", "training.forces_weight": 30,
+         "model.max_neighbors": 16},
+    ),
+}  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("case", choices=CASES)
+    parser.add_argument("regime", choices=REGIMES)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--teacher", help="model file or run folder; ethanol has its own")
+    parser.add_argument("--student", default="painn-tiny")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--steps", type=int)
+    parser.add_argument("--only", nargs="+", help="strategies")
+    parser.add_argument("--jobs", type=int, default=1, help="runs side by side, one thread each")
+    parser.add_argument("--set", action="append", default=[], help="KEY=VALUE, more settings of every run")
+    args = parser.parse_args()
+    if not DATA.is_dir():
+        sys.exit(f"skipped: the data sets are not at {DATA}")
+    case = CASES[args.case]
+    teacher = args.teacher or case.teacher
+    if teacher is None:
+        sys.exit("--teacher: train one with kd train-student --kd none")
+    args.out.mkdir(parents=True, exist_ok=True)
+    name = f"{args.case}-{args.regime}"
+    store, rattled = prepare(case, args.regime, args.out / name, str(teacher))
+    study = args.out / f"{name}.yaml"
+    content = describe(args, case, name, store, rattled, str(teacher))
+    study.write_text(yaml.safe_dump(content, sort_keys=False))
+    run([*KD, "study", study, "--jobs", args.jobs, "--threads", 1])
+
+
+def prepare(case: Case, regime: str, folder: Path, teacher: str) -> tuple[Path, Path]:
+    """Make the store of the regime and that of rattled copies, both with the teacher's signals."""
+    folder.mkdir(exist_ok=True)
+    store, rattled = folder / "data.kdcache", folder / "rattled.kdcache"
+    files = {"labelled": folder / "labelled.extxyz", "pool": folder / "pool.extxyz"}
+    source = DATA / case.folder / f"{case.train}.extxyz"
+    if regime != "all" and not files["pool"].exists():
+        frames = ase.io.read(source, ":")
+        ase.io.write(files["labelled"], frames[::TENTH])  # spread over the file
+        ase.io.write(files["pool"], [f for i, f in enumerate(frames) if i % TENTH])
+    data = [source] if regime == "all" else [files["labelled"]]
+    pool: list[object] = ["--drop-labels", files["pool"]] if regime == "pool" else []
+    run([*KD, "ingest", *data, store, "--licence", case.licence, *pool])
+    offered = set(json.loads(output([*KD, "teacher", "info", teacher, "--json"]))["signals"])
+    signals = ["energy", "forces", "atomic_energies", *(s for s in FEATURES if s in offered)]
+    of_teacher = ["--teacher", teacher, "--name", "teacher", "--signals", ",".join(signals)]
+    run([*KD, "cache-teacher", store, *of_teacher])
+    rattle = ["--sigma", case.sigma, "--copies", COPIES[regime]]
+    run([*KD, "augment", "rattle", store, rattled, *of_teacher, *rattle])
+    return store, rattled
+
+
+def describe(
+    args: argparse.Namespace, case: Case, name: str, store: Path, rattled: Path, teacher: str
+) -> dict[str, Any]:
+    """Return the study."""
+    folder = (DATA / case.folder).resolve()
+    mix = [{"store": str(rattled.resolve()), "share": SHARE}]
+    slope = 0.3 * float(case.settings.get("training.forces_weight", 10))  # as the recipe weighs `grad`
+    strategies: dict[str, Any] = {
+        "none": [],
+        "slope": {"set": {"training.gradient_weight": slope}},
+        "n2n+v2v": ["n2n", "v2v"],
+        "grad": f"grad={slope:g}",
+        "auto": "auto",
+        "rattled": {"set": {"pseudo_labels": True, "mix": mix}},
+        "auto+rattled": {"kd": "auto", "set": {"mix": mix}},
+    }
+    if args.regime == "pool":
+        strategies["pseudo"] = {"set": {"pseudo_labels": True}}
+    chosen = {k: v for k, v in strategies.items() if args.only is None or k in args.only}
+    given = dict(text.split("=", 1) for text in args.set)
+    return {
+        "name": name,
+        "store": str(store.resolve()),
+        "teachers": {"teacher": {"model": str(Path(teacher).resolve())}},
+        "pairs": [{"teacher": "teacher", "student": args.student}],
+        "strategies": chosen,
+        "seeds": args.seeds,
+        "steps": args.steps or case.steps,
+        "set": {"training.batch_size": case.batch_size, **case.settings, **given},
+        "val": str(folder / f"{case.val}.extxyz"),
+        "test": {test: str(folder / f"{test}.extxyz") for test in case.tests},
+    }
+
+
+def run(command: list[object]) -> None:
+    """Run a command of ours on one thread; stop if it fails."""
+    words = [str(word) for word in command]
+    print(" ".join(words[3:]), flush=True)
+    done = subprocess.run(words, check=False, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    if done.returncode:
+        sys.exit(done.returncode)
+
+
+def output(command: list[object]) -> str:
+    """Return what a command of ours prints."""
+    return subprocess.run([str(word) for word in command], check=True, capture_output=True, text=True).stdout
+
+
+if __name__ == "__main__":
+    main()
