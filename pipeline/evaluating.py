@@ -157,6 +157,9 @@ def _evaluations_of(
     for name, data in sets.items():
         path = run / FOLDER / f"{name}.npz"
         known = _kept(path)
+        if known is not None and not known.is_complete and is_there(data.path):
+            log.info("%s: kept by an older version without tails and breakdowns, measured again", path)
+            known = None
         if known is not None and known.is_of(
             model.info.weights_sha256, data.fingerprint or known.data_fingerprint
         ):

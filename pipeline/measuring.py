@@ -22,7 +22,7 @@ from molkd.pipeline.evaluation.summary import EvaluationSummary, ModelEvaluation
 from molkd.pipeline.evaluation.throughput import Speed
 from molkd.pipeline.evaluation.turns import MAX_BATCHES, SECONDS, Contender, measure_in_turns, sample_systems
 from molkd.pipeline.evaluation.worst import N_WORST, WorstSystems
-from molkd.pipeline.places import by_short_name
+from molkd.pipeline.places import by_short_name, resolved
 from molkd.pipeline.progress import Progress
 from molkd.pipeline.scope import Scope
 from molkd.pipeline.teachers.interface import Teacher
@@ -77,6 +77,8 @@ def evaluate_model(
     kinds = tuple(dict.fromkeys(check_kind(kind) for kind in by))
     if beside and not throughput:
         raise ConfigError("--beside names models whose speed is compared; it goes with --throughput")
+    if predictions is not None and worst_out is not None and resolved(predictions) == resolved(worst_out):
+        raise ConfigError(f"{worst_out}: named for --predictions and for --worst-out; give two files")
     places = by_short_name(data, "DATA")
     means = _groups(parse_groups(groups), list(places))
     chosen = choose_device(device)

@@ -41,7 +41,8 @@ from molkd.pipeline.progress import Progress
 log = logging.getLogger(__name__)
 
 _MAX_VALIDATIONS = 50  # a run validates once an epoch, but not more often than this
-_EVALUATION_BATCH = 64  # systems
+_VALIDATION_BATCH = 64  # systems
+_TEST_BATCH = 32  # as `kd evaluate` and `kd report` take, so that throughputs compare
 
 
 @dataclass(frozen=True)
@@ -282,7 +283,7 @@ def _evaluate(
         potential.predict,
         systems,
         potential.neighbor_rule,
-        batch_size=_EVALUATION_BATCH,
+        batch_size=_TEST_BATCH if measure_throughput else _VALIDATION_BATCH,
         device=device,
         measure_throughput=measure_throughput,
         breakdowns=KINDS if measure_throughput else (),

@@ -22,6 +22,7 @@ OTHERS = "(others)"
 UNKNOWN = "(none)"  # a system without the word asked for
 INFO = "info:"
 _TAGS = {0: "sub-surface (0)", 1: "surface (1)", 2: "adsorbate (2)"}  # OC20
+_UNTAGGED = "no tags (0)"
 
 # Kinds of keys. Of atoms: forces only, an energy belongs to no atom.
 ATOM_KEYS: Mapping[str, Callable[[System], NDArray[np.uint8]]] = {
@@ -114,6 +115,8 @@ class GroupSums:
         rows = [self._terms[key] for key in order]
         if self._others is not None:
             order, rows = [*order, OTHERS], [*rows, self._others]
+        if order == [_TAGS[0]]:
+            order = [_UNTAGGED]  # molecules, for example: a tag of 0 everywhere says nothing
         return Breakdown(self.kind, tuple(order), np.array(rows).reshape(len(rows), len(TERMS)))
 
     def _add(self, found: Iterable[tuple[str, NDArray[np.float64]]]) -> None:

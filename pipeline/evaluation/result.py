@@ -55,6 +55,11 @@ class Evaluation:
         mine = (self.weights_sha256, self.data_fingerprint)
         return all(mine) and mine == (weights_sha256, data_fingerprint)
 
+    @property
+    def is_complete(self) -> bool:
+        """Whether it holds all that this version measures; older ones kept no tails or breakdowns."""
+        return bool(self.worst)
+
     def to_report(self) -> dict[str, float | None]:
         """Return the four reported metrics with units in their names, and systems_per_second."""
         found = {**self.metrics.to_report(), "systems_per_second": self.systems_per_second}

@@ -171,6 +171,8 @@ def test_what_is_refused(refused, everything, sets, tmp_path):
     other.parent.mkdir()
     shutil.copy(sets[0], other)
     refused("evaluate", run, sets[0], "--beside", run, says=["--beside .* goes with --throughput"])
+    twice = ("--predictions", tmp_path / "p.xyz", "--worst-out", tmp_path / "p.xyz")
+    refused("evaluate", run, sets[0], *twice, says=["p.xyz: named for --predictions and for --worst-out"])
     refused("evaluate", run, sets[0], "--by", "colour", says=["--by colour: take element, tag, size"])
     refused("evaluate", run, sets[0], other, says=["DATA: two files of the same name"])
     refused(

@@ -136,6 +136,11 @@ def test_sizes_in_ranges():
     assert found.in_ranges(9) is found
 
 
+def test_tags_of_molecules_say_nothing():
+    plain = [replace(s, tags=np.zeros(s.n_atoms, np.uint8)) for s in SYSTEMS]
+    assert collected(Collector(0, ["tag"]), plain, 60).breakdowns["tag"].keys == ("no tags (0)",)
+
+
 def test_formula_and_kinds():
     system = SYSTEMS[0]
     assert formula(replace(system, atomic_numbers=np.array([8, 1, 42, 6, 1], np.uint8))) == "CH2MoO"

@@ -1,6 +1,7 @@
 """`kd report` measures again whatever may have changed, and computes nothing before all is in order."""
 
 import shutil
+from dataclasses import replace
 
 import ase.io
 import numpy as np
@@ -91,6 +92,19 @@ def test_a_measurement_of_unknown_origin_is_made_again(run, make_evaluation, tmp
     kept(run).write_bytes(b"damaged")
     report_runs([run], tmp_path / "out")
     assert Evaluation.load(kept(run)).metrics.n_systems == 3
+
+
+def test_a_measurement_of_an_older_version_is_completed(run, tmp_path):
+    data = tmp_path / "a" / "hot.extxyz"
+    report_runs([run], tmp_path / "out")
+    whole = Evaluation.load(kept(run))
+    replace(whole, worst={}, energy_tail=None, breakdowns={}).save(kept(run))
+    moved = data.rename(tmp_path / "elsewhere.extxyz")
+    report_runs([run], tmp_path / "out")
+    assert not Evaluation.load(kept(run)).is_complete  # the data are gone: what there is still counts
+    moved.rename(data)
+    report_runs([run], tmp_path / "out")
+    assert Evaluation.load(kept(run)).energy_tail == whole.energy_tail
 
 
 def test_one_name_for_two_data_sets_is_refused(run, make_run, tmp_path):
