@@ -17,6 +17,7 @@ from molkd.pipeline.commands.output import NEW_PATH, NEW_STORE, PATH, STORE, as_
 from molkd.pipeline.commands.plan import asks_teacher, plan, scale_file, teacher_config
 from molkd.pipeline.commands.repair import repair
 from molkd.pipeline.commands.sharing import COMMANDS
+from molkd.pipeline.commands.study import study
 from molkd.pipeline.commands.training import train_student
 
 
@@ -193,7 +194,7 @@ def teacher_info(as_json: bool, teacher: str, scale_file: Path | None) -> None:
     show(describe_teacher(teacher, scale_file=scale_file), as_json)
 
 
-for command in (train_student, augment, evaluate, report, cka):
+for command in (train_student, study, augment, evaluate, report, cka):
     kd.add_command(command)
 
 

@@ -74,8 +74,10 @@ def test_wheel_holds_the_data_that_the_code_reads(names, project):
     data = {Path(name).relative_to("molkd") for name in names if name.startswith("molkd/")}
     assert {p for p in data if p.suffix != ".py"} == expected
     presets = {p.name for p in (ROOT / "pipeline" / "models" / "presets").iterdir()}
-    assert {p.name for p in expected if p.suffix == ".yaml"} == presets
+    assert {p.name for p in expected if p.suffix == ".yaml" and p.parts[1] == "models"} == presets
     assert len(presets) > 5
+    studies = {p.name for p in (ROOT / "pipeline" / "study" / "examples").iterdir()}
+    assert {p.name for p in expected if p.parts[1] == "study"} == studies
     in_demo = {p.suffix for p in expected if p.parts[:2] == ("pipeline", "demo")}
     assert in_demo >= {".xz", ".safetensors", ".md"}
 

@@ -18,7 +18,7 @@ from molkd.pipeline.config.kd import (
     kd_settings,
     parse_kd,
 )
-from molkd.pipeline.config.stage_one import CacheConfig, IngestConfig
+from molkd.pipeline.config.stage_one import CacheConfig, IngestConfig, parse_part
 from molkd.pipeline.config.test_sets import SplitGroup, parse_groups
 from molkd.pipeline.config.training import MixConfig, ScheduleConfig, TrainConfig, TrainingConfig
 
@@ -44,5 +44,6 @@ __all__ = [
     "parse_assignments",
     "parse_groups",
     "parse_kd",
+    "parse_part",
     "read_yaml",
 ]

@@ -30,6 +30,24 @@ class IngestConfig(Settings):
     augmentation: dict[str, JsonValue] | None = None
 
 
+def parse_part(given: Any) -> tuple[int, int] | None:
+    """Read "i/n": the i-th, from 0, of n processes that share work.
+
+    Raises
+    ------
+    ValueError
+        If it is nothing of the kind.
+    """
+    if given is None:
+        return None
+    parts = given.split("/") if isinstance(given, str) else given
+    if isinstance(parts, list | tuple) and len(parts) == 2 and all(str(p).isdecimal() for p in parts):
+        index, of = (int(part) for part in parts)
+        if index < of:
+            return index, of
+    raise ValueError("write it as i/n with i from 0 to n - 1, for example 0/4, 1/4, 2/4 and 3/4")
+
+
 _BATCH = {"cpu": (1024, 60_000), "cuda": (16_384, 1_000_000)}  # atoms, edges
 
 
@@ -57,15 +75,7 @@ class CacheConfig(Settings):
     @field_validator("worker", mode="before")
     @classmethod
     def _part(cls, given: Any) -> Any:
-        """Read "i/n"."""
-        if given is None:
-            return None
-        parts = given.split("/") if isinstance(given, str) else given
-        if isinstance(parts, list | tuple) and len(parts) == 2 and all(str(p).isdecimal() for p in parts):
-            index, of = (int(part) for part in parts)
-            if index < of:
-                return index, of
-        raise ValueError("write it as i/n with i from 0 to n - 1, for example 0/4, 1/4, 2/4 and 3/4")
+        return parse_part(given)
 
     @model_validator(mode="after")
     def _one_way(self) -> Self:

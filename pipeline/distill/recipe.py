@@ -21,6 +21,7 @@ _LABELS = frozenset({"energy", "forces"})
 _SLOPE = (
     0.3  # weight of `grad` over that of the labelled forces; 1 takes from the forces what it gives the energy
 )
+SIGNALS = ("energy", "forces", "node", "v2v")  # of a teacher, that the recipe may choose from
 
 
 def automatic(cache: Cache, config: TrainConfig) -> TrainConfig:

@@ -70,6 +70,17 @@ class RunFolder:
         """Whether there is anything of a run inside."""
         return any(file.exists() for file in (self._metrics, self._last, self._summary))
 
+    @property
+    def is_busy(self) -> bool:
+        """Whether another process is training in the folder at this moment."""
+        try:
+            with self.locked():
+                return False
+        except BusyError:
+            return True
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+
     def differing(self, config: TrainConfig) -> list[str]:
         """Return which settings that matter a run that has begun there has otherwise."""
         if not (self._config.exists() and self.has_begun):

@@ -89,7 +89,7 @@ def _train(config: TrainConfig, run: RunFolder) -> TrainSummary:
     held_out = read_held_out(config)
     setup = prepare(cache, config, device, held_out.ids)
     state = initial_state(cache, setup, config, device)
-    total_steps, val_every = _length(state.loader.batches_per_epoch, config)
+    total_steps, val_every = run_length(state.loader.batches_per_epoch, config)
     val_systems = validation_systems(cache, setup, config, held_out)
     data = _data_of(cache, setup, val_systems)
     if (saved := run.load_state()) is not None:
@@ -177,7 +177,7 @@ def _train(config: TrainConfig, run: RunFolder) -> TrainSummary:
     return summary
 
 
-def _length(batches_per_epoch: int, config: TrainConfig) -> tuple[int, int]:
+def run_length(batches_per_epoch: int, config: TrainConfig) -> tuple[int, int]:
     """Return the number of steps and after how many to validate."""
     total = config.training.max_epochs * batches_per_epoch
     if config.training.max_steps is not None:

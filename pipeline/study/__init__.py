@@ -1,0 +1,1 @@
+"""`kd study`: a grid of runs from one cache, and the tables over them."""

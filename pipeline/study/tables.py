@@ -1,0 +1,190 @@
+"""The tables of a study: one report a pair with its teacher, and all lines in study.csv and study.md."""
+
+import csv
+import io
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from molkd.pipeline.evaluating import report_runs
+from molkd.pipeline.evaluation.groups import group_runs
+from molkd.pipeline.evaluation.metrics import REPORTED
+from molkd.pipeline.evaluation.results import GAPS, Row
+from molkd.pipeline.evaluation.runs import read_run
+from molkd.pipeline.evaluation.tables import Column, format_table, markdown_table
+from molkd.pipeline.files import write_atomic
+from molkd.pipeline.study.grid import Cell, Run
+from molkd.pipeline.study.preparing import teacher_model
+from molkd.pipeline.study.schema import Pair, StudyConfig
+from molkd.pipeline.study.state import Standing, State
+
+log = logging.getLogger(__name__)
+
+REPORT = "report"
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of the tables: a teacher (no cell), or a cell over its seeds, on one data set."""
+
+    pair: Pair
+    data: str
+    cell: Cell | None
+    row: Row | None  # None: no seed has finished
+    missing: tuple[str, ...] = ()  # seeds that have not, with the reason
+
+    def cells(self) -> dict[str, object]:
+        """Return the values under the keys of `_columns`."""
+        name = " ".join([self.cell.strategy, *self.cell.choices.values()]) if self.cell else "teacher"
+        values = self.row.cells() if self.row else {}
+        return {**values, "name": name, "missing": ", ".join(self.missing) or None}
+
+    def flat(self, axes: Sequence[str]) -> dict[str, object]:
+        """Return plain values for study.csv, mean and spread in columns of their own."""
+        flat: dict[str, object] = {"pair": self.pair.name, "teacher": self.pair.teacher}
+        flat |= {"student": self.pair.student, "data": self.data}
+        flat |= {"strategy": self.cell.strategy if self.cell else "teacher"}
+        flat |= {axis: self.cell.choices[axis] if self.cell else "" for axis in axes}
+        flat |= {"seeds": self.row.n_seeds if self.row else 0, "missing": "; ".join(self.missing)}
+        for key in REPORTED:
+            stat = self.row.metrics[key] if self.row else None
+            flat |= {key: stat.mean if stat else None, f"{key}_spread": stat.spread if stat else None}
+        for key in GAPS:
+            gap = self.row.gaps.get(key) if self.row else None
+            flat |= {f"gap_closed_percent_{key}": gap.percent if gap else None}
+            flat |= {f"gap_closed_percent_{key}_spread": gap.spread if gap else None}
+        row = self.row
+        flat |= {
+            "seconds": row.seconds.mean if row else None,
+            "n_parameters": row.n_parameters if row else None,
+        }
+        return flat | {"systems_per_second": row.systems_per_second.mean if row else None}
+
+
+@dataclass(frozen=True)
+class Tables:
+    """All lines of a study, and where its reports are."""
+
+    folder: Path
+    lines: list[Line]
+    axes: tuple[str, ...]
+
+    def text(self) -> str:
+        """Return the tables for a terminal."""
+        return "\n\n".join(
+            f"{pair}, {data}\n{format_table([line.cells() for line in lines], _columns(lines))}"
+            for (pair, data), lines in self._by_table().items()
+        )
+
+    def to_dict(self) -> list[dict[str, object]]:
+        """Return the lines of study.csv for JSON."""
+        return [line.flat(self.axes) for line in self.lines]
+
+    def markdown(self) -> str:
+        """Return the tables as Markdown, with a link to the report of each pair."""
+        parts = []
+        for (pair, data), lines in self._by_table().items():
+            table = markdown_table([line.cells() for line in lines], _columns(lines))
+            parts += [f"## {pair}, {data}", table, f"[Report]({pair}/report.html)"]
+        return "\n\n".join(parts) + "\n"
+
+    def csv(self) -> str:
+        """Return study.csv."""
+        text = io.StringIO()
+        rows = self.to_dict()
+        writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        return text.getvalue()
+
+    def _by_table(self) -> dict[tuple[str, str], list[Line]]:
+        found: dict[tuple[str, str], list[Line]] = {}
+        for line in self.lines:
+            found.setdefault((line.pair.name, line.data), []).append(line)
+        return found
+
+
+def write_tables(study: StudyConfig, cells: Sequence[Cell], standings: Sequence[Standing]) -> Tables | None:
+    """Report on every pair that has finished runs, and write study.csv and study.md; None if none has.
+
+    Raises
+    ------
+    ConfigError, DataError, ModelError, TeacherError
+        As `kd report`.
+    """
+    folder = study.out / REPORT
+    lines: list[Line] = []
+    for pair in study.pairs:
+        ours = [s for s in standings if any(cell.pair.name == pair.name for cell in s.run.cells)]
+        finished = [s.run for s in ours if s.state is State.FINISHED]
+        if finished:
+            own = [cell for cell in cells if cell.pair.name == pair.name]
+            lines += _lines(study, pair, own, ours, finished, folder / pair.name)
+    if not lines:
+        return None
+    tables = Tables(folder, lines, tuple(study.settings))
+    write_atomic(folder / "study.csv", tables.csv())
+    write_atomic(folder / "study.md", f"# {study.name}\n\n{tables.markdown()}")
+    return tables
+
+
+def _lines(
+    study: StudyConfig,
+    pair: Pair,
+    cells: Sequence[Cell],
+    standings: Sequence[Standing],
+    finished: Sequence[Run],
+    folder: Path,
+) -> list[Line]:
+    paths = [run.path for run in finished]
+    teacher = teacher_model(study, pair.teacher)
+    model, scale_file = teacher if teacher is not None else (None, None)
+    if teacher is None:
+        log.info("%s: the study does not say where this teacher is, so no share of its gap", pair.teacher)
+    report = report_runs(
+        paths,
+        folder,
+        teacher=model,
+        scale_file=scale_file,
+        test=tuple(study.report.test.values()),
+        device=study.report.device,
+    )
+    groups = {group.name: {run.path for run in group.runs} for group in group_runs(map(read_run, paths))}
+    lines = []
+    for data, rows in report.tables.items():
+        lines += [Line(pair, data, None, row) for row in rows if row.role == "teacher"]
+        for cell in cells:
+            mine = {run.path for run in finished if cell in run.cells}
+            row = next((r for r in rows if mine and mine <= groups.get(r.name, set())), None)
+            missing = tuple(
+                _why_missing(s) for s in standings if cell in s.run.cells and s.run not in finished
+            )
+            if row is not None or missing:
+                lines.append(Line(pair, data, cell, row, missing))
+    return lines
+
+
+def _why_missing(standing: Standing) -> str:
+    seed = f"seed {standing.run.config.seed}"
+    if standing.failure is not None:
+        return f"{seed} {standing.failure.kind if standing.failure.kind != 'error' else 'failed'}"
+    return f"{seed} {standing.state.value}"
+
+
+def _columns(lines: Sequence[Line]) -> list[Column]:
+    """Return the columns that the lines have something for."""
+    every = [
+        Column("name", "strategy"),
+        Column("seeds", "seeds"),
+        *(Column(m.key, m.title.replace(" (", "\n("), decimals=m.decimals) for m in REPORTED.values()),
+        *(Column(f"gap_{key}", title.replace(", ", ",\n"), decimals=1) for key, title in GAPS.items()),
+        Column("missing", "missing"),
+    ]
+    cells = [line.cells() for line in lines]
+    return [column for column in every if any(_is_there(line.get(column.key)) for line in cells)]
+
+
+def _is_there(value: Any) -> bool:
+    return value is not None and getattr(value, "mean", 0) is not None
