@@ -11,7 +11,7 @@ import pytest
 from molkd.cli import kd as root  # noqa: TID251
 
 ROOT = Path(__file__).parents[1]
-PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
 _BLOCK = re.compile(r"^( *)```(.*)\n((?:.*\n)*?)\1```", re.MULTILINE)
 
 
@@ -26,7 +26,9 @@ def command_lines(page):
     for _, text in blocks(page, "", "bash", "sh", "console", "text"):
         for line in text.replace("\\\n", " ").splitlines():
             for part in re.split(r"&&|\|\||;|\|", line.strip().removeprefix("$ ")):
-                words = shlex.split(part, comments=True)
+                # The shell puts something in the place of $VARIABLE; every option takes a 1.
+                words = [re.sub(r"\$\w+", "1", word) for word in shlex.split(part, comments=True)]
+                words = words[1:] if words[:1] in (["do"], ["exec"]) else words
                 if words and Path(words[0]).name in ("kd", "molkd"):
                     yield words[1:], True
     running = _BLOCK.sub("", page.read_text())
