@@ -50,4 +50,4 @@ def _write_values(ax: "Axes", result: CKAResult) -> None:
     for (row, column), value in np.ndenumerate(result.values):
         text = "–" if np.isnan(value) else f"{value:.2f}"
         color = "black" if np.isnan(value) or value > _BRIGHT else "white"
-        ax.text(column, row, text, ha="center", va="center", fontsize=7, color=color)
+        ax.text(column, row, text, ha="center", va="center", fontsize=8, color=color)

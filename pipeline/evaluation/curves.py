@@ -73,7 +73,7 @@ def cka_columns(groups: Sequence[Group]) -> dict[str, str]:
     """Return the columns that hold similarities (CKA), if training logged any."""
     every = {column for g in groups for run in g.runs for column in run.curves}
     columns = {column for column in every if "cka" in column and not column.startswith("train_")}  # no losses
-    return {column: column.removeprefix("val_").replace("_", " ") for column in sorted(columns)}
+    return {column: f"CKA with the teacher, {column.removeprefix('cka_')}" for column in sorted(columns)}
 
 
 def plot_curves(

@@ -7,6 +7,8 @@ from molkd.pipeline.evaluation.seeds import SeedStat
 
 FORMULA = "gap closed = 100 × (student without KD − student with KD) / (student without KD − teacher)"
 
+ONE_SEED = "one seed only: no spread is known"
+
 
 @dataclass(frozen=True)
 class GapClosed:
@@ -57,7 +59,7 @@ def gap_closed(
         return GapClosed(None, None, "gap smaller than the spread over seeds of the student without KD")
     percent = 100 * (w - k) / difference
     if without.spread is None or with_kd.spread is None:
-        return GapClosed(percent, None, "one seed only: no spread is known")
+        return GapClosed(percent, None, ONE_SEED)
     slope_without = (k - teacher) / difference
     spread = 100 / gap * math.hypot(with_kd.spread, slope_without * without.spread)
     return GapClosed(percent, spread)

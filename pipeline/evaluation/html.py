@@ -122,8 +122,7 @@ def _block(block: Block, level: int, anchors: _Anchors) -> Iterator[str]:
         case Table():
             yield _table(block)
         case Gallery(caption, pictures):
-            kind = "gallery small" if all(p.width < _SMALL for p in pictures) else "gallery"
-            yield f'<figure><div class="{kind}">'
+            yield f"<figure>{_gallery_tag(block)}"
             yield from (_picture(picture) for picture in pictures)
             yield f"</div><figcaption>{escape(caption)}</figcaption></figure>"
 
@@ -164,6 +163,14 @@ def _cell(cell: Cell, kind: str) -> str:
 
 def _words(cell: Cell) -> str:
     return f"<code>{escape(cell.text)}</code>" if cell.code else escape(cell.text)
+
+
+def _gallery_tag(gallery: Gallery) -> str:
+    """Return the opening tag; narrow pictures form a row that a phone scrolls on its own."""
+    if any(picture.width >= _SMALL for picture in gallery.pictures):
+        return '<div class="gallery">'
+    label = escape(f"{len(gallery.pictures)} pictures. {gallery.caption}")
+    return f'<div class="gallery small" role="region" tabindex="0" aria-label="{label}">'
 
 
 def _picture(picture: Picture) -> str:

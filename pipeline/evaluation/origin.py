@@ -34,11 +34,10 @@ def origin_of(
 ) -> Origin:
     """Collect what the runs and evaluations have kept."""
     here = environment()
-    made = [{"what": g.name, **its} for g in groups for run in g.runs if (its := _recorded(run)) is not None]
     return Origin(
         commands={group.name: tuple(_command(run) for run in group.runs) for group in groups},
         report_command=command,
-        environments=_unique([*made, {"what": "this report", **here}]),
+        environments=(*_environments(groups), {"what": "this report", **here}),
         conditions=_unique(_conditions(dict(_measured(groups, teacher, evaluations)))),
         fingerprints=_unique(_fingerprints(groups, teacher, evaluations)),
         citations=_citations(groups, here["molkd"]),
@@ -113,6 +112,17 @@ def _citations(groups: Sequence[Group], version: str) -> tuple[str, ...]:
         texts = (_text(run.summary.get(key), "citation") for group in groups for run in group.runs)
         found += dict.fromkeys(f"{word}: {text}" for text in texts if text)
     return (*found, f"Software: molkd {version}, see CITATION.cff.")
+
+
+def _environments(groups: Sequence[Group]) -> Iterator[dict[str, str]]:
+    """Return every set of versions once, with the groups that have runs made with it."""
+    names: dict[tuple[tuple[str, str], ...], list[str]] = {}
+    for group in groups:
+        for facts in filter(None, map(_recorded, group.runs)):
+            names.setdefault(tuple(facts.items()), []).append(group.name)
+    for versions, its in names.items():
+        unique = list(dict.fromkeys(its))
+        yield {"what": "runs" if len(unique) == len(groups) else "; ".join(unique), **dict(versions)}
 
 
 def _recorded(run: Run) -> dict[str, str] | None:

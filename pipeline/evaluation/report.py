@@ -24,7 +24,7 @@ from molkd.pipeline.evaluation.figures import (
     scan_gallery,
     speed_gallery,
 )
-from molkd.pipeline.evaluation.gap import FORMULA
+from molkd.pipeline.evaluation.gap import FORMULA, ONE_SEED
 from molkd.pipeline.evaluation.groups import Group, comparisons, group_runs
 from molkd.pipeline.evaluation.html import to_html
 from molkd.pipeline.evaluation.lambda_scan import Scan, find_scans
@@ -243,7 +243,7 @@ def _remarks(groups: Sequence[Group], tables: dict[str, list[Row]]) -> list[str]
         for dataset, rows in tables.items()
         for row in rows
         for key, gap in row.gaps.items()
-        if gap.flag
+        if gap.flag and gap.flag != ONE_SEED  # which a remark below says once for all
     ]
     few = [group.name for group in groups if len(group.runs) < _MIN_SEEDS]
     if few:

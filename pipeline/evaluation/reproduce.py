@@ -20,16 +20,15 @@ _WHOLE = ("test", "test_groups")  # mappings whose keys are names of the user's
 
 
 def train_command(config: TrainConfig, folder: Path) -> str:
-    """Return the `kd train-student` command that comes to the same settings, losses chosen by a recipe named.
+    """Return the `kd train-student` command that comes to the same settings.
 
-    What the preset says is left out. Where flags and --set would not bring the settings back exactly, the
+    Losses that a run chose are named. What the preset says is left out. Where flags and --set would not bring the settings back exactly, the
     command takes them from the run's own config.yaml.
 
     Parameters
     ----------
     folder : the run, whose config.yaml is named where it is needed
     """
-    config = config.model_copy(update={"kd_auto": False})
     start = ["kd", "train-student", str(config.store), "--student", config.student]
     end = ["--out", str(config.out)]
     said = _said(config)

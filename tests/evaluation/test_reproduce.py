@@ -68,7 +68,7 @@ def test_command_comes_to_the_same_settings(store, case):
     config = config_of(store, *case.pop("sets", ()), **case)
     command = train_command(config, Path("runs/it's one"))
     assert "--config" not in command
-    assert settings_of(command) == config.model_copy(update={"kd_auto": False})
+    assert settings_of(command) == config
 
 
 def test_what_the_preset_says_is_left_out(store):
