@@ -22,8 +22,8 @@ _WHOLE = ("test", "test_groups")  # mappings whose keys are names of the user's
 def train_command(config: TrainConfig, folder: Path) -> str:
     """Return the `kd train-student` command that comes to the same settings.
 
-    Losses that a run chose are named. What the preset says is left out. Where flags and --set would not bring the settings back exactly, the
-    command takes them from the run's own config.yaml.
+    Losses that a run chose are named. What the preset says is left out. Where flags and --set would not bring
+    the settings back exactly, the command takes them from the run's own config.yaml.
 
     Parameters
     ----------
