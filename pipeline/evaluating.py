@@ -52,6 +52,7 @@ def report_runs(
     scale_file: Path | None = None,
     groups: Sequence[str] = (),
     throughput: bool = False,
+    keep_teacher: Path | None = None,
 ) -> Report:
     """Measure what was not measured with these weights on these data, and write the comparison into `out`.
 
@@ -64,6 +65,7 @@ def report_runs(
     throughput : whether all runs and the teacher take turns in a measurement of their speed, in place of the
         speeds of their evaluations, which were made at different times
     groups : test sets whose mean gets a table too, as NAME=SET,SET; beside those the runs were trained with
+    keep_teacher : folder where measurements of the teacher are kept, and taken from while they hold
 
     Raises
     ------
@@ -85,7 +87,7 @@ def report_runs(
     models: dict[str, Teacher] = {}
     if teacher is not None:
         model = models[_TEACHER] = load_teacher(teacher, device=chosen, scale_file=scale_file)
-        of_teacher = {name: _evaluate_set(model, data, batch_size) for name, data in sets.items()}
+        of_teacher = _measured(model, sets, batch_size, keep_teacher)
         result = TeacherResult(model.info.name, n_parameters=model.info.n_parameters, evaluations=of_teacher)
     if throughput:
         models |= {str(run): load_teacher(str(run), device=chosen) for run in runs}
@@ -149,13 +151,22 @@ def _the_one(name: str, candidates: Sequence[_TestSet]) -> _TestSet:
 def _evaluations_of(
     run: Path, sets: Mapping[str, _TestSet], device: torch.device, batch_size: int
 ) -> dict[str, Evaluation]:
-    """Return what a run gives on every test set: as kept in its folder where that still holds."""
+    """Return what a run gives on every test set."""
     if not sets:
         return {}
-    model = load_teacher(str(run), device=device)
+    return _measured(load_teacher(str(run), device=device), sets, batch_size, run / FOLDER)
+
+
+def _measured(
+    model: Teacher, sets: Mapping[str, _TestSet], batch_size: int, folder: Path | None
+) -> dict[str, Evaluation]:
+    """Return what a model gives on every test set: as kept in the folder where that still holds."""
     results = {}
     for name, data in sets.items():
-        path = run / FOLDER / f"{name}.npz"
+        if folder is None:
+            results[name] = _evaluate_set(model, data, batch_size)
+            continue
+        path = folder / f"{name}.npz"
         known = _kept(path)
         if known is not None and not known.is_complete and is_there(data.path):
             log.info("%s: kept by an older version without tails and breakdowns, measured again", path)

@@ -23,8 +23,8 @@ class StudySummary:
     def text(self) -> str:
         """Return the tables, and what is not in them."""
         parts = [self.tables.text()] if self.tables else []
-        parts += [listed(f"{len(self.skipped)} lines left out", self.skipped)] if self.skipped else []
-        parts += [listed(f"{len(self.failed)} runs failed", self.failed)] if self.failed else []
+        parts += [listed(f"left out ({len(self.skipped)})", self.skipped)] if self.skipped else []
+        parts += [listed(f"failed runs ({len(self.failed)})", self.failed)] if self.failed else []
         state = f"{self.name}: {self.n_finished} of {self.n_runs} runs finished"
         if self.waiting:
             state += f", {len(self.waiting)} are still to be made or in work elsewhere"

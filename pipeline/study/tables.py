@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from molkd.pipeline.evaluating import report_runs
+from molkd.pipeline.evaluation.gap import FORMULA
 from molkd.pipeline.evaluation.groups import group_runs
 from molkd.pipeline.evaluation.metrics import REPORTED
 from molkd.pipeline.evaluation.results import GAPS, Row
@@ -23,6 +24,10 @@ from molkd.pipeline.study.state import Standing, State
 log = logging.getLogger(__name__)
 
 REPORT = "report"
+KEPT = "teachers"  # in it: measurements of teachers, for all pairs
+_NOTE = (
+    f"Mean ± sample standard deviation over seeds; {FORMULA}; where it is undefined (*), the report says why"
+)
 
 
 @dataclass(frozen=True)
@@ -73,10 +78,11 @@ class Tables:
 
     def text(self) -> str:
         """Return the tables for a terminal."""
-        return "\n\n".join(
+        parts = [
             f"{pair}, {data}\n{format_table([line.cells() for line in lines], _columns(lines))}"
             for (pair, data), lines in self._by_table().items()
-        )
+        ]
+        return "\n\n".join([*parts, _NOTE])
 
     def to_dict(self) -> list[dict[str, object]]:
         """Return the lines of study.csv for JSON."""
@@ -88,7 +94,7 @@ class Tables:
         for (pair, data), lines in self._by_table().items():
             table = markdown_table([line.cells() for line in lines], _columns(lines))
             parts += [f"## {pair}, {data}", table, f"[Report]({pair}/report.html)"]
-        return "\n\n".join(parts) + "\n"
+        return "\n\n".join([*parts, f"{_NOTE}."]) + "\n"
 
     def csv(self) -> str:
         """Return study.csv."""
@@ -150,6 +156,7 @@ def _lines(
         scale_file=scale_file,
         test=tuple(study.report.test.values()),
         device=study.report.device,
+        keep_teacher=study.out / REPORT / KEPT / pair.teacher,
     )
     groups = {group.name: {run.path for run in group.runs} for group in group_runs(map(read_run, paths))}
     lines = []
@@ -168,6 +175,8 @@ def _lines(
 
 def _why_missing(standing: Standing) -> str:
     seed = f"seed {standing.run.config.seed}"
+    if standing.state is State.NEW:
+        return f"{seed} not made yet"
     if standing.failure is not None:
         return f"{seed} {standing.failure.kind if standing.failure.kind != 'error' else 'failed'}"
     return f"{seed} {standing.state.value}"

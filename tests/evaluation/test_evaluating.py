@@ -107,6 +107,21 @@ def test_a_measurement_of_an_older_version_is_completed(run, tmp_path):
     assert Evaluation.load(kept(run)).energy_tail == whole.energy_tail
 
 
+def test_measurements_of_a_teacher_are_kept_where_asked(run, make_run, tmp_path):
+    """Several reports with one teacher measure it once, and again when it is another one."""
+    teacher, folder = make_run("teacher", tests=()), tmp_path / "kept"
+    write_model(teacher, seed=1)
+    asked = {"teacher": str(teacher / "best.safetensors"), "keep_teacher": folder}
+    first = energy_error(report_runs([run], tmp_path / "out", **asked))
+    written = (folder / "hot.npz").stat().st_mtime_ns
+    assert energy_error(report_runs([run], tmp_path / "out", **asked)) == first
+    assert (folder / "hot.npz").stat().st_mtime_ns == written
+    write_model(teacher, seed=2)
+    assert energy_error(report_runs([run], tmp_path / "out", **asked)) != pytest.approx(first, rel=1e-6)
+    report_runs([run], tmp_path / "out", teacher=asked["teacher"])  # kept nowhere
+    assert not kept(teacher).exists()
+
+
 def test_one_name_for_two_data_sets_is_refused(run, make_run, tmp_path):
     other = write_data(tmp_path / "b" / "hot.extxyz", shift=1.0)
     second = make_run("second", seed=1, tests=(), test={"hot": str(other)})

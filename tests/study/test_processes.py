@@ -145,6 +145,6 @@ def test_the_command_itself(content, write, tmp_path):
     (tmp_path / "small" / "runs" / "p" / "none" / "seed0" / "last.pt").mkdir(parents=True)  # no checkpoint
     failed = subprocess.run([*KD, "study", str(few)], capture_output=True, text=True)
     assert failed.returncode == 1, failed.stderr
-    assert "1 runs failed:\n  p/none/seed0: " in failed.stdout
+    assert "failed runs (1):\n  p/none/seed0: " in failed.stdout
     assert "[1/1] p/none/seed0 failed: " in failed.stderr
     assert yaml.safe_load(few.read_text())["name"] == "small"

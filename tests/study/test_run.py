@@ -14,6 +14,7 @@ from molkd.pipeline.config import read_yaml
 from molkd.pipeline.distill import train
 from molkd.pipeline.distill.run_folder import RunFolder
 from molkd.pipeline.errors import CacheError, ConfigError, DataError, ModelError
+from molkd.pipeline.evaluation.result import Evaluation
 from molkd.pipeline.study import run
 from molkd.pipeline.study.dry_run import dry_run
 from molkd.pipeline.study.options import StudyOptions
@@ -54,6 +55,8 @@ def test_runs_and_tables(study, runs_here, material):
     assert "## p, test" in page
     assert (small.out / "report" / "p" / "report.html").exists()
     assert "4 of 4 runs finished" in done.text()
+    kept = small.out / "report" / "teachers" / "big" / "test.npz"
+    assert Evaluation.load(kept).to_report()["energy_mae_meV"] == pytest.approx(teacher)
     assert json.loads(json.dumps(done.to_dict()))["lines"][1]["strategy"] == "none"
 
 
@@ -102,7 +105,7 @@ def test_a_run_that_diverges_stops_nothing_else(study, runs_here, monkeypatch):
         done = run_study(few, ALONE)
     assert (done.n_finished, list(done.failed)) == (1, ["p/n2n/seed0"])
     assert "the loss is not finite" in done.failed["p/n2n/seed0"]
-    assert "1 runs failed" in done.text()
+    assert "failed runs (1)" in done.text()
     line = done.tables.to_dict()[-1]
     assert (line["strategy"], line["seeds"], line["missing"]) == ("n2n", 1, "seed 0 diverged")
     runs_here.clear()
