@@ -16,6 +16,7 @@ from molkd.pipeline.units import MILLI
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.collections import PolyCollection
+    from matplotlib.colors import Colormap
     from matplotlib.figure import Figure
 
 Quantity = Literal["energy", "forces"]
@@ -174,8 +175,16 @@ def _draw(
         return None
     size = (_N_HEXAGONS, max(int(_N_HEXAGONS / aspect / 1.73), 1))
     return ax.hexbin(
-        x, y, gridsize=size, extent=extent, mincnt=1, cmap="viridis", linewidths=0.1, rasterized=True
+        x, y, gridsize=size, extent=extent, mincnt=1, cmap=_colors(), linewidths=0.1, rasterized=True
     )
+
+
+def _colors() -> "Colormap":
+    """Return viridis without its darkest quarter, which would hide single points on a dark page."""
+    import matplotlib as mpl
+    from matplotlib.colors import ListedColormap
+
+    return ListedColormap(mpl.colormaps["viridis"](np.linspace(0.25, 1.0, 256)))
 
 
 def _share_colors(drawn: "Sequence[tuple[Figure, PolyCollection]]") -> None:
