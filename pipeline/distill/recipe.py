@@ -30,9 +30,10 @@ def automatic(cache: Cache, config: TrainConfig) -> TrainConfig:
     - `grad`, if the student's forces are direct and the teacher's are cached: its energy learns their slope,
       with 0.3 of the weight of the labelled forces.
     - `n2n` and `v2v` with the weight `auto`, where the cache has the signal and the student such features.
-    - pseudo-labels, if systems without labels are trained on and the teacher's are cached.
+    - pseudo-labels, if energies or forces are missing among the labels and the teacher has cached both.
 
-    A store without a teacher is trained on with its labels alone.
+    A store without a teacher is trained on with its labels alone. A signal of the teacher that is unfinished
+    is chosen like a finished one, so that the run is refused rather than begun with less.
 
     Raises
     ------
@@ -43,7 +44,7 @@ def automatic(cache: Cache, config: TrainConfig) -> TrainConfig:
         log.info("kd auto: %s holds no teacher, the student learns from labels alone", cache.path)
         return config
     teacher = pick_teacher(cache, config.teacher)
-    cached = {name for name, entry in cache.teachers[teacher].signals.items() if entry.complete}
+    cached = cache.teachers[teacher].signals.keys()
     with torch.random.fork_rng(devices=[]):  # looked at only: the run makes its own
         model: Any = build_model(config.model)
     slope = KDTerm(name="grad", weight=_SLOPE * config.training.forces_weight or "auto")
@@ -57,6 +58,14 @@ def automatic(cache: Cache, config: TrainConfig) -> TrainConfig:
 
 
 def _lacks_labels(cache: Cache, config: TrainConfig) -> bool:
-    """Say whether a store that is trained on holds systems without an energy."""
+    """Say whether a store that is trained on holds systems without an energy, or atoms without forces.
+
+    Direct forces that neither labels nor the teacher teach would stay as random as they begin.
+    """
     stores = [cache, *(Cache.open(mix.store) for mix in config.mix)]
-    return any(np.isnan(store.energy).any() for store in stores)
+    return any(np.isnan(store.energy).any() or _lacks_forces(store) for store in stores)
+
+
+def _lacks_forces(cache: Cache) -> bool:
+    forces = cache.fields["forces"]
+    return forces.statistics is None or forces.statistics.count < 3 * forces.n_rows

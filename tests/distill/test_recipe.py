@@ -1,5 +1,7 @@
 """`--kd auto`: what is chosen from store and student, and that a run keeps its choice."""
 
+import ase
+import ase.io
 import pytest
 from distill_cases import (
     COLL,
@@ -9,6 +11,7 @@ from distill_cases import (
     interrupt_after,
     make_store,
     read_summary,
+    read_systems,
     save_teacher,
     train_config,
     write_part,
@@ -19,7 +22,7 @@ from molkd.pipeline.config import KDTerm, MixConfig, TrainConfig, make_config, p
 from molkd.pipeline.distill.recipe import automatic
 from molkd.pipeline.distill.settings import resolve
 from molkd.pipeline.distill.train import train_student
-from molkd.pipeline.errors import ConfigError
+from molkd.pipeline.errors import CacheError, ConfigError
 
 
 def chosen(store, tmp_path, **changes):
@@ -43,6 +46,24 @@ def test_losses_are_those_that_the_cache_has_signals_for(tmp_path, teacher_file)
 
 def test_the_teacher_labels_what_has_none(mixed_store, tmp_path):
     assert chosen(mixed_store, tmp_path) == (["grad", "n2n", "v2v"], True)
+
+
+def test_the_teacher_labels_forces_that_are_missing_alone(tmp_path, teacher_file):
+    """Without labelled forces nothing else would teach the head of direct forces."""
+    frames = [ase.Atoms(s.atomic_numbers, s.positions, info={"energy": s.energy}) for s in read_systems()[:9]]
+    ase.io.write(tmp_path / "energies.extxyz", frames)
+    store = add_teacher(make_store(tmp_path / "e.kdcache", tmp_path / "energies.extxyz"), teacher_file)
+    assert chosen(store, tmp_path) == (["grad", "n2n", "v2v"], True)
+
+
+def test_an_unfinished_teacher_is_refused_not_left_out(tmp_path, teacher_file):
+    """As after a kill in the middle of stage one."""
+    store = add_teacher(make_store(tmp_path / "s.kdcache", COLL), teacher_file)
+    (store / "manifest.json").unlink()
+    (store / "log" / "teachers" / "teacher" / "node" / "000000.json").unlink()
+    with pytest.raises(CacheError, match="signal node of teacher is unfinished"):
+        train_student(train_config(store, tmp_path / "run", kd_auto=True))
+    assert not (tmp_path / "run" / "metrics.csv").exists()
 
 
 def test_the_teacher_labels_a_mixed_store_without_labels(store, bare_store, tmp_path):
