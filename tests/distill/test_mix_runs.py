@@ -338,5 +338,10 @@ def test_reports_tell_mixed_runs_apart_wherever_their_stores_lie(stores, tmp_pat
     found = {}
     for name, changes in {"plain": {"mix": []}, "mixed": {}, "heavy": {"weight": 2.0}}.items():
         train_student(mix_config(stores, tmp_path / name, training={"max_steps": 1}, **changes))
-        found[name] = read_run(tmp_path / name).settings.get("mix")
-    assert found == {"plain": None, "mixed": "0.25 of pool (weight 0.5)", "heavy": "0.25 of pool (weight 2)"}
+        found[name] = read_run(tmp_path / name).kd
+    plain = found.pop("plain")
+    assert plain.startswith("n2n=")
+    assert found == {
+        "mixed": f"{plain} + 0.25 of pool (weight 0.5)",
+        "heavy": f"{plain} + 0.25 of pool (weight 2)",
+    }
