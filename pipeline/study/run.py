@@ -101,7 +101,7 @@ def prepare(study: StudyConfig, options: StudyOptions) -> Plan:
         If the training of a teacher was interrupted.
     """
     cells = cells_of(study)
-    check_settings(study, cells)
+    matching(check_settings(study, cells), options.only)
     make_folder(study.out)
     with _alone(study.out):
         cache = open_store(study)
@@ -131,8 +131,8 @@ def prepare(study: StudyConfig, options: StudyOptions) -> Plan:
     return Plan(study, cells, able, skipped)
 
 
-def check_settings(study: StudyConfig, cells: Sequence[Cell]) -> None:
-    """Refuse settings that make no sense, whatever the store holds.
+def check_settings(study: StudyConfig, cells: Sequence[Cell]) -> list[Run]:
+    """Refuse settings that make no sense, whatever the store holds; return all runs.
 
     Raises
     ------
@@ -141,13 +141,14 @@ def check_settings(study: StudyConfig, cells: Sequence[Cell]) -> None:
     DataError
         If there is no file of validation or test data.
     """
-    runs_of(study, cells, periodic=False)
+    runs = runs_of(study, cells, periodic=False)
     for name, spec in study.teachers.items():
         if spec.train is not None:
             teacher_run(study, name, periodic=False)
     for place in (*([study.val] if study.val else []), *study.test.values(), *study.report.test.values()):
         if not is_there(place):
             raise DataError(f"{place}: validation or test data of the study, but there is no such file")
+    return runs
 
 
 def summarize(plan: Plan, *, tables: bool = True, partly: bool = True) -> StudySummary:

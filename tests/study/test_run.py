@@ -189,6 +189,8 @@ def test_from_files_to_tables(study, runs_here, no_tables, material, tmp_path):
     array = StudyOptions(jobs=1, worker=(0, 2))
     with pytest.raises(ConfigError, match=r"would each do stage one \(the store is made\); .*--prepare"):
         run_study(whole, array)
+    with pytest.raises(ConfigError, match="--only n2m: fits no run"):
+        run_study(whole, StudyOptions(only="n2m"))
     planned = dry_run(whole, ALONE)
     assert planned.stage_one == [
         "the store is made", "teacher new is trained", "v2v of teacher new are cached"
