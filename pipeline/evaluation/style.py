@@ -144,7 +144,9 @@ def plain_log_axis(ax: "Axes", name: str) -> None:
 
 
 def legend_below(figure: "Figure", entries: Mapping[str, Any]) -> None:
-    """Explain what is drawn below all axes, one line a model."""
+    """Explain what is drawn below all axes, one line a model; nothing to explain is fine."""
+    if not entries:
+        return
     labels = [textwrap.fill(label, 44) for label in entries]
     figure.legend(
         handles=entries.values(),

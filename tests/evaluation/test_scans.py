@@ -82,3 +82,17 @@ def test_picture_shows_means_baseline_and_teacher(runs):
     assert ax.get_xscale() == "log"
     horizontal = [drawn.get_ydata()[0] for drawn in ax.lines if list(drawn.get_xdata()) == [0, 1]]
     assert sorted(horizontal) == [20.0, 51.0]
+
+
+def test_picture_without_baseline_teacher_and_auto_has_nothing_to_explain(make_run):
+    folders = [make_run(f"r{w}", kd=[n2n(w)]) for w in (1.0, 2.0, 3.0)]
+    (scan,), groups = scans(folders)
+    with drawing():
+        figure = plot_scan(
+            scan,
+            build_rows(groups, "test", None, {}),
+            "energy_mae_meV",
+            model_styles([g.name for g in groups]),
+        )
+    assert figure.legends == []
+    np.testing.assert_allclose(figure.axes[0].lines[0].get_xdata(), [1.0, 2.0, 3.0])
