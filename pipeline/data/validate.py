@@ -10,6 +10,9 @@ MIN_DISTANCE = (
     0.01  # A; closer atoms are one atom written twice, and direction vectors between them are noise
 )
 MAX_ATOMIC_NUMBER = 118
+# A; in open space. No molecule is that long, in float32 its bonds are gone, and the search for neighbors
+# (vesin 0.6) takes a number of cells beyond its bounds for zero: the process dies of a division.
+MAX_EXTENT = 1e4
 # Any direction does that no crystal plane is normal to: few atoms then share a projection.
 _DIRECTION = np.array([0.3819660, 0.5411961, 0.7491364])
 _DIRECTION /= np.linalg.norm(_DIRECTION)
@@ -21,7 +24,8 @@ def check_system(system: System) -> None:
     Raises
     ------
     DataError
-        Listing all problems of the system: no atoms, impossible elements, positions or cell not finite,
+        Listing all problems of the system: no atoms, impossible elements, positions or cell not finite, atoms
+        of a molecule microns apart,
         lattice vectors that do not span the periodic directions, coinciding atoms, infinite labels.
     """
     problems = []
@@ -34,6 +38,8 @@ def check_system(system: System) -> None:
     finite = np.isfinite(system.positions).all(axis=1)
     if not finite.all():
         problems.append(f"positions of atoms {_some(np.flatnonzero(~finite))} are NaN or infinite")
+    elif not is_in_reach(system):
+        problems.append(f"its atoms lie more than {MAX_EXTENT:g} A apart")
     cell_problem = _cell_problem(system.cell, system.pbc)
     if cell_problem:
         problems.append(cell_problem)
@@ -47,6 +53,14 @@ def check_system(system: System) -> None:
         problems.append("force labels are infinite")
     if problems:
         raise DataError(f"{system.source}: {'; '.join(problems)}. Correct the system or leave it out.")
+
+
+def is_in_reach(system: System) -> bool:
+    """Say whether positions are finite and, unless all axes are periodic, within MAX_EXTENT of each other."""
+    positions = system.positions
+    if system.n_atoms == 0 or not np.isfinite(positions).all():
+        return system.n_atoms == 0
+    return bool(system.pbc.all() or np.ptp(positions, axis=0).max() <= MAX_EXTENT)
 
 
 def coinciding_atoms(

@@ -15,6 +15,8 @@ def test_good_systems(make_system):
     check_system(make_system())
     check_system(make_system(energy=np.nan, forces=np.full((3, 3), np.nan)))
     check_system(make_system(cell=np.diag([4.0, 4.0, 0.0]), pbc=np.array([True, True, False])))
+    far = np.array([[0, 0, 0], [0, 0, 1], [2e4, 0, 2.0]])  # no matter how often it went through a cell
+    check_system(make_system(positions=far, cell=np.eye(3) * 4.5, pbc=np.ones(3, bool)))
 
 
 @pytest.mark.parametrize(
@@ -26,6 +28,7 @@ def test_good_systems(make_system):
             {"positions": np.array([[0, 0, 0], [np.nan, 0, 1], [0, np.inf, 2]])},
             "positions of atoms 1, 2 are NaN",
         ),
+        ({"positions": np.array([[0, 0, 0], [0, 0, 1], [0, 2e4, 0]])}, "atoms lie more than 10000 A apart"),
         ({"pbc": np.ones(3, bool)}, "periodic along abc, but these lattice vectors are zero"),
         ({"cell": np.ones((3, 3)), "pbc": np.ones(3, bool)}, "zero or linearly dependent"),
         ({"cell": np.diag([4.0, 4, 0]), "pbc": np.array([0, 1, 1], bool)}, "periodic along bc"),
