@@ -105,7 +105,10 @@ def place(slab: Atoms, adsorbate: Atoms, xy: NDArray[np.float64], random: np.ran
     reach = covalent_radii[adsorbate.numbers][:, None] + covalent_radii[slab.numbers][None, :]
     above = np.sqrt(np.maximum(reach**2 - sideways**2, 0.0))
     needed = slab.positions[None, :, 2] + above - adsorbate.positions[:, None, 2]
-    adsorbate.positions[:, 2] += np.where(sideways < reach, needed, -np.inf).max()
+    # Over a channel that nothing is in reach of, no atom sinks below the topmost one.
+    channel = slab.positions[:, 2].max() - adsorbate.positions[:, 2].min()
+    touching = sideways < reach
+    adsorbate.positions[:, 2] += np.where(touching, needed, -np.inf).max() if touching.any() else channel
     constraint = slab.constraints
     together: Atoms = slab.copy()
     together.set_constraint()

@@ -5,16 +5,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from molkd.pipeline.augment.discrepancy import measure
 from molkd.pipeline.augment.frame import Facts, Frame, moved
 from molkd.pipeline.augment.look import Looking
 from molkd.pipeline.augment.rattle import rattled
+from molkd.pipeline.augment.record import SUMMED
 from molkd.pipeline.augment.starts import Parents, generator, mobile
 from molkd.pipeline.config.augment import AdversarialConfig
 from molkd.pipeline.data.system import System
+from molkd.pipeline.errors import TeacherError
 from molkd.pipeline.models.potential import Potential
+
+NOT_COMPARED = "student or teacher not finite"
 
 
 @dataclass(frozen=True)
@@ -31,11 +36,13 @@ class Adversarial:
         """How many ascents there are."""
         return self.config.n or len(self.parents)
 
-    def make(self, starts: Sequence[int], dropped: Counter[str]) -> list[Frame]:  # noqa: ARG002
+    def make(self, starts: Sequence[int], dropped: Counter[str]) -> list[Frame]:
         """Return the structure that each ascent found."""
-        frames: list[Frame] = []
+        found: list[Frame] = []
         for part in self.looking.batches([self.parents.of(start) for start in starts]):
-            frames += self._climb(part, starts[len(frames) : len(frames) + len(part)])
+            found += self._climb(part, starts[len(found) : len(found) + len(part)])
+        frames = [f for f in found if np.isfinite([f.made[key] for key in SUMMED]).all()]
+        dropped[NOT_COMPARED] += len(found) - len(frames)
         return frames
 
     def _climb(self, parents: Sequence[System], starts: Sequence[int]) -> list[Frame]:
@@ -44,7 +51,18 @@ class Adversarial:
             rattled(parent, config.jitter, generator(config.seed, start), move_fixed=config.move_fixed)
             for parent, start in zip(parents, starts, strict=True)
         ]
-        climb = ascend(self.student, self.looking, parents, first, config)
+        climb: Climb | None = None
+        try:
+            climb = ascend(self.student, self.looking, parents, first, config)
+        except torch.OutOfMemoryError:  # batches are cut for the teacher alone, without gradients
+            if len(parents) == 1:
+                raise TeacherError(
+                    f"{parents[0].source}: gradients for {parents[0].n_atoms} atoms need more memory than "
+                    f"{self.student.device} has; take smaller structures, or --device cpu"
+                ) from None
+        if climb is None:  # outside: what is handled there still holds the memory
+            half = len(parents) // 2
+            return [*self._climb(parents[:half], starts[:half]), *self._climb(parents[half:], starts[half:])]
         best = climb.values.argmax(axis=0)
         frames = []
         for k, (parent, start) in enumerate(zip(parents, starts, strict=True)):

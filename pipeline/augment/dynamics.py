@@ -9,6 +9,7 @@ from molkd.pipeline.augment.frame import Frame, moved, to_atoms
 from molkd.pipeline.augment.look import largest_force
 from molkd.pipeline.augment.relax import Trajectory, evenly
 from molkd.pipeline.data.system import System
+from molkd.pipeline.data.validate import is_in_reach
 from molkd.pipeline.export.calculator import TeacherCalculator
 from molkd.pipeline.teachers.interface import Teacher
 
@@ -46,18 +47,18 @@ def simulate(
         rng=random, logfile=None,
     )  # fmt: skip
     found: list[Frame] = []
-    done = 0
-    for step in 1 + evenly(steps, frames + 1)[1:]:
-        motion.run(int(step) - done)
-        done = int(step)
-        forces = atoms.get_forces(apply_constraint=False)
-        frame = Frame(
-            moved(system, atoms.positions),
-            {"step": done, "temperature": temperature},
-            float(atoms.get_potential_energy()),
-            largest_force(forces, system.fixed),
-        )
-        found.append(frame)
-        if not (np.isfinite(frame.energy) and frame.largest_force <= max_force):
+    wanted = set(evenly(steps + 1, frames + 1)[1:].tolist())
+    # Every step is looked at: between frames atoms may collide and fly apart to where nothing pulls at them.
+    for step in range(1, steps + 1):
+        motion.run(1)
+        present = moved(system, atoms.positions)
+        if not is_in_reach(present):
+            return Trajectory(found, diverged=True)
+        energy = float(atoms.get_potential_energy())
+        largest = largest_force(atoms.get_forces(apply_constraint=False), system.fixed)
+        diverged = not (np.isfinite(energy) and largest <= max_force)
+        if step in wanted or diverged:
+            found.append(Frame(present, {"step": step, "temperature": temperature}, energy, largest))
+        if diverged:
             return Trajectory(found, diverged=True)
     return Trajectory(found, diverged=False)

@@ -31,7 +31,8 @@ class Surfaces:
     bulks: Sequence[Bulk]
     adsorbates: Sequence[tuple[str, Atoms]]
     facets: tuple[Miller, ...]  # (): those of each lattice
-    slabs: dict[tuple[str, Miller], tuple[Atoms, list[Site]]] = field(default_factory=dict)  # made so far
+    # Made so far, by the number of the crystal: two files may have one name.
+    slabs: dict[tuple[int, Miller], tuple[Atoms, list[Site]]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, config: SurfacesConfig, looking: Looking) -> "Surfaces":
@@ -79,11 +80,12 @@ class Surfaces:
 
     def _built(self, start: int, dropped: Counter[str]) -> Frame | None:
         config, random = self.config, generator(self.config.seed, start)
-        bulk = self.bulks[int(random.integers(len(self.bulks)))]
+        number = int(random.integers(len(self.bulks)))
+        bulk = self.bulks[number]
         facets = self.facets or bulk.facets
         facet = facets[int(random.integers(len(facets)))]
         name, adsorbate = self.adsorbates[int(random.integers(len(self.adsorbates)))]
-        bare, sites = self._slab(bulk, facet)
+        bare, sites = self._slab(number, facet)
         kinds = sorted({s.kind for s in sites} & set(config.sites or {s.kind for s in sites}))
         if len(bare) > config.max_atoms or not kinds:
             dropped[TOO_LARGE if len(bare) > config.max_atoms else NO_SITE] += 1
@@ -100,13 +102,13 @@ class Surfaces:
             return None
         return Frame(system, made)
 
-    def _slab(self, bulk: Bulk, facet: Miller) -> tuple[Atoms, list[Site]]:
-        if (bulk.name, facet) not in self.slabs:
+    def _slab(self, number: int, facet: Miller) -> tuple[Atoms, list[Site]]:
+        if (number, facet) not in self.slabs:
             config = self.config
             made = slab(
-                bulk, facet, min_lateral=config.min_lateral, min_thickness=config.min_thickness,
+                self.bulks[number], facet, min_lateral=config.min_lateral, min_thickness=config.min_thickness,
                 vacuum=config.vacuum, free_depth=config.free_depth,
             )  # fmt: skip
             sites = find_sites(made) if len(made) <= config.max_atoms else []
-            self.slabs[bulk.name, facet] = made, sites
-        return self.slabs[bulk.name, facet]
+            self.slabs[number, facet] = made, sites
+        return self.slabs[number, facet]

@@ -6,6 +6,7 @@ from contextlib import closing
 
 import numpy as np
 import pytest
+from ase.build import bulk
 from augment_cases import ethanol
 from stage_one_cases import make_store, write_extxyz
 
@@ -227,6 +228,18 @@ def test_surfaces_keep_conventions_and_drop_by_reason(files, tmp_path):
         augment_surfaces(nothing)
     with pytest.raises(ConfigError, match="does not know"):
         augment_surfaces(surfaces(files, tmp_path / "none.kdcache", bulks=("Pt",)))
+
+
+def test_crystals_of_one_name_are_two(files, tmp_path):
+    for folder, symbol in (("first", "Cu"), ("second", "Au")):
+        (tmp_path / folder).mkdir()
+        bulk(symbol, cubic=True).write(tmp_path / folder / "POSCAR")
+    bulks = tuple(str(tmp_path / folder / "POSCAR") for folder in ("first", "second"))
+    given = {"facets": ("111",), "n": 8, "bulks": bulks, "frames": 1, "relax_steps": 0, "max_force": 1e6}
+    store = tmp_path / "slabs.kdcache"
+    augment_surfaces(surfaces(files, store, **given))
+    metals = {int(frame.system.atomic_numbers[0]) for frame in Record(store).frames()}
+    assert metals == {29, 79}
 
 
 def test_what_diverges_is_counted(files, tmp_path):

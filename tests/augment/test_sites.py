@@ -102,3 +102,10 @@ def test_adsorbates_that_cannot_be_had():
 def test_a_lone_atom_has_nothing_above_it():
     ((_, atoms),) = read_adsorbates(["O"], METALS, named=True)
     assert atoms == Atoms("O", tags=[2])
+
+
+def test_over_a_wide_channel_an_adsorbate_stands_at_the_height_of_the_topmost_atom():
+    slab = Atoms("Cu2", [[0, 0, 0], [0, 0, 2]], cell=[9, 9, 20], pbc=True)
+    ((_, carbon_monoxide),) = read_adsorbates(["CO"], METALS, named=True)
+    together = place(slab, carbon_monoxide, np.array([4.5, 4.5]), np.random.default_rng(0))
+    assert together.positions[2:, 2].min() == pytest.approx(2.0)
