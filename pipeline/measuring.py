@@ -1,7 +1,7 @@
 """`kd evaluate`: apply any model or teacher to labelled data, and measure how fast it is."""
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
 
@@ -70,15 +70,17 @@ def evaluate_model(
     ModelError, TeacherError
         If the model cannot be loaded, does not know an element, or gives non-finite numbers.
     ConfigError
-        If two data sets have one name, or a group or a breakdown makes no sense.
+        If two data sets have one name, a group or a breakdown makes no sense, or a file would be written over
+        what is read.
     DataError
         If data cannot be read, or a file cannot be written.
     """
     kinds = tuple(dict.fromkeys(check_kind(kind) for kind in by))
     if beside and not throughput:
         raise ConfigError("--beside names models whose speed is compared; it goes with --throughput")
-    if predictions is not None and worst_out is not None and resolved(predictions) == resolved(worst_out):
-        raise ConfigError(f"{worst_out}: named for --predictions and for --worst-out; give two files")
+    _check_outputs(
+        {"--predictions": predictions, "--worst-out": worst_out}, (*data, *map(Path, (model, *beside)))
+    )
     places = by_short_name(data, "DATA")
     means = _groups(parse_groups(groups), list(places))
     chosen = choose_device(device)
@@ -192,6 +194,21 @@ def measure_speeds(
             seconds=min(SECONDS, _MOST_SECONDS / len(contenders)),
             on_round=progress.advance_to,
         )
+
+
+def _check_outputs(outputs: Mapping[str, Path | None], inputs: Sequence[Path | str]) -> None:
+    """Refuse to write over what is read, or two results into one file."""
+    read = {resolved(place) for place in inputs}
+    written: dict[Path | str, str] = {}
+    for option, path in outputs.items():
+        if path is None:
+            continue
+        place = resolved(path)
+        if place in read:
+            raise ConfigError(f"{path}: is read here and would be written over; another file for {option}")
+        if place in written:
+            raise ConfigError(f"{path}: named for {written[place]} and for {option}; give two files")
+        written[place] = option
 
 
 def _groups(given: dict[str, tuple[str, ...]], names: Sequence[str]) -> list[SplitGroup]:

@@ -73,7 +73,10 @@ def number_candidates(values: Mapping[str, object]) -> dict[str, float]:
 
 
 def words(values: Mapping[str, object]) -> dict[str, str]:
-    """Return the entries that are a short text, a truth or one number, as text: errors are sorted by them."""
+    """Return the entries that are a short text, a truth or one number, as text: errors are sorted by them.
+
+    What a terminal would obey, or a table would break at, is replaced by question marks.
+    """
     plain = {
         key: value.item() if isinstance(value, np.generic | np.ndarray) and value.size == 1 else value
         for key, value in values.items()
@@ -83,7 +86,8 @@ def words(values: Mapping[str, object]) -> dict[str, str]:
         for key, value in plain.items()
         if isinstance(value, str | float) or (isinstance(value, int) and abs(value) < _LARGEST_INT)
     }
-    return {key: text for key, text in texts.items() if len(text) <= _LONGEST_WORD}
+    short = {key: text for key, text in texts.items() if len(text) <= _LONGEST_WORD}
+    return {key: "".join(c if c.isprintable() else "?" for c in text) for key, text in short.items()}
 
 
 def vector_candidates(values: Mapping[str, object], n_atoms: int) -> dict[str, NDArray[np.generic]]:

@@ -27,6 +27,8 @@ class ExtxyzPredictions:
         self._temporary = path.with_name(path.name + ".part")
 
     def __enter__(self) -> Self:
+        if self._path.is_dir():  # before hours of work, not after
+            raise DataError(f"{self._path}: is a folder; name a file to write to")
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             self._file = self._temporary.open("w", encoding="utf-8")
@@ -47,10 +49,11 @@ class ExtxyzPredictions:
 
     def add_worst(self, worst: WorstSystems, most: int) -> None:
         """Write the worst systems, first by energy; `energy_rank` and `force_rank` tell their places."""
-        ranks: dict[str, tuple[KeptSystem, dict[str, int]]] = {}
+        # By the object: systems of a store that was made of several files may have one name.
+        ranks: dict[int, tuple[KeptSystem, dict[str, int]]] = {}
         for key, by in (("energy_rank", "energy"), ("force_rank", "forces")):
             for rank, kept in enumerate(worst.ranked(by)[:most], start=1):
-                ranks.setdefault(kept.system.source, (kept, {}))[1][key] = rank
+                ranks.setdefault(id(kept), (kept, {}))[1][key] = rank
         for kept, info in ranks.values():
             self.add(kept.system, kept.energy, kept.forces, **info)
 

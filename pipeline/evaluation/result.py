@@ -3,6 +3,7 @@
 import io
 import json
 import zipfile
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -122,7 +123,10 @@ class Evaluation:
             KeyError,
             TypeError,
             AttributeError,
+            MemoryError,  # an array that claims to be larger than any memory
+            RuntimeError,  # an unknown compression, a password, JSON that is nested too deep
             zipfile.BadZipFile,
+            zlib.error,
         ) as error:
             raise DataError(
                 f"{path}: not a readable evaluation ({error}); remove it, `kd report` measures again"

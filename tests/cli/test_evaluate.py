@@ -95,9 +95,11 @@ def test_words_beside_structures(kd, everything, tmp_path):
     for i, frame in enumerate(frames):
         if i != 8:
             frame.info["phase"] = "solid" if i % 2 else "gas"
+    frames[0].info["phase"] = "\x1b[2Jgas\x07"  # what a terminal would obey
     data = write_extxyz(tmp_path / "phases.extxyz", frames)
     result = result_of(kd, "evaluate", everything / "run", data, "--by", "info:phase")["by"]["info:phase"]
-    assert {key: found["n_systems"] for key, found in result.items()} == {"gas": 4, "solid": 4, "(none)": 1}
+    counts = {key: found["n_systems"] for key, found in result.items()}
+    assert counts == {"gas": 3, "solid": 4, "(none)": 1, "?[2Jgas?": 1}
 
 
 def test_the_worst_systems_and_their_file(kd, everything, sets, tmp_path):
@@ -173,6 +175,12 @@ def test_what_is_refused(refused, everything, sets, tmp_path):
     refused("evaluate", run, sets[0], "--beside", run, says=["--beside .* goes with --throughput"])
     twice = ("--predictions", tmp_path / "p.xyz", "--worst-out", tmp_path / "p.xyz")
     refused("evaluate", run, sets[0], *twice, says=["p.xyz: named for --predictions and for --worst-out"])
+    before = sets[0].read_bytes()
+    for option in ("--predictions", "--worst-out"):
+        refused("evaluate", run, sets[0], option, sets[0], says=[f"is read here.* {option}"])
+        refused("evaluate", run, sets[0], option, other.parent, says=["is a folder"])
+    assert sets[0].read_bytes() == before
+    assert other.parent.is_dir()
     refused("evaluate", run, sets[0], "--by", "colour", says=["--by colour: take element, tag, size"])
     refused("evaluate", run, sets[0], other, says=["DATA: two files of the same name"])
     refused(

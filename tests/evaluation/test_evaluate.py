@@ -1,6 +1,8 @@
 """Evaluation of a `predict` callable: known errors, batch independence, bad output, files."""
 
 import json
+import zipfile
+from dataclasses import replace
 
 import ase.io
 import numpy as np
@@ -13,6 +15,7 @@ from molkd.pipeline.evaluation.evaluate import evaluate
 from molkd.pipeline.evaluation.predictions import ExtxyzPredictions
 from molkd.pipeline.evaluation.result import FOLDER, Evaluation, load_evaluations
 from molkd.pipeline.evaluation.sample import RowSample
+from molkd.pipeline.evaluation.worst import WorstSystems
 from molkd.pipeline.graphs.neighbors import NeighborRule
 
 RULE = NeighborRule(cutoff=3.0)
@@ -198,6 +201,34 @@ def test_truncated_evaluation_is_named(tmp_path):
     path.write_bytes(path.read_bytes()[:-40])
     with pytest.raises(DataError, match=r"x.npz"):
         Evaluation.load(path)
+
+
+def test_evaluation_with_a_wrong_byte_is_named(tmp_path):
+    path = tmp_path / "x.npz"
+    evaluate(_predict, _systems(), RULE).save(path)
+    good = path.read_bytes()
+    with zipfile.ZipFile(path) as file:
+        begin = file.getinfo("numbers.npy").header_offset + 80  # into the compressed data
+    for place in range(begin, begin + 60):
+        path.write_bytes(good[:place] + bytes([good[place] ^ 0xFF]) + good[place + 1 :])
+        with pytest.raises(DataError, match=r"x.npz: not a readable evaluation"):
+            Evaluation.load(path)
+    np.savez(path, numbers=np.array("[" * 100_000))
+    with pytest.raises(DataError, match=r"x.npz: not a readable evaluation"):
+        Evaluation.load(path)
+
+
+def test_the_worst_of_two_files_of_one_name_are_both_written(tmp_path):
+    """A store that was made of a/x.extxyz and b/x.extxyz has two systems called x.extxyz#0."""
+    path, worst = tmp_path / "worst.extxyz", WorstSystems(2)
+    systems = [replace(_system(n, 0), source="x.extxyz#0") for n in (2, 3)]
+    evaluate(_predict, systems, RULE, worst=worst)
+    with ExtxyzPredictions(path) as out:
+        out.add_worst(worst, 2)
+    frames = ase.io.read(path, ":")
+    assert sorted(len(f) for f in frames) == [2, 3]
+    assert sorted(f.info["energy_rank"] for f in frames) == [1, 2]
+    assert sorted(f.info["force_rank"] for f in frames) == [1, 2]
 
 
 def test_sample_is_bounded_fair_and_blind_to_how_the_stream_is_cut():
