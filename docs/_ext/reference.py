@@ -124,13 +124,11 @@ def setting_rows(kind: type[BaseModel], prefix: str = "") -> Iterator[Setting]:
         meaning = ". ".join(text for text in (field.description, said.get(name)) if text)
         parts = _parts(field)
         if not meaning and parts:
-            meaning = _first_line(parts[0])
+            meaning = _first_line(next(iter(parts)))
         yield Setting(prefix + name, _describe_field(field), _default(field), meaning)
-        direct = inspect.isclass(field.annotation)
-        for part in parts:
-            if _has_command(part):
-                continue  # it has a section of its own
-            yield from setting_rows(part, f"{prefix}{name}." if direct else f"{prefix}{name}[].")
+        for part, place in parts.items():
+            if not _has_command(part):  # else it has a section of its own
+                yield from setting_rows(part, f"{prefix}{name}{place}.")
 
 
 def _has_command(kind: type[BaseModel]) -> bool:
@@ -138,11 +136,26 @@ def _has_command(kind: type[BaseModel]) -> bool:
 
 
 def _settings_section(kind: type[BaseModel]) -> str:
-    rows = [(f"`{row.key}`", row.type, row.default, row.meaning) for row in setting_rows(kind)]
+    flags = _help_of_flags(kind)
+    rows = [
+        (f"`{row.key}`", row.type, row.default, row.meaning or flags.get(row.key.rpartition(".")[2], ""))
+        for row in setting_rows(kind)
+    ]
     short = hasattr(molkd.pipeline.config, kind.__name__)
     where = f"`from {'molkd.pipeline.config' if short else kind.__module__} import {kind.__name__}`"
     table = _table(("setting", "type", "default", "meaning"), rows)
     return f"## {kind.__name__}\n\n{_first_line(kind)} {where}\n\n{table}"
+
+
+def _help_of_flags(kind: type[BaseModel]) -> dict[str, str]:
+    """Return what a command's help says of its flags; settings without a comment have one of that name."""
+    if not _has_command(kind):
+        return {}
+    command: click.Command = kd
+    for word in _first_line(kind).split("`")[1].split()[1:]:
+        assert isinstance(command, click.Group)
+        command = command.commands[word]
+    return {str(flag.name): str(getattr(flag, "help", None) or "") for flag in command.params}
 
 
 def _comments(kind: type[BaseModel]) -> dict[str, str]:
@@ -162,20 +175,21 @@ def _comments(kind: type[BaseModel]) -> dict[str, str]:
             while first - 1 in alone:
                 first -= 1
             lines = [comments[row] for row in range(first, (node.end_lineno or first) + 1) if row in comments]
-            said[node.target.id] = " ".join(lines)
+            said[node.target.id] = " ".join(lines).rstrip(":") or said.get(node.target.id, "")
     return said
 
 
-def _parts(field: FieldInfo) -> list[type[BaseModel]]:
-    """Return the classes of settings that a field holds."""
+def _parts(field: FieldInfo) -> dict[type[BaseModel], str]:
+    """Return the classes of settings that a field holds, and how: [] in a list, .NAME in a mapping."""
 
-    def inside(annotation: Any) -> Iterator[type[BaseModel]]:
+    def inside(annotation: Any, place: str) -> Iterator[tuple[type[BaseModel], str]]:
         if inspect.isclass(annotation) and issubclass(annotation, BaseModel):
-            yield annotation
+            yield annotation, place
+        place += {tuple: "[]", list: "[]", dict: ".NAME"}.get(get_origin(annotation), "")
         for inner in get_args(annotation):
-            yield from inside(inner)
+            yield from inside(inner, place)
 
-    return list(inside(field.annotation))
+    return dict(inside(field.annotation, ""))
 
 
 def _describe_field(field: FieldInfo) -> str:

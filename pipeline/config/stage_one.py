@@ -59,7 +59,8 @@ class CacheConfig(Settings):
     scale_file: Path | None = None  # scale factors, for an OCP checkpoint that holds none
     signals: tuple[str, ...] = Field(("energy", "forces", "atomic_energies", "node"), min_length=1)
     name: str | None = None  # of the teacher's group in the store; None takes the teacher's own
-    # Of features: one for all, or SIGNAL=ENCODING; else fp16. Energies and forces are never narrowed.
+    # Of features: one for all, or SIGNAL=ENCODING; else int8, or fp16 in small stores. Energies and forces
+    # are never narrowed.
     encoding: tuple[str, ...] = ()
     max_error: float | None = Field(None, gt=0)  # relative rms; picks the smallest encoding within it
     batch_atoms: int = Field(0, ge=0)  # 0: chosen by device

@@ -14,12 +14,13 @@ from molkd.pipeline.places import Place, resolved
 class ScheduleConfig(Settings):
     """Learning rate over steps: linear warm-up, then exponential decay, milestones or plateaus."""
 
+    # What follows the warm-up:
     kind: Literal["warmup_exponential", "warmup_milestones", "plateau", "constant"] = "warmup_exponential"
-    warmup_steps: int = Field(0, ge=0)
+    warmup_steps: int = Field(0, ge=0)  # of the linear rise; 0: none
     warmup_factor: float = Field(0.2, gt=0, le=1)  # where the warm-up starts
     decay_rate: float = Field(0.01, gt=0, le=1)  # reached after decay_steps
     decay_steps: int | None = None  # None: the length of the run
-    milestones: tuple[int, ...] = ()
+    milestones: tuple[int, ...] = ()  # steps
     gamma: float = Field(0.1, gt=0, le=1)  # factor at each milestone or plateau
     patience: int = Field(3, ge=0)  # validations that may be no better before a plateau is called
 
@@ -29,19 +30,19 @@ class TrainingConfig(Settings):
 
     batch_size: int = Field(32, ge=1)
     lr: float = Field(1e-3, gt=0)
-    weight_decay: float = Field(0.0, ge=0)
-    amsgrad: bool = True
-    adam_eps: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.0, ge=0)  # of AdamW, as the next two
+    amsgrad: bool = True  # keep the largest second moment
+    adam_eps: float = Field(1e-8, gt=0)  # added to the root of the second moment
     schedule: ScheduleConfig = ScheduleConfig()
-    ema_decay: float | None = Field(0.999, ge=0, lt=1)
-    clip_grad_norm: float | None = Field(10.0, gt=0)
+    ema_decay: float | None = Field(0.999, ge=0, lt=1)  # of the moving average of weights; None: no average
+    clip_grad_norm: float | None = Field(10.0, gt=0)  # longest gradient; None: any
     energy_weight: float = Field(1.0, ge=0)  # a_E of Eq. 1
     forces_weight: float = Field(100.0, ge=0)  # a_F of Eq. 1
     # Beyond the paper, for students with direct forces: of the energy's slope against the labelled forces.
     gradient_weight: float = Field(0.0, ge=0)
-    normalization: Literal["energy", "forces", "none"] = "energy"
+    normalization: Literal["energy", "forces", "none"] = "energy"  # what scales the labels
     references: Literal["fit", "none"] | dict[int, float] = "fit"  # energy per element in eV
-    max_epochs: int = Field(100, ge=1)
+    max_epochs: int = Field(100, ge=1)  # passes over the training systems
     max_steps: int | None = Field(None, ge=1)  # the smaller of both ends the run
 
 
@@ -77,8 +78,8 @@ class TrainConfig(Settings):
     val_every: int | None = Field(None, ge=1)  # steps; None: once an epoch, but at most 50 times a run
     cka_systems: int = Field(64, ge=0)  # CKA of KD features with the teacher on so many; 0: none
     checkpoint_every: int = Field(1000, ge=1)  # steps
-    log_every: int = Field(50, ge=1)
-    seed: int = Field(0, ge=0)
+    log_every: int = Field(50, ge=1)  # steps; rows of metrics.csv
+    seed: int = Field(0, ge=0)  # of weights and order
     device: str = "auto"
     amp: Literal["off", "bf16"] = "off"
     tensorboard: bool = False
