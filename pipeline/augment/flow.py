@@ -168,7 +168,7 @@ def make_structures(
         If none is left in the end.
     """
     met = Met(config.min_displacement, config.min_energy_difference)
-    if done.n_done:
+    if 0 < done.n_done < method.n_starts:
         log.info("continuing: %d of %d starts are done", done.n_done, method.n_starts)
         for frame in record.frames():
             met.add(frame)

@@ -1,5 +1,6 @@
 """Where new structures start from: systems of the user's data, drawn by a seed, checked before any work."""
 
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -9,7 +10,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from molkd.cache_schema.identity import ID_BYTES, dataset_fingerprint
 from molkd.pipeline.data.sources import Source, open_source
 from molkd.pipeline.data.store_source import StoreSource
 from molkd.pipeline.data.system import System
@@ -28,7 +28,7 @@ class Parents:
 
     source: Source
     order: NDArray[np.int64]  # (S,) which systems of the source, in the order drawn
-    fingerprint: str  # of those drawn
+    fingerprint: str  # of those drawn as the data order them, with tags and fixed atoms
     facts: dict[str, str | int]  # where they are from
     licence: str
     citation: str
@@ -59,20 +59,23 @@ def draw_parents(
     """
     with closing(open_source(data)) as source:
         order = generator(seed).permutation(len(source))[:n]
-        ids = np.empty((len(order), ID_BYTES), dtype=np.uint8)
+        digests = np.empty((len(order), 32), dtype=np.uint8)
         with Progress(len(order), "check", "system") as progress:
             for k, index in enumerate(order):
                 system = source.read(int(index))
                 for check in (check_system, *checks):
                     check(system)
-                ids[k] = np.frombuffer(system.id, dtype=np.uint8)
+                about = system.id + system.tags.tobytes() + system.fixed.tobytes()
+                digests[k] = np.frombuffer(hashlib.sha256(about).digest(), dtype=np.uint8)
                 progress.update()
         facts: dict[str, str | int] = {"data": str(data), "n_systems": len(source), "n_drawn": len(order)}
-        about: dict[str, Any] = {}
+        dataset: dict[str, Any] = {}
         if isinstance(source, StoreSource):
-            about, facts["store_fingerprint"] = source.cache.dataset, source.cache.fingerprint
-        licence, citation = (str(about.get(key) or "") for key in ("licence", "citation"))
-        yield Parents(source, order, dataset_fingerprint(ids), facts, licence, citation)
+            dataset, facts["store_fingerprint"] = source.cache.dataset, source.cache.fingerprint
+        licence, citation = (str(dataset.get(key) or "") for key in ("licence", "citation"))
+        # In the order of the data: in another one start k would begin elsewhere.
+        fingerprint = hashlib.sha256(digests[np.argsort(order)].tobytes()).hexdigest()
+        yield Parents(source, order, fingerprint, facts, licence, citation)
 
 
 def mobile(system: System, *, move_fixed: bool) -> NDArray[np.bool_]:

@@ -9,6 +9,7 @@ from molkd.pipeline.config.stage_one import CacheConfig
 from molkd.pipeline.places import Place
 
 Move = Literal["rattle", "bond", "torsion"]
+_FAR = 5.0  # A; displacements beyond leave no structure, only atoms
 
 
 class AugmentConfig(Settings):
@@ -23,17 +24,14 @@ class AugmentConfig(Settings):
     min_displacement: float = Field(0.0, ge=0)
     min_energy_difference: float = Field(1e-3, ge=0)  # eV/atom
 
-    @property
-    def frames_per_start(self) -> int:
-        """The most structures that one start leads to."""
-        return 1
-
 
 class RattleConfig(AugmentConfig):
     """`kd augment rattle`: every system of `data`, `copies` times with each sigma."""
 
     data: Place
-    sigma: tuple[Annotated[float, Field(gt=0)], ...] = Field((0.05,), min_length=1)  # A, along x, y and z
+    sigma: tuple[Annotated[float, Field(gt=0, le=_FAR)], ...] = Field(
+        (0.05,), min_length=1
+    )  # A, along x, y and z
     copies: int = Field(1, ge=1)  # of each system with each sigma; `n` says instead how many in all
     move_fixed: bool = False
 
@@ -44,9 +42,9 @@ class AdversarialConfig(AugmentConfig):
     data: Place
     student: str  # run folder or model file
     steps: int = Field(10, ge=1)
-    step_size: float = Field(0.02, gt=0)  # A, of the atom that moves most
-    max_displacement: float = Field(0.1, gt=0)  # A, of any atom from where it was in `data`
-    jitter: float = Field(0.02, ge=0)  # A, standard deviation of the random start
+    step_size: float = Field(0.02, gt=0, le=_FAR)  # A, of the atom that moves most
+    max_displacement: float = Field(0.1, gt=0, le=_FAR)  # A, of any atom from where it was in `data`
+    jitter: float = Field(0.02, ge=0, le=_FAR)  # A, standard deviation of the random start
     energy_weight: float = Field(1.0, ge=0)
     forces_weight: float = Field(0.0, ge=0)
     move_fixed: bool = False
@@ -60,11 +58,6 @@ class RelaxConfig(AugmentConfig):
     fmax: float = Field(0.05, gt=0)  # eV/A; relaxed where no free atom feels more
     frames: int = Field(5, ge=1)  # of a trajectory, evenly over its steps, first and last among them
     min_displacement: float = Field(0.05, ge=0)
-
-    @property
-    def frames_per_start(self) -> int:
-        """The most structures that one start leads to."""
-        return self.frames
 
 
 class SurfacesConfig(RelaxConfig):
@@ -95,8 +88,8 @@ class MoleculesConfig(RelaxConfig):
 
     data: Place
     moves: tuple[Move, ...] = Field(("rattle", "bond", "torsion"), min_length=1)  # one of them each start
-    sigma: float = Field(0.1, gt=0)  # A, of rattle
-    stretch: float = Field(0.15, gt=0)  # A, standard deviation of a bond's change
+    sigma: float = Field(0.1, gt=0, le=_FAR)  # A, of rattle
+    stretch: float = Field(0.15, gt=0, le=_FAR)  # A, standard deviation of a bond's change
     max_angle: float = Field(60.0, gt=0, le=180)  # degrees, largest turn around a bond
     relax_steps: int = Field(20, ge=0)
     temperature: float | None = Field(None, gt=0)  # K; Langevin dynamics in place of the relaxation

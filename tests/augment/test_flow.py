@@ -7,6 +7,7 @@ from contextlib import closing
 import numpy as np
 import pytest
 from ase.build import bulk
+from ase.constraints import FixAtoms
 from augment_cases import ethanol
 from stage_one_cases import make_store, write_extxyz
 
@@ -21,6 +22,7 @@ from molkd.pipeline.augment.run import (
     augment_surfaces,
 )
 from molkd.pipeline.augment.sifting import shortest_contact
+from molkd.pipeline.augment.starts import draw_parents
 from molkd.pipeline.config import CacheConfig, make_config
 from molkd.pipeline.config.augment import (
     AdversarialConfig,
@@ -145,6 +147,22 @@ def test_the_same_command_again_does_nothing(files, tmp_path):
     assert {p: p.read_bytes() for p in (tmp_path / "out.kdcache").rglob("*") if p.is_file()} == store
 
 
+def test_starts_in_another_order_or_with_other_fixed_atoms_are_other_starts(files, tmp_path):
+    data = tmp_path / "data.extxyz"
+    frames = [ethanol(seed) for seed in range(3)]
+
+    def fingerprint(frames):
+        write_extxyz(data, frames)
+        with draw_parents(data, None, 0, ()) as parents:
+            return parents.fingerprint
+
+    held = [atoms.copy() for atoms in frames]
+    held[1].set_constraint(FixAtoms([0]))
+    made = [fingerprint(given) for given in (frames, frames, frames[::-1], held)]
+    assert made[0] == made[1]
+    assert len(set(made)) == 3
+
+
 def test_more_signals_are_added(files, tmp_path):
     config = rattle(files, tmp_path / "out.kdcache")
     augment_rattle(config)
@@ -157,6 +175,9 @@ def test_more_signals_are_added(files, tmp_path):
 
 
 def test_what_is_refused(files, tmp_path):
+    cache = {"store": tmp_path / "far", "teacher": "t"}
+    with pytest.raises(ConfigError, match="sigma"):  # atoms so far apart end the process in the search
+        make_config(RattleConfig, {"cache": cache, "data": files, "sigma": [1e7]})
     store = tmp_path / "out.kdcache"
     augment_rattle(rattle(files, store))
     with pytest.raises(ConfigError, match=r"made otherwise \(seed\)"):
