@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from molkd.pipeline.evaluation.cka_result import CKAResult, short_tap
+from molkd.pipeline.evaluation.style import literal
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -31,15 +32,15 @@ def plot_cka(result: CKAResult) -> "Figure":
     ax = figure.subplots()
     image = ax.imshow(result.values, origin="lower", cmap="viridis", vmin=0, vmax=1)
     ax.set_facecolor("#CCCCCC")  # shows where there is no value
-    names = [short_tap(name) for name in result.columns]
+    names = [literal(short_tap(name)) for name in result.columns]
     is_crowded = max(map(len, names)) * _LETTER > cell
     ax.set_xticks(range(n_columns), names, rotation=90 if is_crowded else 0)
-    ax.set_yticks(range(n_rows), [short_tap(name) for name in result.rows])
+    ax.set_yticks(range(n_rows), [literal(short_tap(name)) for name in result.rows])
     ax.tick_params(length=0)
     ax.spines[:].set_visible(False)
-    ax.set_xlabel(textwrap.fill(result.b, int(width / _LETTER)))
-    ax.set_ylabel(textwrap.fill(result.a, int(height / _LETTER)))
-    ax.set_title(f"{result.n_atoms:,} atoms of {result.data}", fontsize="medium")
+    ax.set_xlabel(literal(textwrap.fill(result.b, int(width / _LETTER))))
+    ax.set_ylabel(literal(textwrap.fill(result.a, int(height / _LETTER))))
+    ax.set_title(literal(f"{result.n_atoms:,} atoms of {result.data}"), fontsize="medium")
     if cell >= _ANNOTATED_CELL:
         _write_values(ax, result)
     figure.colorbar(image, ax=ax, label="CKA", shrink=min(1.0, max(2.2 / height, 0.5)))

@@ -10,7 +10,14 @@ from numpy.typing import NDArray
 
 from molkd.pipeline.evaluation.groups import Group
 from molkd.pipeline.evaluation.runs import Run
-from molkd.pipeline.evaluation.style import ModelStyle, legend_below, new_figure, plain_log_axis, tidy
+from molkd.pipeline.evaluation.style import (
+    ModelStyle,
+    legend_below,
+    literal,
+    new_figure,
+    plain_log_axis,
+    tidy,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -102,7 +109,7 @@ def plot_curves(
     axes = figure.subplots(len(found), 1, sharex=True, squeeze=False)[:, 0]
     handles: dict[str, object] = {}
     for ax, (column, curves) in zip(axes, found.items(), strict=True):
-        ax.set_title(textwrap.fill(columns[column], 44), loc="left")
+        ax.set_title(literal(textwrap.fill(columns[column], 44)), loc="left")
         for group, curve in curves:
             handles |= {_name(group): _draw(ax, curve, styles[group.name], against)}
         tidy(ax)

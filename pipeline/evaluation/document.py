@@ -81,6 +81,14 @@ class Code:
 
 
 @dataclass(frozen=True)
+class Link:
+    """A line that leads to a file beside the page."""
+
+    text: str
+    path: str
+
+
+@dataclass(frozen=True)
 class Tile:
     """One number that matters, with what it is and what to know about it."""
 
@@ -121,7 +129,7 @@ class Document:
     sections: tuple[Section, ...]
 
 
-Block: TypeAlias = Paragraph | Bullets | Code | Table | Gallery | Tiles | Details | Section
+Block: TypeAlias = Paragraph | Bullets | Code | Link | Table | Gallery | Tiles | Details | Section
 
 
 def table_of(

@@ -15,6 +15,7 @@ from molkd.pipeline.evaluation.document import (
     Details,
     Document,
     Gallery,
+    Link,
     Mark,
     Paragraph,
     Picture,
@@ -119,6 +120,8 @@ def _block(block: Block, level: int, anchors: _Anchors) -> Iterator[str]:
             yield "</dl>"
         case Code(text):
             yield f'<pre tabindex="0"><code>{escape(text)}</code></pre>'
+        case Link(text, path):
+            yield f'<p><a href="{escape(path)}">{escape(text)}</a></p>'
         case Table():
             yield _table(block)
         case Gallery(caption, pictures):

@@ -17,6 +17,7 @@ from molkd.pipeline.evaluation.style import (
     TEACHER,
     ModelStyle,
     legend_below,
+    literal,
     new_figure,
     plain_log_axis,
     tidy,
@@ -143,7 +144,7 @@ def plot_scan(scan: Scan, rows: Sequence[Row], key: str, styles: Mapping[str, Mo
         if spread:
             ax.axhspan(value - spread, value + spread, color=style.color, alpha=0.15, lw=0)
     ax.set_title(REPORTED[key].title, loc="left")
-    ax.set_xlabel(f"λ of {scan.term}")
+    ax.set_xlabel(literal(f"λ of {scan.term}"))
     plain_log_axis(ax, "x")
     tidy(ax)
     legend_below(figure, handles)

@@ -11,6 +11,7 @@ from molkd.pipeline.evaluation.document import (
     Details,
     Document,
     Gallery,
+    Link,
     Paragraph,
     Section,
     Table,
@@ -59,6 +60,8 @@ def _block(block: Block, level: int) -> Iterator[str]:
         case Code(text):
             fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", text)), default=0))
             yield f"{fence}bash\n{text}\n{fence}"
+        case Link(text, path):
+            yield f"[{escape(text)}]({path})"
         case Table():
             yield _table(block)
         case Gallery(caption, pictures):

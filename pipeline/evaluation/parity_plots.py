@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from molkd.pipeline.evaluation.result import Evaluation
-from molkd.pipeline.evaluation.style import COLORS, INK, new_figure, tidy
+from molkd.pipeline.evaluation.style import COLORS, INK, literal, new_figure, tidy
 from molkd.pipeline.evaluation.tables import format_number
 from molkd.pipeline.units import MILLI
 
@@ -100,7 +100,7 @@ def _draw_model(
 
     figure = new_figure(_HEIGHT, _WIDTH)
     top, bottom = figure.subplots(2, 1, sharex=True, gridspec_kw={"height_ratios": (2.7, 1)})
-    figure.suptitle(title, fontsize=10, x=0.02, ha="left")
+    figure.suptitle(literal(title), fontsize=10, x=0.02, ha="left")
     top.axline((0, 0), slope=1, color=INK, lw=0.9, zorder=3)
     bottom.axhline(0, color=INK, lw=0.9, zorder=3)
     limits, error_limit = axes.limits, axes.error_limit

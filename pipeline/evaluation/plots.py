@@ -14,6 +14,7 @@ from molkd.pipeline.evaluation.style import (
     TEACHER,
     ModelStyle,
     legend_below,
+    literal,
     new_figure,
     plain_log_axis,
     tidy,
@@ -69,7 +70,7 @@ def _draw_student(ax: "Axes", top: float, y: float, name: str, row: Row, key: st
     text = format_value(stat) if is_measured else reason
     place: dict[str, Any] = {"transform": ax.get_yaxis_transform(), "va": "top", "fontsize": 10}
     place["bbox"] = {"facecolor": PAPER, "edgecolor": "none", "pad": 0.8}
-    ax.text(0.0, top, name, **place)
+    ax.text(0.0, top, literal(name), **place)
     ax.text(1.0, top, text, ha="right", **place)
     if not is_measured:
         return

@@ -1,7 +1,5 @@
 """`kd report`: tables and pictures from finished runs, as one HTML page, Markdown, CSV and JSON."""
 
-import csv
-import io
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -45,7 +43,7 @@ from molkd.pipeline.evaluation.results import (
 )
 from molkd.pipeline.evaluation.runs import read_run
 from molkd.pipeline.evaluation.style import drawing, model_styles
-from molkd.pipeline.evaluation.tables import format_table
+from molkd.pipeline.evaluation.tables import csv_table, format_table
 from molkd.pipeline.files import write_atomic
 
 _MIN_SEEDS = 3
@@ -277,8 +275,4 @@ def _csv(tables: dict[str, list[Row]]) -> str:
             line |= {"n_parameters": row.n_parameters, "systems_per_second": row.systems_per_second.mean}
             line |= {"end_to_end_per_second": row.end_to_end_per_second.mean}
             lines.append(line)
-    text = io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=list(lines[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(lines)
-    return text.getvalue()
+    return csv_table(lines)

@@ -123,6 +123,11 @@ def _colors_of_page() -> str:
     return f"<style>{light}@media (prefers-color-scheme:dark){{{dark}}}</style>"
 
 
+def literal(text: str) -> str:
+    """Return text that a picture shows as it is: in names, which are anybody's, `$` begins no formula."""
+    return text.replace("$", r"\$")
+
+
 def tidy(ax: "Axes", grid_axis: str = "both") -> None:
     """Take away the frame's upper and right side; put a quiet grid behind."""
     ax.spines[["top", "right"]].set_visible(False)
@@ -147,7 +152,7 @@ def legend_below(figure: "Figure", entries: Mapping[str, Any]) -> None:
     """Explain what is drawn below all axes, one line a model; nothing to explain is fine."""
     if not entries:
         return
-    labels = [textwrap.fill(label, 44) for label in entries]
+    labels = [literal(textwrap.fill(label, 44)) for label in entries]
     figure.legend(
         handles=entries.values(),
         labels=labels,

@@ -1,5 +1,7 @@
-"""Aligned text tables for the terminal and Markdown tables for reports, from the same rows."""
+"""Aligned text tables for the terminal, Markdown tables for reports and CSV, from rows of values."""
 
+import csv
+import io
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -8,6 +10,7 @@ from molkd.pipeline.evaluation.gap import GapClosed
 from molkd.pipeline.evaluation.seeds import SeedStat
 
 _MISSING = "–"
+_FORMULA = ("=", "+", "-", "@", "\t", "\r")  # with these a spreadsheet begins to calculate
 
 
 @dataclass(frozen=True)
@@ -82,6 +85,19 @@ def markdown_grid(head: Sequence[str], is_text: Sequence[bool], body: Sequence[S
     rule = [":--" if text else "--:" for text in is_text]
     cells = [[cell.replace("|", "\\|") for cell in line] for line in body]
     return "\n".join("| " + " | ".join(line) + " |" for line in [head, rule, *cells])
+
+
+def csv_table(rows: Sequence[Mapping[str, object]]) -> str:
+    """Return rows as CSV under the keys of the first; no text in it is a formula to a spreadsheet."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({key: _harmless(value) for key, value in row.items()} for row in rows)
+    return text.getvalue()
+
+
+def _harmless(value: object) -> object:
+    return f"'{value}" if isinstance(value, str) and value.startswith(_FORMULA) else value
 
 
 def _as_columns(columns: Sequence[Column | str]) -> list[Column]:

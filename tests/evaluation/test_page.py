@@ -17,7 +17,7 @@ from molkd.pipeline.evaluation.seeds import SeedStat
 from molkd.pipeline.evaluation.tables import format_value
 
 VOID = {"meta", "link", "img", "br", "hr", "input"}
-HOSTILE = "<script>alert(1)</script>\"'><img src=x onerror=alert(2)>|`*_&amp;"
+HOSTILE = "<script>alert(1)</script>\"'><img src=x onerror=alert(2)>|`*_&amp;$\\foo{$"
 LONG = "a-name-without-any-place-to-break-" * 6
 
 

@@ -1,10 +1,20 @@
 """Tables: alignment, rounding, missing values."""
 
+import csv
+import io
+
 import pytest
 
 from molkd.pipeline.evaluation.gap import GapClosed
 from molkd.pipeline.evaluation.seeds import SeedStat
-from molkd.pipeline.evaluation.tables import Column, format_number, format_table, format_value, markdown_table
+from molkd.pipeline.evaluation.tables import (
+    Column,
+    csv_table,
+    format_number,
+    format_table,
+    format_value,
+    markdown_table,
+)
 
 
 @pytest.mark.parametrize(
@@ -59,3 +69,10 @@ def test_markdown_escapes_and_aligns():
 
 def test_empty_table_has_its_titles():
     assert format_table([], ["a"]).splitlines()[0] == "a"
+
+
+@pytest.mark.parametrize("name", ["=HYPERLINK(1)", "+1", "-a", "@SUM(A1)", "\t=1"])
+def test_a_spreadsheet_calculates_nothing_from_names(name):
+    """Numbers stay numbers, negative ones too."""
+    text = csv_table([{"name": name, "error": -1.5, "n": None}])
+    assert list(csv.reader(io.StringIO(text))) == [["name", "error", "n"], [f"'{name}", "-1.5", ""]]
