@@ -51,7 +51,7 @@ def read_study(
         },
         "teachers": {name: _with_places(spec, base) for name, spec in study.teachers.items()},
         "report": study.report.model_copy(
-            update={"test": {n: _absolute(p, base) for n, p in study.report.test.items()}}
+            update={"test": tuple(_absolute(place, base) for place in study.report.test)}
         ),
     }
     if study.data:

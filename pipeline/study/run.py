@@ -1,6 +1,7 @@
 """`kd study`, read from top to bottom: prepare, make what is missing of the grid, and write the tables."""
 
 import logging
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -42,13 +43,12 @@ def run_study(study: StudyConfig, options: StudyOptions) -> StudySummary:
     KeyboardInterrupt
         If it was interrupted; runs in work have stopped at checkpoints.
     """
+    check_mixed(study, options)
     plan = prepare(study, options)
     chosen = matching(plan.runs, options.only)
     if options.worker is not None:
         chosen = chosen[options.worker[0] :: options.worker[1]]
     runs = to_do([standing_of(run) for run in chosen], retry=options.retry)
-    for store in {mix.store for run in runs for mix in run.config.mix}:
-        Cache.open(store)  # says what is wrong before anything runs
     log.info("%s: %d runs, %d to make now", study.name, len(plan.runs), len(runs))
     progress = Progress(chosen, runs)
     if _make(runs, options, progress.note):
@@ -139,16 +139,33 @@ def check_settings(study: StudyConfig, cells: Sequence[Cell]) -> list[Run]:
     ConfigError
         With the line and the nearest valid key.
     DataError
-        If there is no file of validation or test data.
+        If there is no file of validation or test data, or of a teacher.
     """
     runs = runs_of(study, cells, periodic=False)
     for name, spec in study.teachers.items():
         if spec.train is not None:
             teacher_run(study, name, periodic=False)
-    for place in (*([study.val] if study.val else []), *study.test.values(), *study.report.test.values()):
+    for place in (*([study.val] if study.val else []), *study.test.values(), *study.report.test):
         if not is_there(place):
             raise DataError(f"{place}: validation or test data of the study, but there is no such file")
+    for name, spec in study.teachers.items():
+        if spec.model is not None and os.sep in spec.model and not is_there(spec.model):
+            raise DataError(f"{spec.model}: model of teacher {name} of the study, but there is no such file")
     return runs
+
+
+def check_mixed(study: StudyConfig, options: StudyOptions) -> None:
+    """Refuse further stores that cannot be opened, before a teacher is trained for days.
+
+    Raises
+    ------
+    CacheError
+        If there is no such store, or it is unfinished.
+    """
+    runs = matching(runs_of(study, cells_of(study), periodic=False), options.only)
+    waiting = [run for run in runs if run.config.mix and standing_of(run).state is not State.FINISHED]
+    for store in dict.fromkeys(mix.store for run in waiting for mix in run.config.mix):
+        Cache.open(store)
 
 
 def summarize(plan: Plan, *, tables: bool = True, partly: bool = True) -> StudySummary:

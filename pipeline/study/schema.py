@@ -1,6 +1,6 @@
 """What a study file says: store, teachers, pairs, strategies, settings, seeds; checked without the store."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -20,6 +20,14 @@ def _as_text(given: Any) -> Any:
     return f"{given:g}" if isinstance(given, int | float) and not isinstance(given, bool) else given
 
 
+# Settings of a run that a study gives itself: key -> where in the file.
+_OWN = {
+    **{key: key for key in ("store", "out", "test", "test_groups")},
+    "student": "pairs",
+    "teacher": "pairs",
+    "seed": "seeds",
+    **dict.fromkeys(("kd", "kd_auto", "label"), "strategies"),
+}
 FILTER_KEYS = ("pair", "teacher", "student", "strategy", "seed")
 
 Name = Annotated[str, BeforeValidator(_as_text), Field(pattern=_NAME)]
@@ -124,7 +132,7 @@ class Strategy(Settings):
 class ReportSpec(Settings):
     """What the tables are made with."""
 
-    test: Places = Field(default_factory=dict)  # more data to measure runs and teachers on
+    test: Annotated[tuple[Place, ...], BeforeValidator(_as_list)] = ()  # more data to measure on
     device: str = "auto"
 
 
@@ -175,10 +183,25 @@ class StudyConfig(Settings):
             terms = [without_weight(t) for s in self.strategies.values() for t in s.kd]
             for term in pair.lambdas:
                 _known(f"pairs: {pair.name}: lambdas.{term}", term, terms, "loss of the strategies")
+        _refuse_twice(
+            "report.test",
+            [*self.test, *(short_name(str(place).removeprefix(BUNDLED)) for place in self.report.test)],
+            "each name in the tables is one file; rename one, or name it under `test`",
+        )
+        for where, given in self._assignments():
+            _refuse_own(where, given, {**_OWN, **({"val": "val"} if self.val else {})})
         if self.data is not None and is_url(self.store):
             raise ValueError("store: one on a server is only read; give a folder, or leave `data` out")
         self._check_zip()
         return self
+
+    def _assignments(self) -> Iterator[tuple[str, Assignments]]:
+        """Yield all settings of runs, with where they stand in the file."""
+        yield "set", self.set
+        yield from ((f"pairs: {pair.name}: set", pair.set) for pair in self.pairs)
+        yield from ((f"strategies.{name}.set", s.set) for name, s in self.strategies.items())
+        for axis, alternatives in self.settings.items():
+            yield from ((f"settings.{axis}.{name}", given) for name, given in alternatives.items())
 
     def _check_zip(self) -> None:
         together = [axis for group in self.zip for axis in group]
@@ -208,6 +231,13 @@ def with_weight(term: str, lambdas: Mapping[str, float | str]) -> str:
 def _known(where: str, name: str, valid: Collection[str], kind: str) -> None:
     if name not in valid:
         raise ValueError(f"{where}: no {kind} is called so; {nearest(name, valid)}")
+
+
+def _refuse_own(where: str, given: Assignments, own: Mapping[str, str]) -> None:
+    """Refuse settings that the study gives to each run itself, and would override."""
+    for key in given:
+        if (what := key.partition(".")[0]) in own:
+            raise ValueError(f"{where}: {key} would not count; the study says it under `{own[what]}`")
 
 
 def _refuse_twice(where: str, names: Sequence[Any], remedy: str) -> None:

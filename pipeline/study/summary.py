@@ -29,7 +29,7 @@ class StudySummary:
         if self.waiting:
             state += f", {len(self.waiting)} are still to be made or in work elsewhere"
         if self.tables:
-            state += f"; tables: {self.tables.folder / 'study.md'}"
+            state += f"; tables: {self.tables.folder / 'study.html'}"
         return "\n\n".join([*parts, state])
 
     def to_dict(self) -> dict[str, Any]:

@@ -1,20 +1,22 @@
-"""The tables of a study: one report a pair with its teacher, and all lines in study.csv and study.md."""
+"""The tables of a study: one report a pair with its teacher, and all lines on one page and in study.csv."""
 
-import csv
-import io
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from molkd.pipeline.evaluating import report_runs
+from molkd.pipeline.evaluation.best import RULE, best_marks
+from molkd.pipeline.evaluation.document import Document, Link, Mark, Paragraph, Section, table_of
 from molkd.pipeline.evaluation.gap import FORMULA
 from molkd.pipeline.evaluation.groups import group_runs
+from molkd.pipeline.evaluation.html import to_html
+from molkd.pipeline.evaluation.markdown import to_markdown
 from molkd.pipeline.evaluation.metrics import REPORTED
 from molkd.pipeline.evaluation.results import GAPS, Row
 from molkd.pipeline.evaluation.runs import read_run
-from molkd.pipeline.evaluation.tables import Column, format_table, markdown_table
+from molkd.pipeline.evaluation.tables import Column, csv_table, format_table
 from molkd.pipeline.files import write_atomic
 from molkd.pipeline.study.grid import Cell, Run
 from molkd.pipeline.study.preparing import teacher_model
@@ -39,6 +41,7 @@ class Line:
     cell: Cell | None
     row: Row | None  # None: no seed has finished
     missing: tuple[str, ...] = ()  # seeds that have not, with the reason
+    marks: Mapping[str, Mark] = field(default_factory=dict)  # by metric
 
     def cells(self) -> dict[str, object]:
         """Return the values under the keys of `_columns`."""
@@ -51,7 +54,7 @@ class Line:
         flat: dict[str, object] = {"pair": self.pair.name, "teacher": self.pair.teacher}
         flat |= {"student": self.pair.student, "data": self.data}
         flat |= {"strategy": self.cell.strategy if self.cell else "teacher"}
-        flat |= {axis: self.cell.choices[axis] if self.cell else "" for axis in axes}
+        flat |= {f"settings.{axis}": self.cell.choices[axis] if self.cell else "" for axis in axes}
         flat |= {"seeds": self.row.n_seeds if self.row else 0, "missing": "; ".join(self.missing)}
         for key in REPORTED:
             stat = self.row.metrics[key] if self.row else None
@@ -72,6 +75,7 @@ class Line:
 class Tables:
     """All lines of a study, and where its reports are."""
 
+    name: str
     folder: Path
     lines: list[Line]
     axes: tuple[str, ...]
@@ -88,22 +92,24 @@ class Tables:
         """Return the lines of study.csv for JSON."""
         return [line.flat(self.axes) for line in self.lines]
 
-    def markdown(self) -> str:
-        """Return the tables as Markdown, with a link to the report of each pair."""
-        parts = []
-        for (pair, data), lines in self._by_table().items():
-            table = markdown_table([line.cells() for line in lines], _columns(lines))
-            parts += [f"## {pair}, {data}", table, f"[Report]({pair}/report.html)"]
-        return "\n\n".join([*parts, f"{_NOTE}."]) + "\n"
-
-    def csv(self) -> str:
-        """Return study.csv."""
-        text = io.StringIO()
-        rows = self.to_dict()
-        writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-        return text.getvalue()
+    def document(self) -> Document:
+        """Return the page: a table for each pair and data set, best values marked, and its report."""
+        sections = [
+            Section(
+                f"{pair}, {data}",
+                (
+                    table_of(
+                        f"{pair}, {data}",
+                        [line.cells() for line in lines],
+                        _columns(lines),
+                        marks=[line.marks for line in lines],
+                    ),
+                    Link(f"Report of {pair}", f"{pair}/report.html"),
+                ),
+            )
+            for (pair, data), lines in self._by_table().items()
+        ]
+        return Document(self.name, (Paragraph(f"{_NOTE}."), Paragraph(RULE)), tuple(sections))
 
     def _by_table(self) -> dict[tuple[str, str], list[Line]]:
         found: dict[tuple[str, str], list[Line]] = {}
@@ -113,7 +119,7 @@ class Tables:
 
 
 def write_tables(study: StudyConfig, cells: Sequence[Cell], standings: Sequence[Standing]) -> Tables | None:
-    """Report on every pair that has finished runs, and write study.csv and study.md; None if none has.
+    """Report on every pair that has finished runs, and write the tables over all; None if none has.
 
     Raises
     ------
@@ -130,9 +136,11 @@ def write_tables(study: StudyConfig, cells: Sequence[Cell], standings: Sequence[
             lines += _lines(study, pair, own, ours, finished, folder / pair.name)
     if not lines:
         return None
-    tables = Tables(folder, lines, tuple(study.settings))
-    write_atomic(folder / "study.csv", tables.csv())
-    write_atomic(folder / "study.md", f"# {study.name}\n\n{tables.markdown()}")
+    tables = Tables(study.name, folder, lines, tuple(study.settings))
+    document = tables.document()
+    write_atomic(folder / "study.csv", csv_table(tables.to_dict()))
+    write_atomic(folder / "study.md", to_markdown(document))
+    write_atomic(folder / "study.html", to_html(document))
     return tables
 
 
@@ -154,13 +162,16 @@ def _lines(
         folder,
         teacher=model,
         scale_file=scale_file,
-        test=tuple(study.report.test.values()),
+        test=study.report.test,
         device=study.report.device,
         keep_teacher=study.out / REPORT / KEPT / pair.teacher,
     )
-    groups = {group.name: {run.path for run in group.runs} for group in group_runs(map(read_run, paths))}
+    found = group_runs(map(read_run, paths))
+    groups = {group.name: {run.path for run in group.runs} for group in found}
+    students = {group.name: group.student for group in found}
     lines = []
     for data, rows in report.tables.items():
+        marks = {row.name: its for row, its in zip(rows, best_marks(rows, students), strict=True)}
         lines += [Line(pair, data, None, row) for row in rows if row.role == "teacher"]
         for cell in cells:
             mine = {run.path for run in finished if cell in run.cells}
@@ -169,7 +180,7 @@ def _lines(
                 _why_missing(s) for s in standings if cell in s.run.cells and s.run not in finished
             )
             if row is not None or missing:
-                lines.append(Line(pair, data, cell, row, missing))
+                lines.append(Line(pair, data, cell, row, missing, marks[row.name] if row else {}))
     return lines
 
 

@@ -86,6 +86,12 @@ def test_short_forms(write, content):
         ),
         ({"store": "s3://a/b.kdcache", "data": {"files": "a"}}, "store: one on a server is only read"),
         ({"test": ["a/t.xyz", "b/t.xyz"]}, "test: two files of the same name"),
+        ({"test": "a/t.xyz", "report": {"test": "b/t.xyz"}}, r"report\.test: t stands there twice"),
+        ({"report": {"test": {"hot": "b/t.xyz"}}}, r"report\.test: .*tuple"),
+        ({"set": {"seed": 3}}, "set: seed would not count; the study says it under `seeds`"),
+        ({"settings": {"w": {"x": {"kd": ["n2n"]}}}}, r"settings\.w\.x: kd would not .* under `strategies`"),
+        ({"strategies": {"a": {"set": {"test.t": "t.xyz"}}}}, r"strategies\.a\.set: test\.t would not count"),
+        ({"val": "v.xyz", "set": {"val": "w.xyz"}}, "set: val would not count"),
     ],
     ids=lambda value: str(value)[:40],
 )

@@ -30,7 +30,7 @@ def summaries(study, line):
 
 def test_runs_and_tables(study, runs_here, material):
     """Every number of study.csv against the runs' own files."""
-    small = study(strategies={"none": [], "n2n": "n2n"})
+    small = study(strategies={"none": [], "n2n": "n2n"}, settings={"data": {"all": {}}})
     done = run_study(small, ALONE)
     assert (done.n_runs, done.n_finished, done.failed, done.skipped, done.waiting) == (4, 4, {}, {}, [])
     assert len(runs_here) == 4
@@ -39,7 +39,7 @@ def test_runs_and_tables(study, runs_here, material):
     assert list(rows) == ["teacher", "none", "n2n"]
     key = "energy_mae_meV"
     errors = {
-        name: [s["test"]["test"][key] for s in summaries(small, f"p/{name}")] for name in ("none", "n2n")
+        name: [s["test"]["test"][key] for s in summaries(small, f"p/{name}__all")] for name in ("none", "n2n")
     }
     teacher = float(rows["teacher"][key])
     without = statistics.mean(errors["none"])
@@ -48,11 +48,21 @@ def test_runs_and_tables(study, runs_here, material):
         assert float(rows[name][key]) == pytest.approx(mean)
         assert float(rows[name][f"{key}_spread"]) == pytest.approx(statistics.stdev(values))
         assert (rows[name]["seeds"], rows[name]["missing"], rows[name]["data"]) == ("2", "", "test")
+        assert rows[name]["settings.data"] == "all"
         gap = rows[name][f"gap_closed_percent_{key}"]
         if name != "none" and gap:  # the random teacher may be no better than a student after two steps
             assert float(gap) == pytest.approx(100 * (without - mean) / (without - teacher))
     page = (small.out / "report" / "study.md").read_text()
     assert "## p, test" in page
+    assert "[Report of p](p/report.html)" in page
+    marked = {name: next(x for x in page.splitlines() if x.startswith(f"| {name} all |")) for name in errors}
+    best = min(errors, key=lambda name: statistics.mean(errors[name]))
+    assert {name: line.split("|")[3].strip()[-1] == "★" for name, line in marked.items()} == {
+        name: name == best for name in errors
+    }
+    html = (small.out / "report" / "study.html").read_text()
+    assert '<a href="p/report.html">' in html
+    assert "★" in html
     assert (small.out / "report" / "p" / "report.html").exists()
     assert "4 of 4 runs finished" in done.text()
     kept = small.out / "report" / "teachers" / "big" / "test.npz"
@@ -160,6 +170,7 @@ def test_folders_with_other_settings_are_kept(study, runs_here, no_tables):
         ({"store": "/none/s.kdcache"}, CacheError, r"s\.kdcache: no store; make it with kd ingest, or say"),
         ({"val": "/none/v.extxyz"}, DataError, r"v\.extxyz: validation or test data of the study"),
         ({"test_groups": {"all": ["tast"]}}, ConfigError, "tast"),
+        ({"teachers": {"big": {"model": "gone.safetensors"}}}, DataError, "gone.*: model of teacher big"),
         ({"strategies": {"e2e": "e2e"}, "teachers": {}}, CacheError, "lacks edge"),
         (
             {"data": {"files": "/none/other.extxyz"}},
@@ -206,6 +217,26 @@ def test_from_files_to_tables(study, runs_here, no_tables, material, tmp_path):
     assert run_study(whole, StudyOptions(jobs=1, worker=(1, 2))).n_finished == 2
     assert len(runs_here) == 3
     assert [[s.state for s in standings] for standings in no_tables] == [[State.FINISHED] * 2]
+
+
+def test_further_stores_are_looked_at_before_a_teacher_is_trained(study, runs_here, no_tables):
+    """But a part of the study that does not need them can be made, to make them from."""
+    few = study(
+        teachers={"new": {"train": {"preset": "painn-tiny", "steps": 3, "set": SMALL_TEACHER}}},
+        pairs=[{"teacher": "new", "student": "painn-tiny", "name": "p"}],
+        strategies={"none": []},
+        settings={"data": {"all": {}, "more": {"mix": [{"store": "more.kdcache"}]}}},
+        seeds=1,
+        test={},
+    )
+    with pytest.raises(CacheError, match=r"more\.kdcache"):
+        run_study(few, ALONE)
+    assert runs_here == []
+    assert run_study(few, StudyOptions(jobs=1, only="all")).waiting == ["p/none__more/seed0"]
+    assert [p.relative_to(few.out).as_posix() for p in runs_here] == [
+        "teachers/new",
+        "runs/p/none__all/seed0",
+    ]
 
 
 def test_a_teacher_that_cannot_be_trained(study, runs_here, material, tmp_path, monkeypatch):
