@@ -16,7 +16,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from gap_closed import DATA, FILES, KD, output, prepare, run, succeeds, train
+from gap_closed import DATA, FILES, KD, make, output
 
 FEATURES = {"n2n": "node", "e2n": "e2n", "v2v": "v2v"}
 
@@ -36,6 +36,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=2500)
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--jobs", type=int, default=1, help="runs side by side, one thread each")
     parser.add_argument("--set", action="append", default=[])
     args = parser.parse_args()
     if not DATA.is_dir():
@@ -43,22 +44,15 @@ def main() -> None:
     specs = json.loads(output([*KD, "teacher", "info", args.teacher, "--json"]))["signals"]
     signals = [FEATURES[loss] for loss in args.kd]
     channels = {s: specs[s]["shape"][-1] for s in signals}
-    losses = [word for loss in args.kd for word in ("--kd", loss)]
     results = {}
     for encoding in args.encodings:
         folder = args.out / encoding.replace("/", "-")
-        folder.mkdir(parents=True, exist_ok=True)
-        store = prepare(args.case, folder)
-        words = [w for s in signals for w in ("--encoding", f"{s}={named(encoding, channels[s])}")]
-        command = [*KD, "cache-teacher", store, "--teacher", args.teacher, "--name", "teacher", *words]
-        run([*command, "--signals", ",".join(["energy", "forces", *signals])])
-        place = argparse.Namespace(**(vars(args) | {"out": folder}))
-        runs = [
-            folder / "runs" / f"kd-{seed}"
-            for seed in range(args.seeds)
-            if succeeds(train(place, store, "kd", losses, seed))
-        ]
-        described = json.loads(output([*KD, "cache", "info", store, "--json"]))
+        codes = tuple(f"{s}={named(encoding, channels[s])}" for s in signals)
+        make(args, folder, {"kd": args.kd}, args.teacher, codes)  # what failed is named and left out
+        runs = [path.parent for path in sorted(folder.glob("runs/*/kd/seed*/metrics.json"))]
+        if not runs:
+            sys.exit(f"{folder}: no run has finished")
+        described = json.loads(output([*KD, "cache", "info", folder / "data.kdcache", "--json"]))
         results[encoding] = (described["teachers"]["teacher"]["signals"], runs)
     report(results, signals)
 

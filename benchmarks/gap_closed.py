@@ -9,8 +9,9 @@
 The same command continues. Every strategy that the teacher has signals for is run. `acac` trains on
 train_300K and tests on test_300K and test_600K; `ethanol` uses the published schnetpack PaiNN as teacher and
 all 900 labels; `ethanol-100` keeps 100 labels, the other 800 structures are only labelled by the teacher.
-Test files are never trained on. Needs the data sets beside the checkout (../shared/data). Ends with
-`kd report` in OUT/report; a run that failed (diverged) is named and left out.
+Test files are never trained on. Needs the data sets beside the checkout (../shared/data). Writes
+OUT/study.yaml and runs it (`kd study OUT/study.yaml --dry-run` says where it stands); tables are in
+OUT/report. A run that failed (diverged) is named and left out.
 """
 
 import argparse
@@ -18,10 +19,11 @@ import json
 import os
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import ase.io
+import yaml
 
 DATA = Path(__file__).resolve().parents[1] / ".." / "shared" / "data"
 KD = [sys.executable, "-m", "molkd.cli"]
@@ -56,7 +58,7 @@ FILES = {  # case: folder, training, validation, test files, licence
 }
 ETHANOL_TEACHER = DATA / "painn-rmd17-ethanol-weights" / "painn_1.npz"
 # OC20's labels are adsorption energies: they need no references.
-SETTINGS = {"oc20like-nrr": ["training.references=none", "training.normalization=energy"]}
+SETTINGS = {"oc20like-nrr": {"training.references": "none", "training.normalization": "energy"}}
 
 
 def main() -> None:
@@ -81,67 +83,61 @@ def main() -> None:
     if teacher is None:
         sys.exit("--teacher: train one with kd train-student --kd none")
 
-    args.out.mkdir(parents=True, exist_ok=True)
-    store = prepare(args.case, args.out)
     offered = set(json.loads(output([*KD, "teacher", "info", teacher, "--json"]))["signals"])
-    chosen = {name: losses for name, (losses, needed) in STRATEGIES.items() if needed <= offered}
-    signals = {"energy", "forces", "atomic_energies"}.union(*(STRATEGIES[name][1] for name in chosen))
-    command = [*KD, "cache-teacher", store, "--teacher", teacher, "--name", "teacher"]
-    run([*command, "--signals", ",".join(sorted(signals))])
-
-    flags = {
-        name: [word for loss in losses or ["none"] for word in ("--kd", loss)]
-        for name, losses in chosen.items()
+    strategies: dict[str, Any] = {
+        name: losses for name, (losses, needed) in STRATEGIES.items() if needed <= offered
     }
     if args.case == "ethanol-100":
-        flags["pseudo+n2n+v2v"] = [*flags["n2n+v2v"], "--pseudo-labels"]
-        flags["pseudo"] = ["--kd", "none", "--pseudo-labels"]
-    flags = {name: value for name, value in flags.items() if args.only is None or name in args.only}
-    runs = {
-        args.out / "runs" / f"{name}-{seed}": train(args, store, name, value, seed)
-        for seed in range(args.seeds)
-        for name, value in flags.items()
+        strategies["pseudo"] = {"set": {"pseudo_labels": True}}
+        strategies["pseudo+n2n+v2v"] = {"kd": ["n2n", "v2v"], "set": {"pseudo_labels": True}}
+    chosen = {name: what for name, what in strategies.items() if args.only is None or name in args.only}
+    sys.exit(0 if make(args, args.out, chosen, teacher) else 1)
+
+
+def make(
+    args: argparse.Namespace,
+    out: Path,
+    strategies: dict[str, Any],
+    teacher: str,
+    encoding: tuple[str, ...] = (),
+) -> bool:
+    """Write the study into its folder and run it; say whether all runs succeeded."""
+    out.mkdir(parents=True, exist_ok=True)
+    folder, _, val, tests, licence = FILES[args.case]
+    place = (DATA / folder).resolve()
+    model = str(Path(teacher).resolve()) if Path(teacher).exists() else teacher
+    content = {
+        "name": args.case,
+        "out": ".",
+        "store": "data.kdcache",
+        "data": {**data_files(args.case, out), "licence": licence},
+        "teachers": {"teacher": {"model": model, "encoding": list(encoding)}},
+        "pairs": [{"teacher": "teacher", "student": args.student}],
+        "strategies": strategies,
+        "seeds": args.seeds,
+        "steps": args.steps,
+        "set": {"training.batch_size": args.batch_size, **SETTINGS.get(args.case, {})},
+        "val": str(place / f"{val}.extxyz"),
+        "test": {test: str(place / f"{test}.extxyz") for test in tests},
     }
-    with ThreadPoolExecutor(args.jobs) as pool:
-        finished = list(pool.map(succeeds, runs.values()))
-    sound = sorted(run for run, ok in zip(runs, finished, strict=True) if ok)
-    run([*KD, "report", *sound, "--out", args.out / "report", "--teacher", teacher])
-    for failed in sorted(set(runs) - set(sound)):
-        print(f"left out, it failed: {failed}")
+    study = out / "study.yaml"
+    study.write_text(yaml.safe_dump(content, sort_keys=False))
+    more = [word for text in args.set for word in ("--set", f"set.{text}")]
+    return succeeds([*KD, "study", study, "--jobs", args.jobs, "--threads", 1, *more])
 
 
-def train(args: argparse.Namespace, store: Path, name: str, flags: list[str], seed: int) -> list[object]:
-    """Return the command of one run."""
-    folder, _, val, tests, _ = FILES[args.case]
-    command: list[object] = [*KD, "--quiet", "train-student", store, "--student", args.student, *flags]
-    command += ["--val", DATA / folder / f"{val}.extxyz"]
-    for test in tests:
-        command += ["--test", DATA / folder / f"{test}.extxyz"]
-    for setting in [*SETTINGS.get(args.case, []), *args.set]:
-        command += ["--set", setting]
-    command += ["--out", args.out / "runs" / f"{name}-{seed}", "--seed", seed, "--label", name]
-    return [*command, "--steps", args.steps, "--batch-size", args.batch_size, "--epochs", 100_000]
-
-
-def prepare(case: str, out: Path) -> Path:
-    """Make the store."""
-    folder, training, _, _, licence = FILES[case]
-    store, data = out / "data.kdcache", [DATA / folder / f"{training}.extxyz"]
-    pool: list[object] = []
-    if case == "ethanol-100":
-        frames = ase.io.read(data[0], ":")
-        data = [out / "labelled.extxyz"]
-        ase.io.write(data[0], frames[::9])  # 100 of 900, spread over the file
-        ase.io.write(out / "pool.extxyz", [f for i, f in enumerate(frames) if i % 9])
-        pool = ["--drop-labels", out / "pool.extxyz"]
-    run([*KD, "ingest", *data, store, "--licence", licence, *pool])
-    return store
-
-
-def run(command: list[object]) -> None:
-    """Run a command of ours on one thread; stop if it fails."""
-    if not succeeds(command):
-        sys.exit(1)
+def data_files(case: str, out: Path) -> dict[str, Any]:
+    """Return what the store is made from."""
+    folder, training, *_ = FILES[case]
+    source = (DATA / folder / f"{training}.extxyz").resolve()
+    if case != "ethanol-100":
+        return {"files": [str(source)]}
+    labelled, pool = out / "labelled.extxyz", out / "pool.extxyz"
+    if not pool.exists():
+        frames = ase.io.read(source, ":")
+        ase.io.write(labelled, frames[::9])  # 100 of 900, spread over the file
+        ase.io.write(pool, [f for i, f in enumerate(frames) if i % 9])
+    return {"files": [labelled.name], "drop_labels": [pool.name]}
 
 
 def succeeds(command: list[object]) -> bool:

@@ -96,7 +96,8 @@ def main() -> None:
     study = args.out / f"{name}.yaml"
     content = describe(args, case, name, store, rattled, str(teacher))
     study.write_text(yaml.safe_dump(content, sort_keys=False))
-    run([*KD, "study", study, "--jobs", args.jobs, "--threads", 1])
+    more = [word for text in args.set for word in ("--set", f"set.{text}")]
+    run([*KD, "study", study, "--jobs", args.jobs, "--threads", 1, *more])
 
 
 def prepare(case: Case, regime: str, folder: Path, teacher: str) -> tuple[Path, Path]:
@@ -140,7 +141,6 @@ def describe(
     if args.regime == "pool":
         strategies["pseudo"] = {"set": {"pseudo_labels": True}}
     chosen = {k: v for k, v in strategies.items() if args.only is None or k in args.only}
-    given = dict(text.split("=", 1) for text in args.set)
     return {
         "name": name,
         "store": str(store.resolve()),
@@ -149,7 +149,7 @@ def describe(
         "strategies": chosen,
         "seeds": args.seeds,
         "steps": args.steps or case.steps,
-        "set": {"training.batch_size": case.batch_size, **case.settings, **given},
+        "set": {"training.batch_size": case.batch_size, **case.settings},
         "val": str(folder / f"{case.val}.extxyz"),
         "test": {test: str(folder / f"{test}.extxyz") for test in case.tests},
     }
