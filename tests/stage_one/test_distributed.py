@@ -233,7 +233,7 @@ def test_each_worker_gets_a_gpu_in_turn(monkeypatch):
 
 @pytest.mark.slow
 def test_workers_see_their_gpu_alone(monkeypatch):
-    monkeypatch.setattr(cluster, "_devices", lambda name: ["4", "GPU-7f"])
+    monkeypatch.setattr(cluster, "visible_devices", lambda name: ["4", "GPU-7f"])
     with cluster.local_cluster("auto", 3, 8) as (workers, threads), Client(workers) as client:
         seen = client.run(os.getenv, "CUDA_VISIBLE_DEVICES")
     assert threads is None
