@@ -154,7 +154,8 @@ def _atom_key(kind: str, number: int) -> str:
 
 def _system_key(kind: str, system: System) -> str:
     if kind.startswith(INFO):
-        return system.info.get(kind.removeprefix(INFO), UNKNOWN)
+        word = system.info.get(kind.removeprefix(INFO), UNKNOWN)
+        return f"'{word}'" if word == OTHERS else word  # a file may say so; its part is one of its own
     return SYSTEM_KEYS[kind](system)
 
 

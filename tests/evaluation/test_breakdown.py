@@ -123,6 +123,14 @@ def test_the_number_of_groups_is_bounded(monkeypatch):
     assert found.terms[:, TERMS.index("n_systems")].sum() == len(SYSTEMS)
 
 
+def test_a_word_of_the_data_is_not_mistaken_for_what_is_left(monkeypatch):
+    monkeypatch.setattr(breakdown, "MAX_KEYS", 1)
+    systems = [replace(s, info={"adsorbate": OTHERS if i < 3 else str(i)}) for i, s in enumerate(SYSTEMS)]
+    found = collected(Collector(0, [INFO_KIND]), systems, 7).breakdowns[INFO_KIND]
+    counts = {key: metrics.n_systems for key, metrics in found.metrics().items()}
+    assert counts == {f"'{OTHERS}'": 3, OTHERS: len(SYSTEMS) - 3}
+
+
 def test_sizes_in_ranges():
     found = collected(Collector(0, ["size"]), SYSTEMS, 60).breakdowns["size"]
     assert found.keys == tuple(str(n) for n in range(1, 10))
