@@ -40,9 +40,7 @@ def group_runs(runs: Iterable[Run]) -> list[Group]:
     """
     found: dict[tuple[str, str, str], list[Run]] = {}
     for run in runs:
-        found.setdefault(
-            (run.student, run.kd, json.dumps(run.settings, sort_keys=True, default=str)), []
-        ).append(run)
+        found.setdefault(group_key(run), []).append(run)
     ordered = sorted(found.items(), key=lambda item: (item[0][0], item[0][1] != NO_KD, item[0][1]))
     groups = []
     for (student, kd, _), members in ordered:
@@ -60,6 +58,11 @@ def group_runs(runs: Iterable[Run]) -> list[Group]:
         )
         groups.append(Group(name, student, kd, tuple(members)))
     return [_with_differences(group, groups) for group in groups]
+
+
+def group_key(run: Run) -> tuple[str, str, str]:
+    """Return what runs of one group share: student, KD and the other settings."""
+    return run.student, run.kd, json.dumps(run.settings, sort_keys=True, default=str)
 
 
 def comparisons(groups: Sequence[Group]) -> list[tuple[Group | None, list[Group]]]:

@@ -18,7 +18,7 @@ from molkd.pipeline.places import short_name
 NO_KD = "none"
 _IN_KD_NAME = frozenset({"kd", "kd_auto", "pseudo_labels", "teacher"})
 # Settings that say where a run goes and how it is watched, not what it computes.
-_BOOKKEEPING = frozenset(
+BOOKKEEPING = frozenset(
     {"seed", "out", "label", "device", "tensorboard", "log_every", "cka_systems", "checkpoint_every"}
     | {"test", "test_groups"}
 )
@@ -75,7 +75,7 @@ def read_run(path: Path) -> Run:
         settings={
             key: value
             for key, value in flat.items()
-            if key.partition(".")[0] not in _BOOKKEEPING | _IN_KD_NAME
+            if key.partition(".")[0] not in BOOKKEEPING | _IN_KD_NAME
         },
         config=config,
         summary=final,

@@ -13,13 +13,15 @@ from molkd.pipeline.distill.recipe import SIGNALS as FOR_RECIPE
 from molkd.pipeline.distill.run_folder import RunFolder
 from molkd.pipeline.distill.settings import train_config
 from molkd.pipeline.errors import ConfigError
+from molkd.pipeline.evaluation.runs import BOOKKEEPING
+from molkd.pipeline.places import Place, short_name
 from molkd.pipeline.study.names import nearest
 from molkd.pipeline.study.schema import FILTER_KEYS, Filter, Pair, StudyConfig, with_weight
 
 RUNS = "runs"
 MANY_EPOCHS = 10**6  # where a number of steps ends the run
 _FLAGS = ("kd_head", "kd_loss")  # of `kd train-student`: of the terms that do not choose their own
-_NOT_ITS_OWN = {"out", "label"}  # of two runs that compute the same
+_NOT_ITS_OWN = set(BOOKKEEPING - {"seed"})  # of two runs that compute the same
 
 
 @dataclass(frozen=True)
@@ -106,6 +108,22 @@ def runs_of(study: StudyConfig, cells: Sequence[Cell], *, periodic: bool) -> lis
                 key = json.dumps(config.model_dump(mode="json", exclude=_NOT_ITS_OWN), sort_keys=True)
                 found.setdefault(key, []).append((cell, config))
     return [_one_run(study, members) for members in found.values()]
+
+
+def check_mixed_names(runs: Sequence[Run]) -> None:
+    """Refuse further stores of one name in several places: the tables tell runs apart by the name.
+
+    Raises
+    ------
+    ConfigError
+        With the two places.
+    """
+    places: dict[str, Place] = {}
+    for place in dict.fromkeys(mix.store for run in runs for mix in run.config.mix):
+        if (other := places.setdefault(short_name(place), place)) != place:
+            raise ConfigError(
+                f"mix: {other} and {place} have one name, by which the tables tell runs apart; rename one"
+            )
 
 
 def signals_read(config: TrainConfig) -> tuple[str, ...]:

@@ -13,7 +13,7 @@ from molkd.pipeline.errors import CacheError, ConfigError, DataError
 from molkd.pipeline.files import locked_folder
 from molkd.pipeline.places import is_there
 from molkd.pipeline.study.fitting import split_fitting
-from molkd.pipeline.study.grid import Cell, Run, cells_of, check_folders, matching, runs_of
+from molkd.pipeline.study.grid import Cell, Run, cells_of, check_folders, check_mixed_names, matching, runs_of
 from molkd.pipeline.study.local import Note, run_here, share_out
 from molkd.pipeline.study.options import StudyOptions
 from molkd.pipeline.study.preparing import (
@@ -142,6 +142,7 @@ def check_settings(study: StudyConfig, cells: Sequence[Cell]) -> list[Run]:
         If there is no file of validation or test data, or of a teacher.
     """
     runs = runs_of(study, cells, periodic=False)
+    check_mixed_names(runs)
     for name, spec in study.teachers.items():
         if spec.train is not None:
             teacher_run(study, name, periodic=False)

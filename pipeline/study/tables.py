@@ -10,7 +10,7 @@ from molkd.pipeline.evaluating import report_runs
 from molkd.pipeline.evaluation.best import RULE, best_marks
 from molkd.pipeline.evaluation.document import Document, Link, Mark, Paragraph, Section, table_of
 from molkd.pipeline.evaluation.gap import FORMULA
-from molkd.pipeline.evaluation.groups import group_runs
+from molkd.pipeline.evaluation.groups import group_key, group_runs
 from molkd.pipeline.evaluation.html import to_html
 from molkd.pipeline.evaluation.markdown import to_markdown
 from molkd.pipeline.evaluation.metrics import REPORTED
@@ -152,7 +152,8 @@ def _lines(
     finished: Sequence[Run],
     folder: Path,
 ) -> list[Line]:
-    paths = [run.path for run in finished]
+    counted = _counted(finished)
+    paths = list(dict.fromkeys(counted.values()))
     teacher = teacher_model(study, pair.teacher)
     model, scale_file = teacher if teacher is not None else (None, None)
     if teacher is None:
@@ -174,7 +175,7 @@ def _lines(
         marks = {row.name: its for row, its in zip(rows, best_marks(rows, students), strict=True)}
         lines += [Line(pair, data, None, row) for row in rows if row.role == "teacher"]
         for cell in cells:
-            mine = {run.path for run in finished if cell in run.cells}
+            mine = {counted[run.path] for run in finished if cell in run.cells}
             row = next((r for r in rows if mine and mine <= groups.get(r.name, set())), None)
             missing = tuple(
                 _why_missing(s) for s in standings if cell in s.run.cells and s.run not in finished
@@ -182,6 +183,18 @@ def _lines(
             if row is not None or missing:
                 lines.append(Line(pair, data, cell, row, missing, marks[row.name] if row else {}))
     return lines
+
+
+def _counted(runs: Sequence[Run]) -> dict[Path, Path]:
+    """Return for each run the first of its settings and seed, which `auto` may come to: reports take one."""
+    first: dict[tuple[str, ...], Path] = {}
+    counted = {}
+    for run in runs:
+        read = read_run(run.path)
+        counted[run.path] = first.setdefault((*group_key(read), str(read.seed)), run.path)
+        if counted[run.path] != run.path:
+            log.info("%s came to the same settings as %s, which is reported", run.path, counted[run.path])
+    return counted
 
 
 def _why_missing(standing: Standing) -> str:

@@ -6,7 +6,7 @@ import pytest
 from study_cases import names
 
 from molkd.pipeline.errors import ConfigError
-from molkd.pipeline.study.grid import RUNS, cells_of, matching, runs_of
+from molkd.pipeline.study.grid import RUNS, cells_of, check_mixed_names, matching, runs_of
 
 PAIRS = [
     {"teacher": "big", "student": "painn-tiny", "name": "p"},
@@ -101,6 +101,26 @@ def test_weights_of_a_pair_fill_in_where_a_strategy_gives_none(study):
     weights = {name.split("/")[1]: [t.weight for t in run.config.kd] for name, run in found.items()}
     assert weights == {"a": [100], "b": [3], "c": [7, "auto"], "d": ["auto"]}
     assert found["p/c/seed0"].config.kd[0].head == "mlp"
+
+
+def test_what_is_only_watched_otherwise_is_one_run(study):
+    """As reports see it: they would take the second for the same seed given twice."""
+    watch = {"watch": {"often": {"log_every": 1}, "rarely": {"log_every": 100, "device": "cpu"}}}
+    found = runs(study(strategies={"n2n": "n2n"}, settings=watch, seeds=1))
+    assert list(found) == ["p/n2n__often/seed0"]
+    assert [cell.choices["watch"] for cell in found["p/n2n__often/seed0"].cells] == ["often", "rarely"]
+
+
+def test_further_stores_of_one_name(study):
+    """Reports name them without their folders, so runs with either would be one group."""
+
+    def mixed(*stores):
+        axis = {str(k): {"mix": [{"store": store}]} for k, store in enumerate(stores)}
+        return list(runs(study(strategies={"n2n": "n2n"}, settings={"data": axis}, seeds=1)).values())
+
+    check_mixed_names(mixed("a/rattled.kdcache", "a/synthetic.kdcache", "a/rattled.kdcache"))
+    with pytest.raises(ConfigError, match=r"a/rattled\.kdcache and .*b/rattled\.kdcache have one name"):
+        check_mixed_names(mixed("a/rattled.kdcache", "b/rattled.kdcache"))
 
 
 def test_heads_and_losses_of_all_terms(study):

@@ -10,10 +10,12 @@ import torch
 from study_cases import SMALL_TEACHER
 
 from molkd.cache_schema.reader import Cache
-from molkd.pipeline.config import read_yaml
+from molkd.pipeline.config import KDTerm, read_yaml
 from molkd.pipeline.distill import train
 from molkd.pipeline.distill.run_folder import RunFolder
 from molkd.pipeline.errors import CacheError, ConfigError, DataError, ModelError
+from molkd.pipeline.evaluation import figures
+from molkd.pipeline.evaluation.document import Picture
 from molkd.pipeline.evaluation.result import Evaluation
 from molkd.pipeline.study import run
 from molkd.pipeline.study.dry_run import dry_run
@@ -294,6 +296,22 @@ def test_runs_that_choose_their_losses_themselves(study, runs_here, no_tables, t
     )
     missing = dry_run(whole, ALONE).stage_one
     assert missing == ["the store is made", "energy, forces, node, v2v of teacher big are cached"]
+
+
+def test_a_strategy_that_auto_came_to(study, runs_here, monkeypatch):
+    """Two runs of the same settings and seed: a report refuses the second, the tables have both lines."""
+    monkeypatch.setattr(figures, "save_picture", lambda _, __, path, alt: Picture(path, alt, "<svg/>", 1, 1))
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "write_tables", lambda *_: None)
+        run_study(study(strategies={"auto": "auto"}, seeds=1, test={}), ALONE)
+    chosen = read_yaml(study().out / "runs/p/auto/seed0/config.yaml")["kd"]
+    both = {"none": [], "auto": "auto", "same": [KDTerm(**term).text for term in chosen]}
+    done = run_study(study(strategies=both, seeds=1, test={}), ALONE)
+    assert len(runs_here) == 3
+    lines = {line["strategy"]: line for line in done.tables.to_dict()}
+    assert [lines[name]["seeds"] for name in both] == [1, 1, 1]
+    errors = [lines[name]["energy_mae_meV"] for name in both]
+    assert errors[0] != errors[1] == errors[2]
 
 
 def test_tables_alone(study, runs_here, no_tables):
