@@ -27,6 +27,7 @@ from molkd.pipeline.teachers.load import load_teacher
 
 log = logging.getLogger(__name__)
 
+Fingerprints = dict[tuple[Path | str, tuple[str | None, str | None]], str]  # by place and keys of labels
 _TEACHER = "the teacher"  # among the paths of runs
 
 
@@ -53,6 +54,7 @@ def report_runs(
     groups: Sequence[str] = (),
     throughput: bool = False,
     keep_teacher: Path | None = None,
+    fingerprints: Fingerprints | None = None,
 ) -> Report:
     """Measure what was not measured with these weights on these data, and write the comparison into `out`.
 
@@ -66,6 +68,7 @@ def report_runs(
         speeds of their evaluations, which were made at different times
     groups : test sets whose mean gets a table too, as NAME=SET,SET; beside those the runs were trained with
     keep_teacher : folder where measurements of the teacher are kept, and taken from while they hold
+    fingerprints : of test data, filled here: several reports on the same data read them once
 
     Raises
     ------
@@ -78,7 +81,8 @@ def report_runs(
     """
     read = [read_run(run) for run in runs]
     group_runs(read)
-    sets = _test_sets(runs, test, (energy_key, forces_key))
+    known = fingerprints if fingerprints is not None else {}
+    sets = _test_sets(runs, test, (energy_key, forces_key), known)
     test_groups = {group.name: group.splits for group in splits_of(read, sets, parse_groups(groups))}
     chosen = choose_device(device)
     evaluations = {Path(run): _evaluations_of(run, sets, chosen, batch_size) for run in runs}
@@ -120,7 +124,10 @@ def _with_speed(results: Mapping[str, Evaluation], speed: Speed) -> dict[str, Ev
 
 
 def _test_sets(
-    runs: Sequence[Path], given: Sequence[Path | str], keys: tuple[str | None, str | None]
+    runs: Sequence[Path],
+    given: Sequence[Path | str],
+    keys: tuple[str | None, str | None],
+    known: Fingerprints,
 ) -> dict[str, _TestSet]:
     """Return the test data by name: the file's name up to the first dot."""
     found: dict[str, dict[Path | str, _TestSet]] = {}  # name -> place -> data
@@ -129,16 +136,19 @@ def _test_sets(
             found.setdefault(name, {})[resolved(path)] = _TestSet(path, (None, None), None)
     for path in given:
         found.setdefault(short_name(path), {})[resolved(path)] = _TestSet(path, keys, None)
-    return {name: _the_one(name, list(places.values())) for name, places in found.items()}
+    return {name: _the_one(name, list(places.values()), known) for name, places in found.items()}
 
 
-def _the_one(name: str, candidates: Sequence[_TestSet]) -> _TestSet:
+def _the_one(name: str, candidates: Sequence[_TestSet], known: Fingerprints) -> _TestSet:
     """Return the data behind a name; several places will do if they hold the same systems and labels."""
     there = []
     for candidate in candidates:
         if is_there(candidate.path) or candidate.keys != (None, None):
-            with closing(_open(candidate)) as source:
-                there.append(replace(candidate, fingerprint=fingerprint(source)))
+            key = (resolved(candidate.path), candidate.keys)
+            if key not in known:
+                with closing(_open(candidate)) as source:
+                    known[key] = fingerprint(source)
+            there.append(replace(candidate, fingerprint=known[key]))
     for other in there[1:]:
         if other.fingerprint != there[0].fingerprint:
             raise ConfigError(

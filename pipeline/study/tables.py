@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from molkd.pipeline.evaluating import report_runs
+from molkd.pipeline.evaluating import Fingerprints, report_runs
 from molkd.pipeline.evaluation.best import RULE, best_marks
 from molkd.pipeline.evaluation.document import Document, Link, Mark, Paragraph, Section, table_of
 from molkd.pipeline.evaluation.gap import FORMULA
@@ -128,12 +128,13 @@ def write_tables(study: StudyConfig, cells: Sequence[Cell], standings: Sequence[
     """
     folder = study.out / REPORT
     lines: list[Line] = []
+    fingerprints: Fingerprints = {}  # pairs are measured on the same data
     for pair in study.pairs:
         ours = [s for s in standings if any(cell.pair.name == pair.name for cell in s.run.cells)]
         finished = [s.run for s in ours if s.state is State.FINISHED]
         if finished:
             own = [cell for cell in cells if cell.pair.name == pair.name]
-            lines += _lines(study, pair, own, ours, finished, folder / pair.name)
+            lines += _lines(study, pair, own, ours, finished, folder / pair.name, fingerprints)
     if not lines:
         return None
     tables = Tables(study.name, folder, lines, tuple(study.settings))
@@ -151,6 +152,7 @@ def _lines(
     standings: Sequence[Standing],
     finished: Sequence[Run],
     folder: Path,
+    fingerprints: Fingerprints,
 ) -> list[Line]:
     counted = _counted(finished)
     paths = list(dict.fromkeys(counted.values()))
@@ -166,6 +168,7 @@ def _lines(
         test=study.report.test,
         device=study.report.device,
         keep_teacher=study.out / REPORT / KEPT / pair.teacher,
+        fingerprints=fingerprints,
     )
     found = group_runs(map(read_run, paths))
     groups = {group.name: {run.path for run in group.runs} for group in found}

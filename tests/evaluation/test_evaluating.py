@@ -10,6 +10,7 @@ import torch
 from ase.build import molecule
 from ase.calculators.singlepoint import SinglePointCalculator
 
+from molkd.pipeline import evaluating
 from molkd.pipeline.data.references import LabelScale
 from molkd.pipeline.errors import ConfigError, DataError
 from molkd.pipeline.evaluating import report_runs
@@ -120,6 +121,17 @@ def test_measurements_of_a_teacher_are_kept_where_asked(run, make_run, tmp_path)
     assert energy_error(report_runs([run], tmp_path / "out", **asked)) != pytest.approx(first, rel=1e-6)
     report_runs([run], tmp_path / "out", teacher=asked["teacher"])  # kept nowhere
     assert not kept(teacher).exists()
+
+
+def test_test_data_of_several_reports_are_read_once_for_their_fingerprint(run, tmp_path, monkeypatch):
+    read, known = [], {}
+    whole = evaluating.fingerprint
+    monkeypatch.setattr(evaluating, "fingerprint", lambda source: read.append(source.path) or whole(source))
+    errors = [energy_error(report_runs([run], tmp_path / "out", fingerprints=known)) for _ in range(2)]
+    assert errors[0] == errors[1]
+    assert len(read) == 1
+    report_runs([run], tmp_path / "out")
+    assert len(read) == 2
 
 
 def test_one_name_for_two_data_sets_is_refused(run, make_run, tmp_path):
