@@ -23,9 +23,8 @@ from typing import Any
 
 import ase.io
 import yaml
+from gap_closed import DATA, KD, output
 
-DATA = Path(__file__).resolve().parents[1] / ".." / "shared" / "data"
-KD = [sys.executable, "-m", "molkd.cli"]
 REGIMES = ("all", "tenth", "pool")
 FEATURES = ("node", "v2v")
 COPIES = {"all": 3, "tenth": 20, "pool": 3}  # rattled ones of each system
@@ -162,11 +161,6 @@ def run(command: list[object]) -> None:
     done = subprocess.run(words, check=False, env=os.environ | {"OMP_NUM_THREADS": "1"})
     if done.returncode:
         sys.exit(done.returncode)
-
-
-def output(command: list[object]) -> str:
-    """Return what a command of ours prints."""
-    return subprocess.run([str(word) for word in command], check=True, capture_output=True, text=True).stdout
 
 
 if __name__ == "__main__":
