@@ -17,10 +17,9 @@ from molkd.pipeline.models.registry import build_model
 log = logging.getLogger(__name__)
 
 _FEATURES = ("n2n", "v2v")  # losses on features, where both sides have them
+_FADE = (0.0, 0.5)  # of these: they shape the features, and are not in the labels' way later
 _LABELS = frozenset({"energy", "forces"})
-_SLOPE = (
-    0.3  # weight of `grad` over that of the labelled forces; 1 takes from the forces what it gives the energy
-)
+_SLOPE = 0.3  # weight of `grad` over that of the labelled forces; 1 is at the cost of the forces
 SIGNALS = ("energy", "forces", "node", "v2v")  # of a teacher, that the recipe may choose from
 
 
@@ -29,7 +28,8 @@ def automatic(cache: Cache, config: TrainConfig) -> TrainConfig:
 
     - `grad`, if the student's forces are direct and the teacher's are cached: its energy learns their slope,
       with 0.3 of the weight of the labelled forces.
-    - `n2n` and `v2v` with the weight `auto`, where the cache has the signal and the student such features.
+    - `n2n` and `v2v`, where the cache has the signal and the student such features, with the weight `auto` that
+      fades to zero over the first half of the run.
     - pseudo-labels, if energies or forces are missing among the labels and the teacher has cached both.
 
     A store without a teacher is trained on with its labels alone. A signal of the teacher that is unfinished
@@ -49,7 +49,7 @@ def automatic(cache: Cache, config: TrainConfig) -> TrainConfig:
         model: Any = build_model(config.model)
     slope = KDTerm(name="grad", weight=_SLOPE * config.training.forces_weight or "auto")
     terms = [slope] if model.forces_from == "direct" and "forces" in cached else []
-    features = (KDTerm.model_validate({"name": name}) for name in _FEATURES)
+    features = (KDTerm.model_validate({"name": name, "fade": _FADE}) for name in _FEATURES)
     terms += [t for t in features if t.teacher_tap in cached and set(t.student_taps) <= set(model.signals)]
     pseudo_labels = config.pseudo_labels or (_lacks_labels(cache, config) and cached >= _LABELS)
     chosen = " ".join(f"--kd {term.text}" for term in terms) or "--kd none"
