@@ -28,8 +28,8 @@ def automatic(cache: Cache, config: TrainConfig) -> TrainConfig:
 
     - `grad`, if the student's forces are direct and the teacher's are cached: its energy learns their slope,
       with 0.3 of the weight of the labelled forces.
-    - `n2n` and `v2v`, where the cache has the signal and the student such features, with the weight `auto` that
-      fades to zero over the first half of the run.
+    - `n2n` and `v2v`, where the cache has the signal and the student such features, with the weight `auto`,
+      which fades to zero over the first half of the run.
     - pseudo-labels, if energies or forces are missing among the labels and the teacher has cached both.
 
     A store without a teacher is trained on with its labels alone. A signal of the teacher that is unfinished
