@@ -100,6 +100,9 @@ def settings() -> str:
     """Return a section for every class of settings that is no part of another one, or that a command has."""
     classes = settings_classes()
     inner = {part for kind in classes for field in kind.model_fields.values() for part in _parts(field)}
+    inner |= {
+        kind for kind in classes if kind.__subclasses__()
+    }  # what several share stands with each of them
     alone = [kind for kind in classes if kind not in inner or _has_command(kind)]
     return "\n\n".join(_settings_section(kind) for kind in alone)
 
