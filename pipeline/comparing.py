@@ -113,6 +113,8 @@ def _sides(
     ]
     if cache is not None:
         sources.append(StoredFeatures(cache, teacher))
+    if taps[1] and len(sources) == 1:
+        sources *= 2  # some features of a model against others of it
     asked = (taps[0], taps[1] or taps[0])
     return [(source, choose_taps(source, names)) for source, names in zip(sources, asked, strict=False)]
 

@@ -17,7 +17,7 @@ from molkd.pipeline.commands.plan import scale_file
 @click.option("--teacher", help="Which one, if the store has several.")
 @scale_file
 @click.option("--taps", type=WORDS, help="Features, as U2,U4,node; default: all scalar layers and node.")
-@click.option("--taps-b", type=WORDS, help="Those of the second model, if they differ.")
+@click.option("--taps-b", type=WORDS, help="Those of the second side, if they differ.")
 @click.option(
     "--systems",
     "n_systems",

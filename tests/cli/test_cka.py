@@ -54,6 +54,16 @@ def test_within_a_model(kd, everything, tmp_path):
     assert {p.name for p in out.iterdir()} == {"cka.json", "cka.csv", "cka.png"}
 
 
+def test_some_features_of_a_model_against_others_of_it(kd, everything, tmp_path):
+    model, data = everything / "teacher.safetensors", everything / "test.extxyz"
+    done = kd("cka", model, "--data", data, "--taps", "M1,U1", "--taps-b", "node", "--out", tmp_path / "out")
+    assert done.code == 0, done.err
+    result = CKAResult.load(tmp_path / "out" / "cka.json")
+    assert (result.rows, result.columns) == (("layer/M1", "layer/U1"), ("node",))
+    features = features_of(model, data, (*result.rows, "node"))
+    assert result.values == pytest.approx(table(features[:2], features[2:]), abs=FLOAT32)
+
+
 def test_between_models_of_other_widths(kd, everything, tmp_path):
     names = [everything / "teacher.safetensors", everything / "schnet.safetensors"]
     data = write_extxyz(tmp_path / "molecules.extxyz", [s for s in structures(9) if not s.pbc.any()])
