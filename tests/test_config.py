@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from molkd.pipeline.config import (
+    OUTPUT_SIGNALS,
     CacheConfig,
     IngestConfig,
     TrainConfig,
@@ -203,6 +204,17 @@ def test_a_term_chooses_for_itself_what_the_flags_choose_for_all():
     assert len(make_config(TrainConfig, NEEDED, {"kd": terms}).kd) == 4  # one loss twice, in two ways
 
 
+@pytest.mark.parametrize("choice", [{"loss": "huber"}, {"head": "mlp"}])
+def test_losses_on_outputs_take_neither_from_a_file(choice):
+    """What would be passed over in silence; the flags for all terms pass them by."""
+    with pytest.raises(ConfigError, match="grad takes neither head nor loss, it compares outputs"):
+        make_config(TrainConfig, NEEDED, {"kd": [{"name": "grad", **choice}]})
+    terms = parse_kd(["grad", "vanilla1", "n2n"], head="mlp", loss="mae")
+    assert [term.label for term in make_config(TrainConfig, NEEDED, {"kd": terms}).kd] == [
+        "grad", "vanilla1", "n2n,head=mlp,loss=mae",
+    ]  # fmt: skip
+
+
 def test_settings_written_before_there_were_taps_load(tmp_path):
     old = "kd:\n- {name: v2v, weight: 2.0, head: linear, loss: mse}\n- {name: n2n}\n"
     (tmp_path / "old.yaml").write_text(old)
@@ -300,24 +312,25 @@ paths = st.lists(st.sampled_from(["a", "b c", "ä", "1e3", "null"]), min_size=1,
     lambda parts: Path(*parts)
 )
 taps = st.sampled_from(["node", "e2n", "layer/U1", "U1", "layer/a/b", "H3"])
-terms = st.sampled_from(["n2n", "e2n", "v2v", "e2e", "vanilla1", "vanilla2"]).flatmap(
-    lambda name: st.fixed_dictionaries(
-        {
-            "name": st.just(name),
-            "weight": st.one_of(st.just("auto"), positive),
-            "head": st.sampled_from(["identity", "linear"] + ["mlp"] * (name != "v2v")),
-            "loss": st.sampled_from(
-                ["mse", "mae", "huber"] + ["cka", "gsp", "lsp"] * (name in ("n2n", "e2n"))
-            ),
-        },
-        optional={
-            "teacher_tap": st.sampled_from(["node", "layer/H3", "H3"]),
-            "student_taps": st.lists(taps, min_size=1, max_size=3, unique_by=lambda t: t.split("/")[-1]),
-        }
-        if name == "n2n"
-        else {},
-    )
-)
+shares = st.lists(st.floats(0, 1), min_size=2, max_size=2).map(sorted)
+
+
+def terms_of(name):
+    """Everything that a term of this name may say."""
+    needed = {"name": st.just(name), "weight": st.one_of(st.sampled_from(["auto", "balance"]), positive)}
+    if name in OUTPUT_SIGNALS:
+        return st.fixed_dictionaries(needed, optional={"fade": shares})
+    needed["head"] = st.sampled_from(["identity", "linear"] + ["mlp"] * (name != "v2v"))
+    of_relations = ["cka", "gsp", "lsp"] * (name in ("n2n", "e2n"))
+    needed["loss"] = st.sampled_from(["mse", "mae", "huber", *of_relations])
+    of_taps = {
+        "teacher_tap": st.sampled_from(["node", "layer/H3", "H3"]),
+        "student_taps": st.lists(taps, min_size=1, max_size=3, unique_by=lambda t: t.split("/")[-1]),
+    }
+    return st.fixed_dictionaries(needed, optional={"fade": shares} | (of_taps if name == "n2n" else {}))
+
+
+terms = st.sampled_from(["n2n", "e2n", "v2v", "e2e", *OUTPUT_SIGNALS]).flatmap(terms_of)
 schedules = st.fixed_dictionaries(
     {},
     optional={
