@@ -158,9 +158,10 @@ def train_step(
     # Heads and losses in float32, as in the official code.
     terms: LossTerms = state.objective(outputs, targets, batch, state.step / total_steps)
     state.optimizer.zero_grad(set_to_none=True)
-    terms.total.backward()
+    parameters = [p for group in state.optimizer.param_groups for p in group["params"]]
+    # With the slope the positions take a gradient too, for which nobody asks.
+    terms.total.backward(inputs=parameters if state.objective.needs_gradient else None)
     if training.clip_grad_norm:
-        parameters = [p for group in state.optimizer.param_groups for p in group["params"]]
         nn.utils.clip_grad_norm_(parameters, training.clip_grad_norm)
     state.optimizer.step()
     if state.ema is not None and training.ema_decay:

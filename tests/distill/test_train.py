@@ -202,7 +202,7 @@ def test_a_flipped_bit_stops_the_run(store, tmp_path):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_mixed_precision_follows_full_precision(store, tmp_path, name):
-    kd = [{"name": "n2n"}]
+    kd = [{"name": "n2n"}, {"name": "grad"}]  # the second derives twice
     for amp in ("off", "bf16"):
         train_student(train_config(store, tmp_path / amp, model=MODELS[name], amp=amp, kd=kd))
     full, mixed = (column(tmp_path / amp, "train_loss") for amp in ("off", "bf16"))
