@@ -29,7 +29,7 @@ def balance_weights(state: TrainState, config: TrainConfig) -> None:
     Raises
     ------
     ConfigError
-        If one of the gradients vanishes, so that no weight would balance them.
+        If one of the gradients vanishes or is not finite, so that no weight would balance them.
     """
     terms = [term for term in config.kd if term.weight == "balance"]
     if not terms:
@@ -52,7 +52,7 @@ def balance_weights(state: TrainState, config: TrainConfig) -> None:
         if not 0 < weight < math.inf:
             raise ConfigError(
                 f"--kd {term.label}=balance: the gradient of {'the labels' if weight == 0 else 'this loss'} "
-                "vanishes in the first batches; take auto or a number"
+                "vanishes or is not finite in the first batches; take auto or a number"
             )
         log.info("lambda(%s) = %.4g: it pulls as hard as the labels do", term.label, weight)
         state.objective.weights[term.label] = weight

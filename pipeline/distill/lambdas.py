@@ -11,7 +11,7 @@ from molkd.pipeline.config import KDTerm, TrainConfig
 from molkd.pipeline.data.references import LabelScale
 from molkd.pipeline.distill.start_values import measured_start
 from molkd.pipeline.distill.statistics import LabelStatistics, mean_atomic_energy
-from molkd.pipeline.errors import CacheError
+from molkd.pipeline.errors import CacheError, ConfigError
 from molkd.pipeline.graphs.neighbors import NeighborRule
 
 log = logging.getLogger(__name__)
@@ -45,6 +45,13 @@ def term_weight(
     ----------
     systems : (S,) stored indices of what is trained on
     rule : how the student finds neighbors
+
+    Raises
+    ------
+    CacheError
+        If the signal is the same everywhere.
+    ConfigError
+        If the base loss is zero, so that it says nothing about the term's weight.
     """
     if term.weight == "balance":
         return math.nan  # measured before the first step, see `balance`
@@ -72,5 +79,11 @@ def term_weight(
             f"from it; drop --kd {term.label}, or give its weight as a number"
         )
     weight = zero_model_loss(statistics, scale, config) / start
+    if not weight > 0:
+        raise ConfigError(
+            f"--kd {term.label}: auto makes the term as large as the loss on labels, which is zero here (see "
+            "training.energy_weight and training.forces_weight, or labels are missing); give its weight as a "
+            "number"
+        )
     log.info("lambda(%s) = %.4g: the term starts as large as the base loss", term.label, weight)
     return weight

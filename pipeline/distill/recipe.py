@@ -54,6 +54,10 @@ def automatic(cache: Cache, config: TrainConfig) -> TrainConfig:
     pseudo_labels = config.pseudo_labels or (_lacks_labels(cache, config) and cached >= _LABELS)
     chosen = " ".join(f"--kd {term.text}" for term in terms) or "--kd none"
     log.info("kd auto: %s%s", chosen, " --pseudo-labels" if pseudo_labels else "")
+    if config.kd and config.kd != tuple(terms):
+        log.warning(
+            "kd_auto is set: the losses under kd in the settings are not taken; leave it out to keep them"
+        )
     return config.model_copy(update={"kd": tuple(terms), "pseudo_labels": pseudo_labels})
 
 

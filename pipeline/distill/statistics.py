@@ -23,6 +23,7 @@ class LabelStatistics:
     forces_rms: float  # eV/A, over components of free atoms; NaN if there are none
     mean_force_norm: float  # eV/A, over free atoms
     elements: tuple[int, ...]  # atomic numbers that occur anywhere in the subset
+    n_labelled_forces: int  # free atoms whose force is a label, not the teacher's
 
     @property
     def n_energies(self) -> int:
@@ -70,6 +71,7 @@ def label_statistics(
         forces_rms=forces.rms,
         mean_force_norm=forces.mean_norm,
         elements=tuple(int(z) for z in np.flatnonzero(kept_per_element)),
+        n_labelled_forces=labelled.n_atoms,
     )
 
 

@@ -74,7 +74,7 @@ def prepare(
     edge_rule: NeighborRule | None = None if model.edge_rule == model.neighbor_rule else model.edge_rule
     if "edge" in signals:
         _check_edges((main, *mixed), model.neighbor_rule, edge_rule, config.student)
-    statistics, scale, elements = _measure_labels((main, *mixed), signals, config)
+    statistics, scale, elements = _measure_labels((main, *mixed), signals, config, model.forces_from)
     systems = np.flatnonzero(train)
     weights = {
         t.label: term_weight(t, cache, teacher, statistics, scale, config, systems, model.neighbor_rule)
@@ -108,6 +108,10 @@ def record_weights(setup: Setup) -> None:
         entry["weight"] = setup.objective.weights[entry["label"]]
 
 
+def _asked(weight: float | str) -> str:
+    return weight if isinstance(weight, str) else "given"
+
+
 def _check_edges(
     stores: tuple[TrainingStore, ...], rule: NeighborRule, edge_rule: NeighborRule | None, student: str
 ) -> None:
@@ -121,13 +125,15 @@ def _check_edges(
 
 
 def _measure_labels(
-    stores: tuple[TrainingStore, ...], signals: tuple[str, ...], config: TrainConfig
+    stores: tuple[TrainingStore, ...], signals: tuple[str, ...], config: TrainConfig, forces_from: str
 ) -> tuple[LabelStatistics, LabelScale, list[int]]:
     """Return what the main store's labels look like, their scale, and the elements with known energies."""
     uses_energies = bool({"energy", "atomic_energies"} & set(signals))
     read = tuple(sorted({"energy", "atomic_energies", "forces"} & set(signals)))
     statistics, *further = (label_statistics(s.cache, s.train, s.teacher, read) for s in stores)
-    _check_labels(stores[0].cache, config, statistics)
+    _check_labels(stores[0], config, statistics, forces_from)
+    if not any(one.n_labelled_forces for one in (statistics, *further)):
+        _check_without_forces(stores[0], config, forces_from)
     scale = add_references(_fit_scale(config, statistics), further, config)
     elements = _elements_with_reference(stores, (statistics, *further), scale)
     for store in stores:
@@ -163,12 +169,40 @@ def _offered(cache: Cache, teacher: str | None) -> tuple[str, ...]:
     return tuple(cache.teachers[teacher].provenance.get("taps", ())) if teacher else ()
 
 
-def _check_labels(cache: Cache, config: TrainConfig, statistics: LabelStatistics) -> None:
-    supervised = config.pseudo_labels or any(t.name == "vanilla1" for t in config.kd)
-    if statistics.n_energies == 0 and np.isnan(statistics.forces_rms) and not supervised:
+def _check_labels(
+    store: TrainingStore, config: TrainConfig, statistics: LabelStatistics, forces_from: str
+) -> None:
+    """Refuse a run that nothing teaches energies or forces: features alone make no potential."""
+    instead = {"vanilla1", "vanilla2"} | ({"grad"} if forces_from == "gradient" else set())
+    supervised = config.pseudo_labels or any(t.name in instead for t in config.kd)
+    has_energies = np.isfinite(store.cache.energy[store.train]).any()
+    if not (has_energies or statistics.n_labelled_forces or supervised):
         raise DataError(
-            f"{cache.path}: no system has an energy or forces to train on; "
+            f"{store.cache.path}: no system has an energy or forces to train on; "
             "ingest with --energy-key, or learn from the teacher with --pseudo-labels or --kd vanilla1"
+        )
+
+
+def _check_without_forces(store: TrainingStore, config: TrainConfig, forces_from: str) -> None:
+    """Say what comes of a run whose labels hold no forces, if the teacher's do not stand in.
+
+    Raises
+    ------
+    ConfigError
+        If `gradient_weight` asks for the slope against labelled forces.
+    """
+    if config.pseudo_labels:
+        return
+    if config.training.gradient_weight > 0:
+        raise ConfigError(
+            f"{store.cache.path}: training.gradient_weight needs labelled forces, there are none; "
+            "leave it out, or learn from the teacher with --kd grad or --pseudo-labels"
+        )
+    if forces_from == "direct" and not any(t.name == "vanilla1" for t in config.kd):
+        log.warning(
+            "%s: no forces are labelled, so nothing teaches this student its direct forces, they will mean "
+            "nothing; add --pseudo-labels or --kd vanilla1",
+            store.cache.path,
         )
 
 
@@ -225,8 +259,10 @@ def _provenance(
         "n_training_systems": int(train.sum()),
         "n_training_energies": int(np.isfinite(cache.energy[train]).sum()),
         "teacher": parent,
-        "kd": [t.model_dump() | {"label": t.label} for t in config.kd],  # weights: `record_weights`
+        # Weights come from `record_weights`, how they were asked for stays.
+        "kd": [t.model_dump() | {"label": t.label, "weight_by": _asked(t.weight)} for t in config.kd],
         "pseudo_labels": config.pseudo_labels,
+        "gradient_weight": config.training.gradient_weight,
         "seed": config.seed,
         "method": "arXiv:2306.14818",
     }

@@ -159,15 +159,14 @@ def _mixed_in(mix: Mapping[str, Any]) -> str:
 
 def _strategy(provenance: Mapping[str, Any], teacher: Mapping[str, Any]) -> str:
     terms = provenance.get("kd") or ()
+    slope = provenance.get("gradient_weight")
+    of_labels = f"the labelled forces also taught the energy its slope: weight {_short(slope)}"
     if not terms and not provenance.get("pseudo_labels"):
-        return "None: trained on the labels alone (`--kd none`)."
-    lines = [
-        f"- loss {_taps(term)}: weight {_short(term.get('weight'))}"
-        + "".join(f", {key} {term[key]}" for key in _choices(term))
-        for term in terms
-    ]
+        return "None: trained on the labels alone (`--kd none`)" + (f"; {of_labels}." if slope else ".")
+    lines = [f"- loss {_taps(term)}: {_weight(term)}" + "".join(_choices(term)) for term in terms]
     if provenance.get("pseudo_labels"):
         lines.append("- where a label was missing, the teacher's energy and forces stood in")
+    lines += [f"- {of_labels}"] if slope else []
     about = _list(
         {
             "teacher": teacher.get("name"),
@@ -187,11 +186,22 @@ def _taps(term: Mapping[str, Any]) -> str:
     return str(term.get("label", term["name"])).partition(",")[0]
 
 
+def _weight(term: Mapping[str, Any]) -> str:
+    """Return the weight, how it was found, and over which part of the run it falls to zero."""
+    found = term.get("weight_by", "given")
+    text = f"weight {_short(term.get('weight'))}" + (f" ({found})" if found != "given" else "")
+    if term.get("fade"):
+        begin, end = (_short(share) for share in term["fade"])
+        text += f", fading from {begin} to {end} of the run"
+    return text
+
+
 def _choices(term: Mapping[str, Any]) -> list[str]:
-    """Return the settings that mean something for a loss: the vanilla ones have neither head nor choice."""
+    """Return the settings that mean something for a loss: those on outputs have neither head nor choice."""
     if term["name"] in OUTPUT_SIGNALS:
         return []
-    return [key for key in OPTIONS if key in term and (key != "delta" or term.get("loss") == "huber")]
+    keys = [key for key in OPTIONS if key in term and (key != "delta" or term.get("loss") == "huber")]
+    return [f", {key} {term[key]}" for key in keys]
 
 
 def _units(scale: Mapping[str, Any]) -> str:

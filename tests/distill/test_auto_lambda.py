@@ -22,7 +22,7 @@ from molkd.pipeline.device import choose_device
 from molkd.pipeline.distill.lambdas import zero_model_loss
 from molkd.pipeline.distill.statistics import label_statistics
 from molkd.pipeline.distill.student import prepare
-from molkd.pipeline.errors import CacheError
+from molkd.pipeline.errors import CacheError, ConfigError
 
 # Energies 1 and -3 eV: mean size 2. Forces 0.5 eV/A long on free atoms: L_0 = 1 * 2 + 100 * 0.5 = 52.
 FRAMES = """2
@@ -117,6 +117,23 @@ def test_auto_starts_the_term_as_large_as_the_base_loss(hand_store, tmp_path, te
 def test_atoms_that_are_alike_teach_no_relation(hand_store, tmp_path):
     with pytest.raises(CacheError, match=r"signal v2v of hand is the same everywhere.*--kd v2v,loss=gsp"):
         weight_of(hand_store, tmp_path, name="v2v", loss="gsp")
+
+
+def test_a_loss_on_labels_that_is_zero_says_nothing_about_a_weight(hand_store, tmp_path):
+    config = train_config(
+        hand_store,
+        tmp_path,
+        val_fraction=0.0,
+        training={"normalization": "none", "references": "none", "energy_weight": 0, "forces_weight": 0},
+        kd=[{"name": "n2n"}],
+    )
+    with pytest.raises(ConfigError, match=r"--kd n2n: auto .* zero here.*give its weight as a number"):
+        prepare(Cache.open(hand_store), config, choose_device("cpu"))
+
+
+def test_grad_is_weighed_by_the_labelled_forces(hand_store, tmp_path):
+    """The slope of a flat energy is off by the length of the forces, 0.5 on free atoms."""
+    assert weight_of(hand_store, tmp_path, name="grad") == pytest.approx(L0 / 0.5, rel=1e-6)
 
 
 def test_vanilla1_is_in_the_units_of_the_labels_already(hand_store, tmp_path):

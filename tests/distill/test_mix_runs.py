@@ -259,7 +259,7 @@ def statistics(compositions, energies):
         for z, n in composition.items():
             counts[row, z] = n
     elements = tuple(int(z) for z in np.flatnonzero(counts.any(axis=0)))
-    return LabelStatistics(counts, np.array(energies), 1.0, 1.0, elements)
+    return LabelStatistics(counts, np.array(energies), 1.0, 1.0, elements, 1)
 
 
 SCALE = LabelScale(energy_mean=2.0, energy_std=3.0, forces_std=3.0, references={1: -10.0, 8: -100.0})

@@ -100,6 +100,13 @@ def test_auto_is_what_a_run_does_unless_told_otherwise(store, tmp_path):
         parse_kd(["auto", "n2n"])
 
 
+def test_losses_that_stand_beside_kd_auto_are_not_dropped_in_silence(store, tmp_path, caplog):
+    """As in the settings of another run, edited without a look at kd_auto."""
+    labels, _ = chosen(store, tmp_path, kd=[{"name": "n2n"}])
+    assert labels == ["grad", "n2n", "v2v"]
+    assert "the losses under kd in the settings are not taken" in caplog.text
+
+
 def test_a_run_keeps_what_it_chose_though_the_store_has_grown(tmp_path, teacher_file, monkeypatch):
     """It began without vectors; they are cached while it is interrupted."""
     store = make_store(tmp_path / "s.kdcache", COLL)

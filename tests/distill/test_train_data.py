@@ -9,6 +9,7 @@ import pytest
 import torch
 from distill_cases import (
     COLL,
+    MODELS,
     add_teacher,
     before_step,
     column,
@@ -218,9 +219,45 @@ def test_energies_of_the_teacher_set_the_scale_where_labels_are_forces_only(teac
     assert column(tmp_path / "run", f"train_{name}")[0] < 30  # of hundreds
 
 
-def test_a_store_without_labels_needs_the_teachers(bare_store, tmp_path):
+@pytest.mark.parametrize("term", ["n2n", "grad"])
+def test_a_store_without_labels_needs_the_teachers(bare_store, tmp_path, term):
+    """The slope of an energy is no energy, and teaches direct forces nothing."""
     with pytest.raises(DataError, match=r"no system has an energy or forces.*--pseudo-labels"):
-        train_student(train_config(bare_store, tmp_path, kd=[{"name": "n2n"}]))
+        train_student(train_config(bare_store, tmp_path, kd=[{"name": term}]))
+
+
+def test_the_slope_is_all_that_forces_by_gradient_need(bare_store, tmp_path):
+    config = train_config(bare_store, tmp_path, model=MODELS["schnet"], kd=[{"name": "grad"}])
+    assert prepare(Cache.open(bare_store), config, CPU).train.any()
+
+
+@pytest.fixture(scope="module")
+def energies_only(teacher_file, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("energies")
+    (folder / "one.extxyz").write_text(COLL.read_text().replace("forces:R:3", "other:R:3"))
+    return add_teacher(make_store(folder / "one.kdcache", folder / "one.extxyz"), teacher_file)
+
+
+@pytest.mark.parametrize(
+    ("changes", "warns"),
+    [
+        ({"kd": [{"name": "grad"}]}, True),
+        ({"kd": [{"name": "vanilla1"}]}, False),
+        ({"pseudo_labels": True}, False),
+        ({"kd": [{"name": "grad"}], "model": MODELS["painn-gradient"]}, False),
+    ],
+    ids=["grad", "vanilla1", "pseudo", "gradient"],
+)
+def test_direct_forces_that_nothing_teaches_are_told_of(energies_only, tmp_path, caplog, changes, warns):
+    config = train_config(energies_only, tmp_path, training={"normalization": "energy"}, **changes)
+    prepare(Cache.open(energies_only), config, CPU)
+    assert ("nothing teaches this student its direct forces" in caplog.text) is warns
+
+
+def test_the_slope_of_labels_needs_labelled_forces(energies_only, tmp_path):
+    training = {"gradient_weight": 1.0, "normalization": "energy"}
+    with pytest.raises(ConfigError, match="gradient_weight needs labelled forces"):
+        train_student(train_config(energies_only, tmp_path, training=training))
 
 
 @pytest.fixture

@@ -70,6 +70,28 @@ def test_card_says_what_is_known():
         assert fact in card
 
 
+def test_card_tells_how_weights_were_found_and_when_they_fade():
+    terms = [
+        {"name": "grad", "label": "grad", "weight": 10.25, "weight_by": "balance", "fade": [0.5, 0.8]},
+        {"name": "n2n", "label": "n2n", "weight": 3.0, "weight_by": "given", "fade": None, "head": "linear"},
+    ]
+    card = _card(metadata={"provenance": PROVENANCE | {"kd": terms, "gradient_weight": 4.0}})
+    for line in (
+        "- loss grad: weight 10.25 (balance), fading from 0.5 to 0.8 of the run\n",
+        "- loss n2n: weight 3, head linear\n",
+        "- the labelled forces also taught the energy its slope: weight 4\n",
+    ):
+        assert line in card
+
+
+def test_card_of_a_run_without_a_teacher_tells_the_slope_of_labels():
+    alone = PROVENANCE | {"kd": [], "gradient_weight": 4.0}
+    assert "None: trained on the labels alone (`--kd none`); the labelled forces also taught" in _card(
+        metadata={"provenance": alone}
+    )
+    assert "(`--kd none`).\n" in _card(metadata={"provenance": alone | {"gradient_weight": 0.0}})
+
+
 def test_card_tells_every_choice_of_a_loss_once():
     huber = {"name": "n2n", "label": "n2n:U4,head=mlp,loss=huber,delta=0.5", "weight": 3.0, "head": "mlp"}
     terms = [
