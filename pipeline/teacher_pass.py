@@ -12,14 +12,12 @@ from torch import Tensor
 
 from molkd.cache_schema.reader import Cache
 from molkd.pipeline.errors import TeacherError
-from molkd.pipeline.graphs.batch import Batch, make_batch, to_device
+from molkd.pipeline.graphs.batch import BATCH_FIELDS, Batch, batch_from_arrays, to_device
 from molkd.pipeline.graphs.neighbors import NeighborRule
 from molkd.pipeline.scope import source_of
 from molkd.pipeline.teachers.interface import Teacher
 
 log = logging.getLogger(__name__)
-
-_FIELDS = ("atomic_numbers", "positions", "tags", "fixed", "cell", "pbc")
 
 
 @dataclass(frozen=True)
@@ -67,20 +65,8 @@ def _split_by_edges(
 
 def build_work(cache: Cache, indices: NDArray[np.int64], rule: NeighborRule, dtype: torch.dtype) -> Work:
     """Read systems and build one batch of them."""
-    arrays = cache.read(indices, _FIELDS)
-    n_atoms = cache.system_n_atoms[indices].astype(np.int64)
-    batch = make_batch(
-        atomic_numbers=arrays["atomic_numbers"],
-        positions=arrays["positions"],
-        n_atoms=n_atoms,
-        cell=arrays["cell"],
-        pbc=arrays["pbc"],
-        tags=arrays["tags"],
-        fixed=arrays["fixed"],
-        rule=rule,
-        dtype=dtype,
-    )
-    return Work(indices, batch, n_atoms)
+    arrays = cache.read(indices, BATCH_FIELDS)
+    return Work(indices, batch_from_arrays(arrays, rule, dtype), arrays["n_atoms"].astype(np.int64))
 
 
 def _halves(indices: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

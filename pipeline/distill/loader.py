@@ -15,11 +15,11 @@ from molkd.pipeline.data.references import LabelScale, reference_table
 from molkd.pipeline.distill.coded import Coded, CodedParts, coded_signals
 from molkd.pipeline.distill.losses import Targets, Weights
 from molkd.pipeline.distill.teacher_graph import require_rule, sorted_edges, teacher_config
-from molkd.pipeline.graphs.batch import Batch, Edges, make_batch
+from molkd.pipeline.graphs.batch import BATCH_FIELDS, Batch, Edges, batch_from_arrays
 from molkd.pipeline.graphs.neighbors import NeighborRule
 from molkd.pipeline.prefetch import prefetch
 
-_FIELDS = ("atomic_numbers", "positions", "tags", "fixed", "cell", "pbc", "energy", "forces")
+_FIELDS = (*BATCH_FIELDS, "energy", "forces")
 _CODED = (Coded, CodedParts)
 PREFETCH = 4  # batches ready ahead of the step
 
@@ -141,17 +141,7 @@ class CacheLoader:
                 rule = arrays["teacher/edge/index"], arrays["teacher/edge/shift"]
             else:
                 require_rule(arrays, self.edge_rule, self._teacher_config)
-        batch = make_batch(
-            atomic_numbers=arrays["atomic_numbers"],
-            positions=arrays["positions"],
-            n_atoms=arrays["n_atoms"],
-            cell=arrays["cell"],
-            pbc=arrays["pbc"],
-            tags=arrays["tags"],
-            fixed=arrays["fixed"],
-            rule=rule,
-        )
-        return Sample(batch, self._targets(arrays))
+        return Sample(batch_from_arrays(arrays, rule), self._targets(arrays))
 
     def _targets(self, arrays: dict[str, NDArray[Any]]) -> Targets:
         n_atoms = arrays["n_atoms"]

@@ -8,11 +8,10 @@ from molkd.cache_schema.reader import Cache
 from molkd.pipeline.config import STRUCTURE_LOSSES, KDTerm
 from molkd.pipeline.distill.feature_losses import structure_loss
 from molkd.pipeline.distill.losses import feature_loss
-from molkd.pipeline.graphs.batch import make_batch
+from molkd.pipeline.graphs.batch import BATCH_FIELDS, batch_from_arrays
 from molkd.pipeline.graphs.neighbors import NeighborRule
 
 _SAMPLE_ATOMS = 4000
-_FIELDS = ("atomic_numbers", "positions", "tags", "fixed", "cell", "pbc")
 
 
 def measured_start(
@@ -30,20 +29,11 @@ def measured_start(
     """
     n_sample = 1 + int(np.searchsorted(np.cumsum(cache.system_n_atoms[systems]), _SAMPLE_ATOMS))
     relations = term.loss in STRUCTURE_LOSSES
-    arrays = cache.read(systems[:n_sample], _FIELDS if relations else (), teacher, (term.teacher_tap,))
+    arrays = cache.read(systems[:n_sample], BATCH_FIELDS if relations else (), teacher, (term.teacher_tap,))
     values = arrays[f"teacher/{term.teacher_tap}"]
     target = torch.from_numpy(np.ascontiguousarray(values, np.float32))  # (N, C), (N, 3, C) or (E, C)
     if relations:
-        batch = make_batch(
-            atomic_numbers=arrays["atomic_numbers"],
-            positions=arrays["positions"],
-            n_atoms=arrays["n_atoms"],
-            cell=arrays["cell"],
-            pbc=arrays["pbc"],
-            tags=arrays["tags"],
-            fixed=arrays["fixed"],
-            rule=rule,
-        )
+        batch = batch_from_arrays(arrays, rule)
         return float(structure_loss(term.loss, torch.zeros_like(target), target, batch))
     mean = torch.zeros(target.shape[-1])  # a head of vectors has no bias
     entry = cache.teachers[teacher].signals[term.teacher_tap]

@@ -5,8 +5,8 @@ Conventions, written here once. `edge_index[0]` is the neighbor j (sender), `edg
 center to the neighbor's periodic image: ``positions[j] + shift @ cell - positions[i]``, in Angstrom.
 """
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -17,7 +17,8 @@ from torch import Tensor
 from molkd.pipeline.data.system import System
 from molkd.pipeline.graphs.neighbors import NeighborRule, neighbor_lists
 
-_PER_ROW = ("atomic_numbers", "positions", "cell", "pbc", "tags", "fixed", "edge_shift")
+BATCH_FIELDS = ("atomic_numbers", "positions", "cell", "pbc", "tags", "fixed")  # of a store, that make one
+_PER_ROW = (*BATCH_FIELDS, "edge_shift")
 
 Edges = tuple[NDArray[np.int64], NDArray[np.integer]]  # edge_index (2, E), edge_shift (E, 3)
 
@@ -77,6 +78,23 @@ def make_batch(
         atoms_ptr=torch.from_numpy(atoms_ptr),
         edge_index=torch.from_numpy(edge_index),
         edge_shift=torch.from_numpy(edge_shift).to(dtype),
+    )
+
+
+def batch_from_arrays(
+    arrays: Mapping[str, NDArray[Any]], rule: NeighborRule | Edges, dtype: torch.dtype = torch.float32
+) -> Batch:
+    """Build a batch from what `Cache.read` gives of `BATCH_FIELDS`; rule as of `make_batch`."""
+    return make_batch(
+        atomic_numbers=arrays["atomic_numbers"],
+        positions=arrays["positions"],
+        n_atoms=arrays["n_atoms"],
+        cell=arrays["cell"],
+        pbc=arrays["pbc"],
+        tags=arrays["tags"],
+        fixed=arrays["fixed"],
+        rule=rule,
+        dtype=dtype,
     )
 
 
