@@ -200,7 +200,8 @@ def fit_label_scale(
     referenced = target[labelled] - sum_references(counts[labelled], subtracted)
     if mode == "energy" and len(referenced) == 0:
         raise DataError(
-            "labels cannot be scaled by energies, no system has one. Scale by forces, or not at all."
+            "labels cannot be scaled by energies, no system has one. Scale by forces, or not at all: "
+            "training.normalization=forces, or none."
         )
     mean = float(referenced.mean()) if len(referenced) else 0.0
     std = float(referenced.std()) if mode == "energy" else float(force_rms)
@@ -210,5 +211,8 @@ def fit_label_scale(
             if mode == "energy"
             else "force labels are missing or all zero"
         )
-        raise DataError(f"labels cannot be scaled by {mode}: {what}. Choose another normalisation.")
+        raise DataError(
+            f"labels cannot be scaled by {mode}: {what}. Choose another: "
+            "training.normalization is energy, forces or none."
+        )
     return LabelScale(mean, std, std, subtracted)

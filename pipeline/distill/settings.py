@@ -27,10 +27,19 @@ def resolve(config_file: Path | None, assignments: Sequence[str], flags: Mapping
     Parameters
     ----------
     flags : of `kd train-student`, only those given; `kd_terms` holds the texts of --kd
+
+    Raises
+    ------
+    ConfigError
+        If a setting is unknown or out of range, or flags do not go together.
     """
     flags = dict(flags)
     terms = flags.pop("kd_terms", ())
     head, loss = flags.pop("kd_head", "linear"), flags.pop("kd_loss", "mse")
+    if (head, loss) != ("linear", "mse") and set(terms) <= {"auto", "none"}:
+        raise ConfigError(
+            "--kd-head and --kd-loss go with losses that --kd names, as in --kd n2n; here it names none"
+        )
     training = {name: flags.pop(flag) for flag, name in _TRAINING_FLAGS.items() if flag in flags}
     if mix := _mixed(flags.pop("mix", ()), flags.pop("mix_share", ()), flags.pop("mix_weight", ())):
         flags["mix"] = mix

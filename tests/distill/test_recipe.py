@@ -96,6 +96,9 @@ def test_auto_is_what_a_run_does_unless_told_otherwise(store, tmp_path):
     (tmp_path / "run.yaml").write_text("kd: [{name: v2v}]\n")
     config = resolve(tmp_path / "run.yaml", [], flags)
     assert (config.kd_auto, config.kd) == (False, (KDTerm(name="v2v"),))
+    for terms in ((), ("auto",)):
+        with pytest.raises(ConfigError, match="--kd-head and --kd-loss go with losses that --kd names"):
+            resolve(None, [], flags | {"kd_terms": terms, "kd_head": "mlp"})
     with pytest.raises(ConfigError, match="auto cannot be combined"):
         parse_kd(["auto", "n2n"])
 
