@@ -72,9 +72,10 @@ class Objective(nn.Module):
         total, parts = self.labels_loss(outputs, targets)
         parts = dict(parts)
         for term in self.terms:
-            label = term.label
-            parts[label] = self.term_loss(term, outputs, targets, batch)
-            total = total + self.weights[label] * fade_factor(term, progress) * parts[label]
+            label, factor = term.label, fade_factor(term, progress)
+            with torch.set_grad_enabled(torch.is_grad_enabled() and factor > 0):  # gone: only logged
+                parts[label] = self.term_loss(term, outputs, targets, batch)
+            total = total + self.weights[label] * factor * parts[label] if factor > 0 else total
         return LossTerms(total, parts)
 
     def labels_loss(self, outputs: Outputs, targets: Targets) -> LossTerms:

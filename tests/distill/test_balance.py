@@ -112,6 +112,26 @@ def test_objective_counts_a_faded_term_less_and_logs_it_whole():
     assert total.item() == pytest.approx(1 + 0.5 * 2.0 * 3.0)
 
 
+def test_a_term_that_has_faded_is_logged_and_costs_no_backward_pass():
+    """Not even where it is infinite."""
+    targets = Targets(
+        torch.tensor([1.0]), torch.zeros(1, 3), torch.tensor([True]), {"atomic_energies": torch.ones(1)}
+    )
+    energies = torch.tensor([float("inf")], requires_grad=True)
+    outputs = {
+        "energy": torch.zeros(1, requires_grad=True),
+        "forces": torch.zeros(1, 3),
+        "atomic_energies": energies,
+    }
+    term = KDTerm(name="vanilla2", fade=(0.0, 0.5))
+    objective = Objective((term,), {"vanilla2": 2.0}, make_heads((), {}, {}), 1.0, 100.0)
+    total, parts = objective(outputs, targets, progress=0.5)
+    total.backward()
+    assert total.item() == 1.0
+    assert parts["vanilla2"].item() == float("inf")
+    assert energies.grad is None
+
+
 def test_a_run_fades_over_its_own_length(store, tmp_path):
     """The total of the last rows is the loss on labels alone."""
     kd = [{"name": "n2n", "weight": 2.0, "fade": [0.25, 0.5]}]
