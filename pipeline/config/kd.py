@@ -94,8 +94,6 @@ class KDTerm(Settings):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if self.name in OUTPUT_SIGNALS and any(getattr(self, key) != value for key, value in _USUAL.items()):
-            raise ValueError(f"{self.name} takes neither head nor loss, it compares outputs")
         if self.name == "v2v" and self.head == "mlp":
             raise ValueError(
                 "v2v takes head identity or linear: an MLP on vector components is not equivariant"
@@ -188,9 +186,11 @@ def _parse_term(text: str, head: str, loss: str) -> dict[str, Any]:
     if isinstance(value, str) and value not in ("auto", "balance"):
         raise ConfigError(f"--kd {text}: the weight is a number, auto or balance, for example {what}=1.0")
     usual = {"head": "linear" if name == "v2v" and head == "mlp" else head, "loss": loss}
+    chosen = _parse_options(options, text)
     if name in OUTPUT_SIGNALS:
         usual = {}
-    chosen = _parse_options(options, text)
+        if set(chosen) - {"fade"}:
+            raise ConfigError(f"--kd {text}: {name} takes neither head nor loss, it compares outputs")
     return {"name": name, "weight": value} | usual | chosen | (_parse_taps(taps, text) if colon else {})
 
 

@@ -62,12 +62,14 @@ def make_head(
     Raises
     ------
     ConfigError
-        If the student has no such feature, the teacher or the cache no such signal, or identity meets other
-        widths.
+        If the student has no such feature, the teacher or the cache no such signal, identity meets other
+        widths, or a loss on outputs chooses a head or how features are compared.
     """
     _check_student(term, student)
     _check_teacher(term, teacher, offered)
     if not term.student_taps:
+        if term.head != "linear" or term.loss != "mse":  # not read, and nobody is to think so
+            raise ConfigError(f"kd: {term.name} takes neither head nor loss, it compares outputs")
         return nn.Identity()
     n_in = sum(student[tap].shape[-1] for tap in term.student_taps)
     n_out = teacher[term.teacher_tap].shape[-1]

@@ -77,6 +77,13 @@ def test_an_mlp_on_vectors_is_refused():
         make_config(KDTerm, {"name": "v2v", "head": "mlp"})
 
 
+@pytest.mark.parametrize("choice", [{"loss": "huber"}, {"head": "mlp"}])
+def test_losses_on_outputs_take_neither_head_nor_loss(choice):
+    """From a file of settings; reports still read it."""
+    with pytest.raises(ConfigError, match="kd: vanilla1 takes neither head nor loss"):
+        make_head(KDTerm(name="vanilla1", **choice), PAINN, TEACHER)
+
+
 def test_one_head_flag_for_all_terms_leaves_vectors_linear():
     terms = parse_kd(["n2n=10", "v2v=auto"], head="mlp", loss="mae")
     assert [(t["name"], t["head"], t["loss"], t["weight"]) for t in terms] == [
