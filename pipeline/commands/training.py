@@ -66,8 +66,8 @@ def train_student(
 ) -> None:
     """Train a student on STORE; --kd says what it learns from the cached teacher.
 
-    --kd auto takes the losses that did best in the benchmarks, as far as store and student have what they
-    need, and the teacher's labels where there are none. LAMBDA is the paper's weight, or auto: then the term
+    --kd auto takes a recipe (docs/conventions.md), as far as store and student have what it needs,
+    and the teacher's labels where there are none. LAMBDA is the paper's weight, or auto: then the term
     starts as large as the loss on the labels; balance makes its gradient as large as theirs. TAPS say
     which layers n2n, e2n and v2v compare: U4 is one of the student, U2+U4 are two of them together, and in
     H3->U4 the teacher's H3 is learnt (quote the > for the shell). Each loss may choose its head (identity,

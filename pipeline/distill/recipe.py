@@ -1,6 +1,7 @@
 """`--kd auto`: the losses a student learns with where nobody chose any, by what store and student have.
 
-The rule is what closed most of the gap in benchmarks/recipes.py; docs/benchmarks.md has the figures.
+Provisional: chosen from single runs on two sets of molecules. benchmarks/recipes.py compares recipes over
+seeds.
 """
 
 import logging
