@@ -7,7 +7,7 @@ import os
 import signal
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from importlib.util import find_spec
 from multiprocessing import resource_tracker
 from pathlib import Path
@@ -19,6 +19,7 @@ from distributed.security import Security
 
 from molkd.pipeline.device import choose_device
 from molkd.pipeline.errors import ConfigError
+from molkd.pipeline.quiet import quiet
 
 log = logging.getLogger(__name__)
 
@@ -54,16 +55,9 @@ async def _knock(address: str) -> None:
     await comm.close()
 
 
-@contextmanager
-def quiet() -> Iterator[None]:
+def quiet_dask() -> AbstractContextManager[None]:
     """Keep what Dask says about its own affairs out of the log."""
-    logger = logging.getLogger("distributed")
-    before = logger.level
-    logger.setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        logger.setLevel(before)
+    return quiet("distributed", logging.CRITICAL)
 
 
 @contextmanager

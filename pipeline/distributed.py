@@ -19,7 +19,7 @@ from distributed.scheduler import KilledWorker
 from molkd.cache_schema.files import host_name
 from molkd.cache_schema.writer import Store
 from molkd.pipeline import errors, worker
-from molkd.pipeline.cluster import connect_to, local_cluster, quiet
+from molkd.pipeline.cluster import connect_to, local_cluster, quiet_dask
 from molkd.pipeline.config import CacheConfig
 from molkd.pipeline.errors import CacheError, MolkdError, TeacherError
 from molkd.pipeline.progress import Progress
@@ -231,7 +231,7 @@ class _HandOut:
 def _crew(config: CacheConfig) -> Iterator[_Crew]:
     """Connect to a scheduler, or start one with workers on this machine; leaving ends what was started."""
     with ExitStack() as stack:
-        stack.enter_context(quiet())
+        stack.enter_context(quiet_dask())
         where, threads, device = str(config.scheduler), None, config.device
         if config.workers is None:
             client = stack.enter_context(connect_to(where))

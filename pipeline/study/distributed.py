@@ -11,7 +11,7 @@ from typing import Any
 from distributed import Client, Future
 from distributed.scheduler import KilledWorker
 
-from molkd.pipeline.cluster import connect_to, quiet
+from molkd.pipeline.cluster import connect_to, quiet_dask
 from molkd.pipeline.errors import CacheError
 from molkd.pipeline.interrupts import interruptible
 from molkd.pipeline.study.grid import Run
@@ -39,7 +39,7 @@ def run_on_cluster(runs: Sequence[Run], note: Note, *, scheduler: str, threads: 
         If the scheduler goes away on the way.
     """
     study, told = uuid.uuid4().hex, 0
-    with quiet(), connect_to(scheduler) as client, interruptible() as stops:
+    with quiet_dask(), connect_to(scheduler) as client, interruptible() as stops:
         flying = {_submit(client, study, run, threads): run for run in runs}
         while flying:
             time.sleep(_LOOK_SECONDS)

@@ -1,12 +1,12 @@
 """`kd study --dry-run`: the grid, what is done, and what the rest would take in time and on disk."""
 
 import logging
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from molkd.pipeline.evaluation.tables import Column, format_table
+from molkd.pipeline.quiet import quiet
 from molkd.pipeline.study.estimate import Clock, disk_bytes, duration, probe
 from molkd.pipeline.study.fitting import Students, split_fitting
 from molkd.pipeline.study.grid import cells_of, check_folders, matching, runs_of
@@ -94,7 +94,7 @@ def dry_run(study: StudyConfig, options: StudyOptions) -> DryRun:
     standings = [standing_of(run) for run in runs]
     clock, left = Clock(standings), to_do(standings, retry=options.retry)
     if cache is not None and not missing.signals:
-        with _quiet():
+        with quiet("molkd.pipeline.distill", logging.ERROR):  # what runs say of their decisions
             probe(clock, cache, left)
     jobs, _, _ = share_out(runs[0].config.device, options.jobs, options.threads)
     jobs = min(jobs, max(1, len(left)))
@@ -121,15 +121,3 @@ def _lines(standings: Sequence[Standing], clock: Clock) -> list[GridLine]:
         states = {state: n for state, n in counts.items() if n}
         lines.append(GridLine(name, len(members), states, clock.seconds(members[0].run)))
     return lines
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep what runs say of their decisions out of a dry run."""
-    logger = logging.getLogger("molkd.pipeline.distill")
-    before = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(before)
