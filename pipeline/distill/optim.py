@@ -17,6 +17,7 @@ def make_optimizer(parameters: Iterable[nn.Parameter], config: TrainingConfig) -
         weight_decay=config.weight_decay,
         amsgrad=config.amsgrad,
         eps=config.adam_eps,
+        fused=True,  # on CPU too: a small student spends a sixth of its step in the loop over weights
     )
 
 
