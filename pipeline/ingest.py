@@ -16,7 +16,9 @@ from molkd.cache_schema.reader import Cache
 from molkd.cache_schema.writer import Store, create_store
 from molkd.pipeline.config import IngestConfig
 from molkd.pipeline.data.duplicates import resolve_duplicates
+from molkd.pipeline.data.lineage import PARENTS, parents_of_stores
 from molkd.pipeline.data.sources import Source, open_sources
+from molkd.pipeline.data.store_source import StoreSource
 from molkd.pipeline.data.system import System
 from molkd.pipeline.data.validate import check_system
 from molkd.pipeline.errors import DataError
@@ -75,7 +77,9 @@ def ingest(config: IngestConfig) -> IngestSummary:
     try:
         table = _scan(sources, unlabelled, require_labels=config.require_labels)
         keep, n_duplicates = _without_duplicates(table, config.on_conflict)
-        store = _create(config, table, keep, paths, n_duplicates)
+        stores = {str(p): s.cache for p, s in zip(paths, sources, strict=True) if isinstance(s, StoreSource)}
+        parents = parents_of_stores(stores) | (config.parents or {})
+        store = _create(config, table, keep, paths, n_duplicates, parents)
         _write_shards(store, sources, unlabelled, table, keep)
         finalize_if_complete(store)
     finally:
@@ -188,6 +192,7 @@ def _create(
     keep: NDArray[np.int64],
     paths: Sequence[Path | str],
     n_duplicates: int,
+    parents: dict[str, Any],
 ) -> Store:
     energy, ids = np.array(table.energy)[keep], _id_array(table.ids)[keep]
     return create_store(
@@ -209,6 +214,7 @@ def _create(
             LABELS_SHA256: labels_fingerprint(ids, [table.labels[i] for i in keep]),
             "units": {"energy": "eV", "positions": "A", "forces": "eV/A"},
             **({"augmentation": config.augmentation} if config.augmentation else {}),
+            **({PARENTS: parents} if parents else {}),
         },
         seed=config.seed,
         rows_per_shard=config.shard_atoms,

@@ -4,7 +4,6 @@ Starts are numbered; what one leads to depends on the seed and its number alone.
 fixed number, so that batches are the same whether a run was cut off or not.
 """
 
-import json
 import logging
 import time
 from collections import Counter
@@ -25,6 +24,7 @@ from molkd.pipeline.augment.sifting import Met, within_forces, without_contacts
 from molkd.pipeline.caching import CacheSummary, cache_teacher
 from molkd.pipeline.config import IngestConfig
 from molkd.pipeline.config.augment import AugmentConfig
+from molkd.pipeline.data.lineage import parents_facts
 from molkd.pipeline.errors import ConfigError, DataError
 from molkd.pipeline.ingest import ingest
 from molkd.pipeline.progress import Progress
@@ -33,9 +33,6 @@ log = logging.getLogger(__name__)
 
 AUGMENTATION = "augmentation"  # key among the facts that a store keeps on its data
 CHUNK = 32  # starts
-_MAX_PARENTS_BYTES = (
-    1_000_000  # of the list of parents in the store's plan, which is read whenever it is opened
-)
 
 
 class Method(Protocol):
@@ -60,6 +57,7 @@ class Origin:
         default_factory=dict
     )  # hashes of what is read: the structures depend on it
     facts: dict[str, Any] = field(default_factory=dict)  # in words: paths, counts
+    roots: dict[str, str] = field(default_factory=dict)  # of parents that were made themselves
     licence: str = ""
     citation: str = ""
 
@@ -147,11 +145,12 @@ def _fill_store(
     """Make the structures that are missing, and ingest all of them."""
     with record.locked():
         done = make_structures(method, config, looking, record, record.resume(recipe))
-        facts = {"recipe": recipe, **origin.facts, **_outcome(done), **_parents(record)}
+        facts = {"recipe": recipe, **origin.facts, **_outcome(done)}
         ingest(
             IngestConfig(
                 data=(record.structures,), store=config.cache.store, seed=config.seed,
                 licence=origin.licence, citation=origin.citation, augmentation=facts,
+                parents=parents_facts(str(record.structures), record.parents(), origin.roots),
             )
         )  # fmt: skip
     return facts
@@ -206,20 +205,6 @@ def labelled(frames: Sequence[Frame], looking: Looking) -> list[Frame]:
 def _outcome(done: Done) -> dict[str, Any]:
     means = {f"mean_{key}": total / done.n_frames for key, total in done.sums.items()}
     return {"n_made": done.n_made, "n_kept": done.n_frames, "dropped": done.dropped, **means}
-
-
-def _parents(record: Record) -> dict[str, Any]:
-    """Return the ids of all parents, and for each structure (`source_row` in the store) which is its own."""
-    ids = record.parents()
-    unique = sorted(set(ids) - {""})
-    number = {name: k for k, name in enumerate(unique)}
-    facts = {"parents": unique, "parent_of": [number.get(name, -1) for name in ids]}
-    if not unique:
-        return {}
-    if len(json.dumps(facts)) > _MAX_PARENTS_BYTES:
-        log.info("too many structures to keep every parent in the store; %s names them", record.structures)
-        return {}
-    return facts
 
 
 def _in_words(dropped: dict[str, int]) -> str:

@@ -118,4 +118,4 @@ def _origin(method: str, parents: Parents, **student: str) -> Origin:
     inputs = {"drawn_fingerprint": parents.fingerprint}
     inputs |= {key: value for key, value in student.items() if key.endswith("sha256")}
     facts = {"parent_data": parents.facts, **student}
-    return Origin(method, inputs, facts, parents.licence, parents.citation)
+    return Origin(method, inputs, facts, parents.roots, parents.licence, parents.citation)

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from molkd.pipeline.data.lineage import roots_by_id
 from molkd.pipeline.data.sources import Source, open_source
 from molkd.pipeline.data.store_source import StoreSource
 from molkd.pipeline.data.system import System
@@ -32,6 +33,7 @@ class Parents:
     facts: dict[str, str | int]  # where they are from
     licence: str
     citation: str
+    roots: dict[str, str]  # of systems that were made themselves: id in hex -> id of what from
 
     def __len__(self) -> int:
         """Return how many systems were drawn."""
@@ -70,12 +72,14 @@ def draw_parents(
                 progress.update()
         facts: dict[str, str | int] = {"data": str(data), "n_systems": len(source), "n_drawn": len(order)}
         dataset: dict[str, Any] = {}
+        roots: dict[str, str] = {}
         if isinstance(source, StoreSource):
             dataset, facts["store_fingerprint"] = source.cache.dataset, source.cache.fingerprint
+            roots = roots_by_id(source.cache)
         licence, citation = (str(dataset.get(key) or "") for key in ("licence", "citation"))
         # In the order of the data: in another one start k would begin elsewhere.
         fingerprint = hashlib.sha256(digests[np.argsort(order)].tobytes()).hexdigest()
-        yield Parents(source, order, fingerprint, facts, licence, citation)
+        yield Parents(source, order, fingerprint, facts, licence, citation, roots)
 
 
 def mobile(system: System, *, move_fixed: bool) -> NDArray[np.bool_]:

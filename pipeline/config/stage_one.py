@@ -28,6 +28,7 @@ class IngestConfig(Settings):
     citation: str = ""
     # How the structures were made, if here: kept in the store as `augmentation` among the facts on its data.
     augmentation: dict[str, JsonValue] | None = None
+    parents: dict[str, JsonValue] | None = None  # what each was made from, by source: see data/lineage.py
 
 
 def parse_part(given: Any) -> tuple[int, int] | None:

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from molkd.cache_schema.reader import Cache
 from molkd.cache_schema.teachers import differences, identity
 from molkd.pipeline.config import MixConfig, TrainConfig
+from molkd.pipeline.data.lineage import root_ids
 from molkd.pipeline.data.references import (
     N_ELEMENTS,
     LabelScale,
@@ -69,7 +70,9 @@ def open_mixed(
     """
     counts = systems_a_batch(config)
     weights = origin_weights(counts, [mix.weight for mix in config.mix])
-    held_out |= {row.tobytes() for row in main.cache.ids[val]} if config.mix else set()
+    if config.mix:
+        both = (main.cache.ids, root_ids(main.cache))
+        held_out |= {row.tobytes() for rows in both for row in rows[val]}
     stores = [main]
     for k, mix in enumerate(config.mix, start=1):
         cache = Cache.open(mix.store)

@@ -7,6 +7,7 @@ from numpy.typing import NDArray
 
 from molkd.cache_schema.reader import Cache
 from molkd.pipeline.config import TrainConfig
+from molkd.pipeline.data.lineage import knows_parents, root_ids
 from molkd.pipeline.data.splits import split_mask
 from molkd.pipeline.distill.objective import needed_signals
 from molkd.pipeline.distill.statistics import labelled_systems
@@ -62,7 +63,7 @@ def choose_systems(
     """
     val = np.zeros(cache.n_systems, dtype=bool)
     if config.val is None and config.val_fraction:
-        val = split_mask(cache.ids, config.val_fraction)
+        val = split_mask(root_ids(cache), config.val_fraction)  # what was made from a system is on its side
     train = usable_systems(cache, ~val, config, teacher, signals, held_out)
     if not train.any():
         raise DataError(f"{cache.path}: no system left to train on; lower --val-fraction or add systems")
@@ -79,7 +80,8 @@ def usable_systems(
 ) -> NDArray[np.bool_]:
     """Return which of the wanted systems (S,) can be trained on.
 
-    Quarantined systems are left out, and so is everything that also stands in the validation or test data.
+    Quarantined systems are left out, and so is everything that also stands in the validation or test data, or
+    was made from what stands there.
 
     Raises
     ------
@@ -90,14 +92,7 @@ def usable_systems(
     """
     train = wanted.copy()
     if held_out:
-        met = np.array([row.tobytes() in held_out for row in cache.ids])
-        if n_met := int((train & met).sum()):
-            log.warning(
-                "%s: %d systems of the store are in the validation or test data too: not trained on",
-                cache.path,
-                n_met,
-            )
-        train &= ~met
+        train &= ~_held_out_with_copies(cache, train, held_out)
     if teacher is not None:
         for name in signals:
             entry = cache.teachers[teacher].signals.get(name)
@@ -126,3 +121,27 @@ def usable_systems(
                 n_left_out,
             )
     return train
+
+
+def _held_out_with_copies(
+    cache: Cache, train: NDArray[np.bool_], held_out: frozenset[bytes]
+) -> NDArray[np.bool_]:
+    """Return which systems (S,) are held out, or were made from one that is."""
+    met, made = (
+        np.array([row.tobytes() in held_out for row in rows]) for rows in (cache.ids, root_ids(cache))
+    )
+    for where, what in ((met, "are in"), (made & ~met, "were made from")):
+        if n := int((train & where).sum()):
+            log.warning(
+                "%s: %d systems of the store %s the validation or test data: not trained on",
+                cache.path,
+                n,
+                what,
+            )
+    if not knows_parents(cache):
+        log.warning(
+            "%s: holds structures whose parents are not known: some may be copies of validation or test data",
+            cache.path,
+        )
+    found: NDArray[np.bool_] = met | made
+    return found

@@ -24,6 +24,7 @@ from molkd.cache_schema.reader import Cache
 from molkd.cache_schema.regroup import Origins
 from molkd.cache_schema.teachers import identity
 from molkd.cache_schema.writer import Store
+from molkd.pipeline.data.lineage import PARENTS, merged_parents
 from molkd.pipeline.encoding_options import parse_encodings
 from molkd.pipeline.sharing.copying import NO_SIGNALS, encoding_of, fill, wanted_signals
 from molkd.pipeline.sharing.duplicates import one_of_each, places_of
@@ -184,7 +185,10 @@ def _create(target: Path, caches: tuple[Cache, ...], chosen: Origins) -> tuple[S
             key: "; ".join(dict.fromkeys(str(c.dataset[key]) for c in caches if c.dataset.get(key)))
             for key in _JOINED
         }
-        merged = {"merged_from": [cache.fingerprint for cache in caches]}
+        merged: dict[str, Any] = {"merged_from": [cache.fingerprint for cache in caches]}
+        shared.pop(PARENTS, None)
+        if parents := merged_parents(caches):
+            merged[PARENTS] = parents
         dataset = shared | joined | describe_labels(chosen) | merged
         dataset.pop("n_duplicates_dropped", None)
     return create_from(
