@@ -25,7 +25,10 @@ class Site(NamedTuple):
 
 
 def find_sites(slab: Atoms) -> list[Site]:
-    """Return the sites in one cell of a slab whose surface spans the first two lattice vectors."""
+    """Return the sites of a slab whose surface spans the first two lattice vectors.
+
+    Of sites that a shift of the slab onto itself carries into each other one is returned.
+    """
     heights = slab.positions[:, 2]
     top = heights > heights.max() - _TOP
     plane = np.asarray(slab.cell[:2, :2])
@@ -41,7 +44,27 @@ def find_sites(slab: Atoms) -> list[Site]:
         distance = np.linalg.norm(points - corner, axis=1)
         around = points[distance < distance.min() + _SAME]
         found.append((_hollow(below, corner, plane) if _is_equilateral(around) else "hollow", corner))
-    return _in_one_cell(found, plane)
+    return _in_one_cell(found, plane, _own_shifts(slab, plane))
+
+
+def _own_shifts(slab: Atoms, plane: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return the shifts in the plane (T, 2), zero among them, that carry a slab onto itself."""
+    rarest = min(set(slab.numbers), key=lambda z: (slab.numbers == z).sum())
+    level = (slab.numbers == rarest) & (np.abs(slab.positions[:, 2] - _first(slab, rarest)[2]) < _SAME)
+    shifts = slab.positions[level, :2] - _first(slab, rarest)[:2]
+    return np.stack([shift for shift in shifts if _carries_onto_itself(slab, shift, plane)])
+
+
+def _first(slab: Atoms, number: int) -> NDArray[np.float64]:
+    return np.asarray(slab.positions[int(np.flatnonzero(slab.numbers == number)[0])])
+
+
+def _carries_onto_itself(slab: Atoms, shift: NDArray[np.float64], plane: NDArray[np.float64]) -> bool:
+    moved = slab.positions + np.append(shift, 0.0)
+    apart = slab.positions[None] - moved[:, None]
+    apart[..., :2] = lateral_vectors(apart[..., :2], plane)
+    same = (np.linalg.norm(apart, axis=-1) < _SAME) & (slab.numbers[None] == slab.numbers[:, None])
+    return bool(same.any(axis=1).all())
 
 
 def _is_equilateral(around: NDArray[np.float64]) -> bool:
@@ -68,7 +91,9 @@ def lateral_vectors(vectors: NDArray[np.float64], plane: NDArray[np.float64]) ->
     return np.asarray(np.take_along_axis(images, nearest[..., None, None], axis=-2)[..., 0, :])
 
 
-def _in_one_cell(found: list[tuple[str, NDArray[np.float64]]], plane: NDArray[np.float64]) -> list[Site]:
+def _in_one_cell(
+    found: list[tuple[str, NDArray[np.float64]]], plane: NDArray[np.float64], shifts: NDArray[np.float64]
+) -> list[Site]:
     """Keep one image of each site, those in the cell at the origin, in the order found."""
     sites: list[Site] = []
     for kind, xy in found:
@@ -76,12 +101,10 @@ def _in_one_cell(found: list[tuple[str, NDArray[np.float64]]], plane: NDArray[np
         if (fraction < -0.5).any() or (fraction > 1.5).any():
             continue  # an image far away; at the rim of the points cells are cut off
         place = (fraction % 1.0) @ plane
-        same = [s for s in sites if s.kind == kind]
+        images = [s.xy + shifts - place for s in sites if s.kind == kind]
         if (
-            not same
-            or (
-                np.linalg.norm(lateral_vectors(np.stack([s.xy for s in same]) - place, plane), axis=1) > _SAME
-            ).all()
+            not images
+            or (np.linalg.norm(lateral_vectors(np.concatenate(images), plane), axis=1) > _SAME).all()
         ):
             sites.append(Site(kind, place))
     return sites

@@ -32,6 +32,11 @@ _SIFTING = (
         type=float,
         help="Drop what lies within this of another structure (A).",
     ),
+    click.option(
+        "--min-energy-difference",
+        type=float,
+        help="... and whose energy is no farther from its (eV/atom); default 0.001.",
+    ),
 )
 _RELAXING = (
     click.option("--relax-steps", type=int, help="Most steps of a relaxation with the teacher."),

@@ -32,7 +32,10 @@ def train_command(config: TrainConfig, folder: Path) -> str:
     start = ["kd", "train-student", str(config.store), "--student", config.student]
     end = ["--out", str(config.out)]
     said = _said(config)
-    return _joined([start, *(said or [["--config", str(folder / "config.yaml")]]), end])
+    if said is None:
+        chosen = [["--kd", term.text] for term in config.kd] if config.kd_auto else []
+        said = [["--config", str(folder / "config.yaml")], *chosen]
+    return _joined([start, *said, end])
 
 
 def report_command(

@@ -33,10 +33,8 @@ def share_out(device: str, jobs: int | None, threads: int | None) -> tuple[int, 
     if devices:
         return jobs or len(devices), threads, devices
     n_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    if jobs is None:
-        threads = threads or 1
-        return max(1, n_cores // threads), threads, []
-    return jobs, threads or max(1, n_cores // jobs), []
+    threads = threads or 1
+    return jobs or max(1, n_cores // threads), threads, []
 
 
 def run_here(

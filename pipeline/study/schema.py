@@ -134,6 +134,7 @@ class ReportSpec(Settings):
 
     test: Annotated[tuple[Place, ...], BeforeValidator(_as_list)] = ()  # more data to measure on
     device: str = "auto"
+    throughput: bool = False  # measure the speeds of a pair's runs and teacher anew, in turns
 
 
 class StudyConfig(Settings):

@@ -167,6 +167,7 @@ def _lines(
         scale_file=scale_file,
         test=study.report.test,
         device=study.report.device,
+        throughput=study.report.throughput,
         keep_teacher=study.out / REPORT / KEPT / pair.teacher,
         fingerprints=fingerprints,
     )

@@ -5,7 +5,7 @@ from collections import Counter
 import numpy as np
 import pytest
 from ase import Atoms
-from ase.build import bcc110, fcc100, fcc111, hcp0001
+from ase.build import bcc110, fcc100, fcc111, hcp0001, surface
 from ase.data import covalent_radii
 from augment_cases import METALS
 
@@ -26,8 +26,7 @@ from molkd.pipeline.errors import ConfigError
 )
 def test_sites_are_where_ase_has_them(slab, per_atom):
     sites = find_sites(slab)
-    assert Counter(s.kind for s in sites) == {kind: 4 * n for kind, n in per_atom.items()}
-    plane = np.asarray(slab.cell[:2, :2])
+    assert Counter(s.kind for s in sites) == per_atom  # of the 2 x 2 atoms at the surface one stands for all
     known = slab.info["adsorbate_info"]
     cell = np.asarray(known["cell"])
     origin = slab.positions[slab.get_tags() == 1][0, :2]  # ASE counts layers from the top
@@ -35,8 +34,27 @@ def test_sites_are_where_ase_has_them(slab, per_atom):
         kind = {"shortbridge": "bridge", "longbridge": None}.get(name, name)
         if kind is None or (kind == "hollow" and "shortbridge" in known["sites"]):
             continue  # bcc110's hollow: ASE takes it off the point that is equally far from three atoms
-        away = [lateral_vectors(s.xy - origin - np.dot(where, cell), plane) for s in sites if s.kind == kind]
+        away = [lateral_vectors(s.xy - origin - np.dot(where, cell), cell) for s in sites if s.kind == kind]
         assert min(np.linalg.norm(v) for v in away) < 1e-6, name
+
+
+def test_sites_differ_where_atoms_do():
+    """One of 2 x 2 copper atoms is gold: a shift of the slab onto itself is left only by whole cells."""
+    slab = fcc111("Cu", (2, 2, 3), vacuum=5)
+    slab.numbers[np.argmax(slab.positions[:, 2])] = 79
+    assert Counter(s.kind for s in find_sites(slab)) == {"ontop": 4, "bridge": 12, "fcc": 4, "hcp": 4}
+
+
+def test_an_alloy_repeats_by_its_own_cell():
+    """Cu3Au(111): the cell holds four atoms of the surface, and stands here twice."""
+    bulk = Atoms(
+        "AuCu3", scaled_positions=[[0, 0, 0], [0.5, 0.5, 0], [0.5, 0, 0.5], [0, 0.5, 0.5]], cell=[3.8] * 3
+    )
+    bulk.pbc = True
+    slab = surface(bulk, (1, 1, 1), 3, vacuum=6, periodic=True)
+    once, twice = (Counter(s.kind for s in find_sites(slab.repeat((n, 1, 1)))) for n in (1, 2))
+    assert once == twice
+    assert once["ontop"] == 4
 
 
 @pytest.mark.parametrize(

@@ -87,6 +87,17 @@ def test_what_flags_cannot_say_comes_from_the_run(store, tmp_path):
     assert settings_of(command) == named
 
 
+def test_losses_that_a_run_chose_are_named_beside_its_settings(store, tmp_path):
+    """Its config.yaml says kd_auto: in another folder the same settings would choose again."""
+    chosen = config_of(store, kd_terms=("grad=3",)).model_copy(
+        update={"kd_auto": True, "test": {"other name": Path("hot.extxyz")}}
+    )
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(chosen.model_dump(mode="json")))
+    command = train_command(chosen, tmp_path)
+    assert "--config" in command
+    assert settings_of(command) == chosen.model_copy(update={"kd_auto": False})
+
+
 def test_report_command_parses_back():
     others = {"--scale-file": None, "--energy-key": "E 0"}
     command = report_command(

@@ -89,6 +89,21 @@ def test_weights_of_table_7(example):
     assert by_pair["painn-big-coll"]["n2n"] == 100
 
 
+@pytest.mark.parametrize(
+    ("name", "default"),
+    [("transformations", "linear"), ("losses", "mse"), ("features", "U6-to-U4"), ("augmentation", "n2n")],
+)
+def test_only_the_default_of_an_ablation_has_the_known_weight(example, name, default):
+    study = example(name)
+    weights = {
+        (run.cells[0].strategy, term.label): term.weight
+        for run in runs_of(study, cells_of(study), periodic=False)
+        for term in run.config.kd
+    }
+    assert weights[default, "n2n"] == 10000
+    assert {weight for (_, label), weight in weights.items() if label != "n2n"} <= {"auto"}
+
+
 def test_signals_are_those_that_the_strategies_learn_from(example):
     study = example("features-laptop")
     missing = missing_of(study, None, runs_of(study, cells_of(study), periodic=False))
