@@ -75,9 +75,10 @@ class Bullets:
 
 @dataclass(frozen=True)
 class Code:
-    """Lines for a shell."""
+    """Lines for a shell, or of a file."""
 
     text: str
+    language: str = "bash"
 
 
 @dataclass(frozen=True)

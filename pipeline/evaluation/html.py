@@ -118,7 +118,7 @@ def _block(block: Block, level: int, anchors: _Anchors) -> Iterator[str]:
                     f"<dd>{escape(tile.note)}</dd></div>"
                 )
             yield "</dl>"
-        case Code(text):
+        case Code(text=text):
             yield f'<pre tabindex="0"><code>{escape(text)}</code></pre>'
         case Link(text, path):
             yield f'<p><a href="{escape(path)}">{escape(text)}</a></p>'

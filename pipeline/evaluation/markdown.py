@@ -57,9 +57,9 @@ def _block(block: Block, level: int) -> Iterator[str]:
             yield "\n".join(
                 f"- {escape(tile.label)}: **{escape(tile.value)}** ({escape(tile.note)})" for tile in items
             )
-        case Code(text):
+        case Code(text, language):
             fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", text)), default=0))
-            yield f"{fence}bash\n{text}\n{fence}"
+            yield f"{fence}{language}\n{text}\n{fence}"
         case Link(text, path):
             yield f"[{escape(text)}]({path})"
         case Table():

@@ -6,9 +6,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import yaml
+
+from molkd.pipeline.environment import environment
 from molkd.pipeline.evaluating import Fingerprints, report_runs
 from molkd.pipeline.evaluation.best import RULE, best_marks
-from molkd.pipeline.evaluation.document import Document, Link, Mark, Paragraph, Section, table_of
+from molkd.pipeline.evaluation.document import Code, Document, Link, Mark, Paragraph, Section, table_of
 from molkd.pipeline.evaluation.gap import FORMULA
 from molkd.pipeline.evaluation.groups import group_key, group_runs
 from molkd.pipeline.evaluation.html import to_html
@@ -79,6 +82,7 @@ class Tables:
     folder: Path
     lines: list[Line]
     axes: tuple[str, ...]
+    file: str  # a study file that comes to the same
 
     def text(self) -> str:
         """Return the tables for a terminal."""
@@ -109,6 +113,15 @@ class Tables:
             )
             for (pair, data), lines in self._by_table().items()
         ]
+        made_with = ", ".join(f"{key} {value}" for key, value in environment().items())
+        repeat = (
+            Paragraph(
+                "kd study with this file makes again what is missing of store, teachers' signals, runs and "
+                f"tables; the commands of single runs are in the reports of the pairs. Made with {made_with}."
+            ),
+            Code(self.file, "yaml"),
+        )
+        sections.append(Section("How to repeat this", repeat))
         return Document(self.name, (Paragraph(f"{_NOTE}."), Paragraph(RULE)), tuple(sections))
 
     def _by_table(self) -> dict[tuple[str, str], list[Line]]:
@@ -116,6 +129,13 @@ class Tables:
         for line in self.lines:
             found.setdefault((line.pair.name, line.data), []).append(line)
         return found
+
+
+def study_file(study: StudyConfig) -> str:
+    """Return a study file, its paths absolute, that `read_study` turns back into the study."""
+    said = study.model_dump(mode="json", exclude_defaults=True)
+    text: str = yaml.safe_dump(said, sort_keys=False, allow_unicode=True)
+    return text
 
 
 def write_tables(study: StudyConfig, cells: Sequence[Cell], standings: Sequence[Standing]) -> Tables | None:
@@ -137,7 +157,7 @@ def write_tables(study: StudyConfig, cells: Sequence[Cell], standings: Sequence[
             lines += _lines(study, pair, own, ours, finished, folder / pair.name, fingerprints)
     if not lines:
         return None
-    tables = Tables(study.name, folder, lines, tuple(study.settings))
+    tables = Tables(study.name, folder, lines, tuple(study.settings), study_file(study))
     document = tables.document()
     write_atomic(folder / "study.csv", csv_table(tables.to_dict()))
     write_atomic(folder / "study.md", to_markdown(document))

@@ -11,6 +11,7 @@ from molkd.pipeline.study.preparing import missing_of, teacher_run
 from molkd.pipeline.study.reading import read_study
 from molkd.pipeline.study.run import run_study
 from molkd.pipeline.study.shipped import copy_example, describe_examples, example_names, example_text
+from molkd.pipeline.study.tables import study_file
 
 COUNTS = {
     "molecules": 3 * (2 * 4),  # of which SchNet's n2n+v2v are left out when the store is there
@@ -55,6 +56,15 @@ def test_runs(example, name):
     for teacher, spec in study.teachers.items():
         if spec.train is not None:
             assert teacher_run(study, teacher, periodic=False).config.kd == ()
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_what_the_page_says_is_the_same_study(example, name, tmp_path):
+    study = example(name, "steps=7", "seeds=[4, 1]")
+    elsewhere = tmp_path / "other" / "study.yaml"
+    elsewhere.parent.mkdir()
+    elsewhere.write_text(study_file(study))
+    assert read_study(elsewhere) == study
 
 
 def test_weights_of_table_7(example):

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from study_cases import SMALL_TEACHER
 
 from molkd.cache_schema.reader import Cache
-from molkd.pipeline.config import KDTerm, read_yaml
+from molkd.pipeline.config import KDTerm, make_config, read_yaml
 from molkd.pipeline.distill import train
 from molkd.pipeline.distill.run_folder import RunFolder
 from molkd.pipeline.errors import CacheError, ConfigError, DataError, ModelError
@@ -21,6 +22,7 @@ from molkd.pipeline.study import run
 from molkd.pipeline.study.dry_run import dry_run
 from molkd.pipeline.study.options import StudyOptions
 from molkd.pipeline.study.run import prepare_study, report_study, run_study
+from molkd.pipeline.study.schema import StudyConfig
 from molkd.pipeline.study.state import FAILED, State, read_failure
 
 ALONE = StudyOptions(jobs=1)
@@ -57,6 +59,8 @@ def test_runs_and_tables(study, runs_here, material):
     page = (small.out / "report" / "study.md").read_text()
     assert "## p, test" in page
     assert "[Report of p](p/report.html)" in page
+    said = page.split("```yaml\n")[1].split("```")[0]
+    assert make_config(StudyConfig, yaml.safe_load(said)) == small
     marked = {name: next(x for x in page.splitlines() if x.startswith(f"| {name} all |")) for name in errors}
     best = min(errors, key=lambda name: statistics.mean(errors[name]))
     assert {name: line.split("|")[3].strip()[-1] == "★" for name, line in marked.items()} == {
