@@ -13,6 +13,7 @@ from molkd.pipeline.evaluation.reproduce import train_command
 from molkd.pipeline.evaluation.result import Evaluation
 from molkd.pipeline.evaluation.results import Evaluations, TeacherResult
 from molkd.pipeline.evaluation.runs import Run
+from molkd.pipeline.evaluation.throughput import Throughput
 
 _SAME = ("device", "n_threads", "batch_size", "dtype")  # without which throughputs do not compare
 
@@ -38,7 +39,7 @@ def origin_of(
         commands={group.name: tuple(_command(run) for run in group.runs) for group in groups},
         report_command=command,
         environments=(*_environments(groups), {"what": "this report", **here}),
-        conditions=_unique(_conditions(dict(_measured(groups, teacher, evaluations)))),
+        conditions=_conditions(_measured(groups, teacher, evaluations)),
         fingerprints=_unique(_fingerprints(groups, teacher, evaluations)),
         citations=_citations(groups, here["molkd"]),
     )
@@ -73,11 +74,13 @@ def _measured(
                 yield (group.name, dataset), evaluation
 
 
-def _conditions(measured: Mapping[tuple[str, str], Evaluation]) -> Iterator[dict[str, str]]:
-    for (model, dataset), evaluation in measured.items():
+def _conditions(measured: Iterable[tuple[tuple[str, str], Evaluation]]) -> tuple[dict[str, str], ...]:
+    """Return a row for what was measured in the same way, seeds together."""
+    alike: dict[tuple[tuple[str, str], ...], list[Throughput]] = {}
+    for (model, dataset), evaluation in measured:
         if evaluation.throughput is not None:
             found = evaluation.throughput.conditions
-            yield {
+            row = {
                 "model": model,
                 "data": dataset,
                 "device": found.device,
@@ -85,8 +88,17 @@ def _conditions(measured: Mapping[tuple[str, str], Evaluation]) -> Iterator[dict
                 "systems a batch": str(found.batch_size),
                 "atoms a system": f"{found.atoms_per_system:.1f}",
                 "precision": found.dtype,
-                "repeats": str(evaluation.throughput.n_repeats),
             }
+            alike.setdefault(tuple(row.items()), []).append(evaluation.throughput)
+    return tuple({**dict(row), **_repeats(its)} for row, its in alike.items())
+
+
+def _repeats(measured: Sequence[Throughput]) -> dict[str, str]:
+    low, high = min(one.lower_quartile for one in measured), max(one.upper_quartile for one in measured)
+    return {
+        "repeats": str(sum(one.n_repeats for one in measured)),
+        "middle half of repeats (systems/s)": f"{low:.3g} to {high:.3g}",
+    }
 
 
 def _fingerprints(

@@ -104,8 +104,20 @@ def test_speeds_under_other_conditions_are_remarked_upon(make_run, make_evaluati
         for text in report.remarks
     )
     assert [row["threads"] for row in report.origin.conditions] == ["1", "2"]
+    assert {row["middle half of repeats (systems/s)"] for row in report.origin.conditions} == {"95 to 105"}
     page = report.page.read_text()
     assert "CPU X" in page
+
+
+def test_spreads_of_speeds_take_all_seeds_together(make_run, make_evaluation, tmp_path):
+    """By hand: quartiles of 90, 100, 110 are 95 and 105, those of 180, 200, 220 are 190 and 210."""
+    folders = [make_run("a", seed=0, tests=()), make_run("b", seed=1, tests=())]
+    for folder, factor in zip(folders, (1.0, 2.0), strict=True):
+        rates = [90.0 * factor, 100.0 * factor, 110.0 * factor]
+        speed = Throughput.of(rates, Conditions("CPU X", 1, 32, 20.0, "float32", "2.0"))
+        replace(make_evaluation(), throughput=speed).save(folder / "evaluation" / "hot.npz")
+    (row,) = write_report(folders, tmp_path / "out").origin.conditions
+    assert (row["repeats"], row["middle half of repeats (systems/s)"]) == ("6", "95 to 210")
 
 
 def test_origin_holds_versions_fingerprints_and_citations(make_run, tmp_path):
