@@ -29,7 +29,7 @@ _OPTIONS = (
         "--encoding",
         multiple=True,
         metavar="[SIGNAL=]ENCODING",
-        help="Of features: fp32, fp16, int8 (default from 4,096 atoms on) or pca:BYTES a row; may be repeated.",
+        help="Of features: fp32, fp16 (default below 4,096 atoms), int8 (default) or pca:BYTES; repeatable.",
     ),
     click.option(
         "--max-error", type=float, help="Take the smallest encoding within this relative rms error."

@@ -76,13 +76,22 @@ class Row:
         return clean
 
 
+def metric_columns() -> list[Column]:
+    """Return the errors that have a gap, the share of it that is closed, and what else is reported."""
+    metrics = {
+        m.key: Column(m.key, m.title.replace(" (", "\n("), decimals=m.decimals) for m in REPORTED.values()
+    }
+    gaps = [Column(f"gap_{key}", title.replace(", ", ",\n"), decimals=1) for key, title in GAPS.items()]
+    others = [column for key, column in metrics.items() if key not in GAPS]
+    return [*(metrics[key] for key in GAPS), *gaps, *others]
+
+
 def columns(rows: Sequence[Row]) -> list[Column]:
     """Return the columns that the rows have something for."""
     every = [
         Column("name", "model"),
         Column("seeds", "seeds"),
-        *(Column(m.key, m.title.replace(" (", "\n("), decimals=m.decimals) for m in REPORTED.values()),
-        *(Column(f"gap_{key}", title.replace(", ", ",\n"), decimals=1) for key, title in GAPS.items()),
+        *metric_columns(),
         Column("seconds", "training\n(s)"),
         Column("n_parameters", "parameters"),
         Column(_THROUGHPUT, "systems/s"),

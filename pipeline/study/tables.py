@@ -17,7 +17,7 @@ from molkd.pipeline.evaluation.groups import group_key, group_runs
 from molkd.pipeline.evaluation.html import to_html
 from molkd.pipeline.evaluation.markdown import to_markdown
 from molkd.pipeline.evaluation.metrics import REPORTED
-from molkd.pipeline.evaluation.results import GAPS, Row
+from molkd.pipeline.evaluation.results import GAPS, Row, metric_columns
 from molkd.pipeline.evaluation.runs import read_run
 from molkd.pipeline.evaluation.tables import Column, csv_table, format_table
 from molkd.pipeline.files import write_atomic
@@ -235,8 +235,7 @@ def _columns(lines: Sequence[Line]) -> list[Column]:
     every = [
         Column("name", "strategy"),
         Column("seeds", "seeds"),
-        *(Column(m.key, m.title.replace(" (", "\n("), decimals=m.decimals) for m in REPORTED.values()),
-        *(Column(f"gap_{key}", title.replace(", ", ",\n"), decimals=1) for key, title in GAPS.items()),
+        *metric_columns(),
         Column("missing", "missing"),
     ]
     cells = [line.cells() for line in lines]
