@@ -4,9 +4,10 @@
 
 The same command continues. Three regimes: `all` labels; a `tenth` of the labelled systems and nothing else;
 the same tenth and, as `pool`, the other nine tenths without their labels. In each the teacher also labels
-rattled copies of what there is. Every run of a case has the same student, steps and batch size. Baselines
+rattled copies of what there is. All runs of a regime have the same student, steps and batch size. Baselines
 without KD are `none` and `slope`, which teaches the energy its slope from the labelled forces, as `grad` does
-from the teacher's. Test files are never trained on, rattled, or looked at by the teacher but to measure it.
+from the teacher's; in `pool` they would train on what they have in `tenth`, so only `none` is made again.
+Test files are never trained on, rattled, or looked at by the teacher but to measure it.
 Writes OUT/CASE-REGIME.yaml, a study, and runs it: `kd study` shows its state, tables are in
 OUT/CASE-REGIME/report.
 Needs the data sets beside the checkout (../shared/data).
@@ -25,11 +26,18 @@ import ase.io
 import yaml
 from gap_closed import DATA, KD, output
 
+ROOT = Path(__file__).resolve().parents[1]
 REGIMES = ("all", "tenth", "pool")
 FEATURES = ("node", "v2v")
 COPIES = {"all": 3, "tenth": 20, "pool": 3}  # rattled ones of each system
 SHARE = 0.5  # of them in each batch
 TENTH = 10
+# --only has others: n2n+v2v, grad
+STRATEGIES = {
+    "all": ("none", "slope", "auto", "rattled", "auto+rattled"),
+    "tenth": ("none", "slope", "auto", "rattled", "auto+rattled"),
+    "pool": ("none", "auto", "rattled", "auto+rattled", "pseudo"),
+}
 
 
 @dataclass(frozen=True)
@@ -41,26 +49,32 @@ class Case:
     val: str
     tests: tuple[str, ...]
     licence: str
-    steps: int
+    steps: dict[str, int]  # by regime
     batch_size: int
     sigma: float  # A, of the rattling
     settings: dict[str, Any] = field(default_factory=dict)
-    teacher: Path | None = None  # that comes with the data
+    teacher: Path | None = None  # one that is at hand
 
 
 CASES = {
     "ethanol": Case(
-        "rmd17-ethanol", "train", "val", ("test",), "MIT", 12_000, 8, 0.03,
+        "rmd17-ethanol", "train", "val", ("test",), "MIT",
+        {"all": 10_000, "tenth": 4_000, "pool": 5_000}, 8, 0.03,
         teacher=DATA / "painn-rmd17-ethanol-weights" / "painn_1.npz",
     ),
-    "acac": Case("acac", "train_300K", "val_300K", ("test_300K", "test_600K"), "MIT", 8_000, 8, 0.03),
+    "acac": Case(
+        "acac", "train_300K", "val_300K", ("test_300K", "test_600K"), "MIT",
+        {"all": 8_000, "tenth": 4_000, "pool": 4_000}, 8, 0.03,
+    ),
     "coll-gfn2": Case(
         "coll-gfn2", "train", "val", ("test", "test_ood_hot", "test_ood_new_molecules"), "CC0-1.0",
-        8_000, 8, 0.03,
+        {"all": 8_000, "tenth": 4_000, "pool": 4_000}, 8, 0.03,
+        teacher=ROOT / "pipeline" / "demo" / "painn-coll-gfn2.safetensors",
     ),
     "oc20like-nrr": Case(
         "oc20like-nrr", "train", "val_id", ("test_id", "test_ood_ads", "test_ood_cat", "test_ood_both"),
-        "not settled: internal use only", 2_000, 4, 0.03,
+        "not settled: internal use only",
+        {"all": 2_000, "tenth": 1_500, "pool": 1_500}, 4, 0.03,
         # Adsorption energies need no references; 16 neighbors are those of the teacher.
         {"training.references": "none", "training.normalization": "energy", "training.forces_weight": 30,
          "model.max_neighbors": 16},
@@ -75,7 +89,7 @@ def main() -> None:
     parser.add_argument("case", choices=CASES)
     parser.add_argument("regime", choices=REGIMES)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--teacher", help="model file or run folder; ethanol has its own")
+    parser.add_argument("--teacher", help="model file or run folder; ethanol and coll-gfn2 have one")
     parser.add_argument("--student", default="painn-tiny")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int)
@@ -139,7 +153,7 @@ def describe(
     }
     if args.regime == "pool":
         strategies["pseudo"] = {"set": {"pseudo_labels": True}}
-    chosen = {k: v for k, v in strategies.items() if args.only is None or k in args.only}
+    chosen = {k: v for k, v in strategies.items() if k in (args.only or STRATEGIES[args.regime])}
     return {
         "name": name,
         "store": str(store.resolve()),
@@ -147,7 +161,7 @@ def describe(
         "pairs": [{"teacher": "teacher", "student": args.student}],
         "strategies": chosen,
         "seeds": args.seeds,
-        "steps": args.steps or case.steps,
+        "steps": args.steps or case.steps[args.regime],
         "set": {"training.batch_size": case.batch_size, **case.settings},
         "val": str(folder / f"{case.val}.extxyz"),
         "test": {test: str(folder / f"{test}.extxyz") for test in case.tests},
