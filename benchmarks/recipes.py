@@ -4,9 +4,10 @@
 
 The same command continues. Three regimes: `all` labels; a `tenth` of the labelled systems and nothing else;
 the same tenth and, as `pool`, the other nine tenths without their labels. In each the teacher also labels
-rattled copies of what there is. All runs of a regime have the same student, steps and batch size. Baselines
-without KD are `none` and `slope`, which teaches the energy its slope from the labelled forces, as `grad` does
-from the teacher's; in `pool` they would train on what they have in `tenth`, so only `none` is made again.
+rattled copies of what there is, or with --only what other kinds of `kd augment` make of it. All runs of a
+regime have the same student, steps and batch size. Baselines without KD are `none` and `slope`, which teaches
+the energy its slope from the labelled forces, as `grad` does from the teacher's; in `pool` they would train
+on what they have in `tenth`, so only `none` is made again.
 Test files are never trained on, rattled, or looked at by the teacher but to measure it.
 Writes OUT/CASE-REGIME.yaml, a study, and runs it: `kd study` shows its state, tables are in
 OUT/CASE-REGIME/report.
@@ -18,6 +19,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,7 +34,7 @@ FEATURES = ("node", "v2v")
 COPIES = {"all": 3, "tenth": 20, "pool": 3}  # rattled ones of each system
 SHARE = 0.5  # of them in each batch
 TENTH = 10
-# --only has others: n2n+v2v, grad
+# --only has others: n2n+v2v, grad, and auto+KIND for each of `kinds`; auto+adversarial wants runs of none
 STRATEGIES = {
     "all": ("none", "slope", "auto", "rattled", "auto+rattled"),
     "tenth": ("none", "slope", "auto", "rattled", "auto+rattled"),
@@ -105,18 +107,19 @@ def main() -> None:
         sys.exit("--teacher: train one with kd train-student --kd none")
     args.out.mkdir(parents=True, exist_ok=True)
     name = f"{args.case}-{args.regime}"
-    store, rattled = prepare(case, args.regime, args.out / name, str(teacher))
+    chosen = args.only or STRATEGIES[args.regime]
+    stores = prepare(case, args.regime, args.out / name, str(teacher), chosen)
     study = args.out / f"{name}.yaml"
-    content = describe(args, case, name, store, rattled, str(teacher))
+    content = describe(args, case, name, stores, str(teacher), chosen)
     study.write_text(yaml.safe_dump(content, sort_keys=False))
     more = [word for text in args.set for word in ("--set", f"set.{text}")]
     run([*KD, "study", study, "--jobs", args.jobs, "--threads", 1, *more])
 
 
-def prepare(case: Case, regime: str, folder: Path, teacher: str) -> tuple[Path, Path]:
-    """Make the store of the regime and that of rattled copies, both with the teacher's signals."""
+def prepare(case: Case, regime: str, folder: Path, teacher: str, chosen: Sequence[str]) -> dict[str, Path]:
+    """Make the store of the regime, `data`, and those of new structures, all with the teacher's signals."""
     folder.mkdir(exist_ok=True)
-    store, rattled = folder / "data.kdcache", folder / "rattled.kdcache"
+    stores = {"data": folder / "data.kdcache"}
     files = {"labelled": folder / "labelled.extxyz", "pool": folder / "pool.extxyz"}
     source = DATA / case.folder / f"{case.train}.extxyz"
     if regime != "all" and not files["pool"].exists():
@@ -125,22 +128,44 @@ def prepare(case: Case, regime: str, folder: Path, teacher: str) -> tuple[Path, 
         ase.io.write(files["pool"], [f for i, f in enumerate(frames) if i % TENTH])
     data = [source] if regime == "all" else [files["labelled"]]
     pool: list[object] = ["--drop-labels", files["pool"]] if regime == "pool" else []
-    run([*KD, "ingest", *data, store, "--licence", case.licence, *pool])
+    run([*KD, "ingest", *data, stores["data"], "--licence", case.licence, *pool])
     offered = set(json.loads(output([*KD, "teacher", "info", teacher, "--json"]))["signals"])
     signals = ["energy", "forces", "atomic_energies", *(s for s in FEATURES if s in offered)]
     of_teacher = ["--teacher", teacher, "--name", "teacher", "--signals", ",".join(signals)]
-    run([*KD, "cache-teacher", store, *of_teacher])
-    rattle = ["--sigma", case.sigma, "--copies", COPIES[regime]]
-    run([*KD, "augment", "rattle", store, rattled, *of_teacher, *rattle])
-    return store, rattled
+    run([*KD, "cache-teacher", stores["data"], *of_teacher])
+    n_systems = json.loads(output([*KD, "cache", "info", stores["data"], "--json"]))["systems"]
+    for kind, how in kinds(case, n_systems, COPIES[regime], folder).items():
+        if any(kind == name.removeprefix("auto+") for name in chosen):
+            stores[kind] = folder / f"{kind}.kdcache"
+            run([*KD, "augment", how[0], stores["data"], stores[kind], *of_teacher, *how[1:]])
+    return stores
+
+
+def kinds(case: Case, n_systems: int, copies: int, folder: Path) -> dict[str, list[object]]:
+    """Return how new structures are made, about `copies` of each system in every way."""
+    n = n_systems * copies
+    student = folder / "runs" / "teacher-to-painn-tiny" / "none" / "seed0"
+    return {
+        "rattled": ["rattle", "--sigma", case.sigma, "--copies", copies],
+        "rattled-0.1": ["rattle", "--sigma", 0.1, "--copies", copies],
+        "adversarial": ["adversarial", "--student", student, "--n", n],
+        "relaxed": ["molecules", "--n", n // 4, "--frames", 4],
+        "dynamics": ["molecules", "--n", n // 20, "--frames", 20, "--temperature", 500, "--md-steps", 400],
+    }
 
 
 def describe(
-    args: argparse.Namespace, case: Case, name: str, store: Path, rattled: Path, teacher: str
+    args: argparse.Namespace,
+    case: Case,
+    name: str,
+    stores: dict[str, Path],
+    teacher: str,
+    chosen: Sequence[str],
 ) -> dict[str, Any]:
     """Return the study."""
     folder = (DATA / case.folder).resolve()
-    mix = [{"store": str(rattled.resolve()), "share": SHARE}]
+    mixed = {kind: [{"store": str(path.resolve()), "share": SHARE}] for kind, path in stores.items()}
+    del mixed["data"]
     slope = 0.3 * float(case.settings.get("training.forces_weight", 10))  # as the recipe weighs `grad`
     strategies: dict[str, Any] = {
         "none": [],
@@ -148,18 +173,16 @@ def describe(
         "n2n+v2v": ["n2n", "v2v"],
         "grad": f"grad={slope:g}",
         "auto": "auto",
-        "rattled": {"set": {"pseudo_labels": True, "mix": mix}},
-        "auto+rattled": {"kd": "auto", "set": {"mix": mix}},
+        "pseudo": {"set": {"pseudo_labels": True}},
+        **{kind: {"set": {"pseudo_labels": True, "mix": mix}} for kind, mix in mixed.items()},
+        **{f"auto+{kind}": {"kd": "auto", "set": {"mix": mix}} for kind, mix in mixed.items()},
     }
-    if args.regime == "pool":
-        strategies["pseudo"] = {"set": {"pseudo_labels": True}}
-    chosen = {k: v for k, v in strategies.items() if k in (args.only or STRATEGIES[args.regime])}
     return {
         "name": name,
-        "store": str(store.resolve()),
+        "store": str(stores["data"].resolve()),
         "teachers": {"teacher": {"model": str(Path(teacher).resolve())}},
         "pairs": [{"teacher": "teacher", "student": args.student}],
-        "strategies": chosen,
+        "strategies": {name: strategies[name] for name in strategies if name in chosen},
         "seeds": args.seeds,
         "steps": args.steps or case.steps[args.regime],
         "set": {"training.batch_size": case.batch_size, **case.settings},
