@@ -213,16 +213,18 @@ class Operations(Writing):
         *,
         recode: bool,
     ) -> None:
-        encodings = {}
+        encodings, named = {}, []
         for group in wanted:
-            there = SIGNALS[group.rpartition("/")[2]][1]
+            name = group.rpartition("/")[2]
+            there = SIGNALS[name][1]
             offers = there[there.index(shelf.groups[group].encoding) :]
             encodings[group] = offers[how % len(offers)] if recode else offers[0]
+            named += [f"{name}={encodings[group]}"] if recode and len(there) > 1 else []  # energies stay fp64
         target = self._new_path()
         arguments = {
             "signals": [group.rpartition("/")[2] for group in wanted],
             "selection": self._selection(shelf, chosen, sizes, how),
-            "encoding": [f"{g.rpartition('/')[2]}={one}" for g, one in encodings.items()] if recode else (),
+            "encoding": named,
         }
         may = not any(shelf.missing(group) for group in (ATOMS, *wanted))
         refused = self._run(lambda: copy_store(shelf.path, target, **arguments), at if may else None)
