@@ -1,7 +1,7 @@
 """`--kd auto`: the losses a student learns with where nobody chose any, by what store and student have.
 
-Chosen by benchmarks/recipes.py on two sets of molecules; docs/benchmarks.md has the figures. On slabs it has not
-been compared yet.
+Chosen by benchmarks/recipes.py on two sets of molecules; docs/benchmarks.md has the figures. On slabs it has
+not been compared yet.
 """
 
 import logging

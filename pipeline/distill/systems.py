@@ -130,14 +130,12 @@ def _held_out_with_copies(
     met, made = (
         np.array([row.tobytes() in held_out for row in rows]) for rows in (cache.ids, root_ids(cache))
     )
-    for where, what in ((met, "are in"), (made & ~met, "were made from")):
+    for where, what in (
+        (met, "are in the validation or test data too"),
+        (made & ~met, "were made from validation or test data"),
+    ):
         if n := int((train & where).sum()):
-            log.warning(
-                "%s: %d systems of the store %s the validation or test data: not trained on",
-                cache.path,
-                n,
-                what,
-            )
+            log.warning("%s: %d systems of the store %s: not trained on", cache.path, n, what)
     if not knows_parents(cache):
         log.warning(
             "%s: holds structures whose parents are not known: some may be copies of validation or test data",

@@ -100,7 +100,7 @@ def test_copies_of_validation_systems_are_not_mixed_in(stores, tmp_path, monkeyp
     }
     assert 0 < len(copies) < N * COPIES
     assert seen == (as_set(main.ids) - val) | (as_set(rattled.ids) - copies)
-    assert f"{len(copies)} systems of the store were made from the validation or test data" in caplog.text
+    assert f"{len(copies)} systems of the store were made from validation or test data" in caplog.text
 
 
 def test_copies_of_test_systems_are_not_mixed_in(stores, tmp_path, monkeypatch):
