@@ -7,8 +7,7 @@ them of its parent, -1 for none. None instead says that parents are not known.
 
 import json
 import logging
-from collections.abc import Iterator, Mapping, Sequence
-from types import MappingProxyType
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -40,9 +39,10 @@ def root_ids(cache: Cache) -> NDArray[np.uint8]:
             continue
         rows = np.flatnonzero(cache.source == number)
         ids, parent_of = _checked(cache, known)
-        if len(rows) and not 0 <= cache.source_row[rows].max() < len(parent_of):
+        places = cache.source_row[rows]
+        if ((places < 0) | (places >= len(parent_of))).any():
             raise _senseless(cache)
-        parents = parent_of[cache.source_row[rows]]
+        parents = parent_of[places]
         has_one = parents >= 0
         roots[rows[has_one]] = ids[parents[has_one]]
     return roots
@@ -53,9 +53,7 @@ def knows_parents(cache: Cache) -> bool:
     return all(known is not None for known in _facts(cache).values())
 
 
-def parents_facts(
-    source: str, parents: Sequence[str], roots: Mapping[str, str] = MappingProxyType({})
-) -> Facts:
+def parents_facts(source: str, parents: Sequence[str], roots: Mapping[str, str]) -> Facts:
     """Return the facts on one source, none if nothing in it was made from a system.
 
     Parameters
@@ -86,18 +84,15 @@ def parents_of_stores(sources: Mapping[str, Cache]) -> Facts:
         if not knows_parents(cache):
             facts[name] = None
             continue
-        parents = [r.tobytes().hex() if (r != i).any() else "" for i, r in _pairs(cache)]
-        facts |= parents_facts(name, parents)
+        roots = roots_by_id(cache)
+        facts |= parents_facts(name, [roots.get(row.tobytes().hex(), "") for row in cache.ids], {})
     return facts
 
 
 def roots_by_id(cache: Cache) -> dict[str, str]:
     """Return what systems were made from, both by id in hex; those that were not made are left out."""
-    return {i.tobytes().hex(): r.tobytes().hex() for i, r in _pairs(cache) if (i != r).any()}
-
-
-def _pairs(cache: Cache) -> Iterator[tuple[NDArray[np.uint8], NDArray[np.uint8]]]:
-    return zip(cache.ids, root_ids(cache), strict=True)
+    pairs = zip(cache.ids, root_ids(cache), strict=True)
+    return {i.tobytes().hex(): r.tobytes().hex() for i, r in pairs if (i != r).any()}
 
 
 def merged_parents(caches: Sequence[Cache]) -> Facts:
