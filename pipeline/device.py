@@ -1,4 +1,6 @@
-"""Which device to run on."""
+"""Which device to run on, and what there is of it."""
+
+import os
 
 import torch
 
@@ -29,3 +31,8 @@ def synchronize(device: torch.device) -> None:
     """Wait for what runs on the device; without it only the launch of kernels would be timed."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def available_cores() -> int:
+    """Return how many cores this process may use, which a scheduler may have made fewer than there are."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,4 +1,4 @@
-"""A thread that stays a few items ahead of its consumer, and one that works off what is left behind."""
+"""Threads that stay a few items ahead of their consumer, and one that works off what is left behind."""
 
 import queue
 import threading
@@ -9,6 +9,7 @@ from types import TracebackType
 from typing import Any, Self, TypeVar
 
 T = TypeVar("T")
+R = TypeVar("R")
 
 _END = object()
 _POLL_SECONDS = 0.05
@@ -42,6 +43,32 @@ def prefetch(items: Iterator[T], depth: int) -> Generator[T, None, None]:
     finally:
         stop.set()
         thread.join()
+
+
+def prefetch_map(
+    function: Callable[[T], R], items: Iterator[T], depth: int, n_threads: int = 1
+) -> Generator[R, None, None]:
+    """Do the same with ``map(function, items)``, where several threads may call the function at once.
+
+    Order is kept, and only one thread runs the iterator.
+    """
+    if n_threads == 1:
+        yield from prefetch(map(function, items), depth)
+        return
+    source = prefetch(items, depth)
+    pending: deque[Future[R]] = deque()
+    with ThreadPoolExecutor(n_threads, "kd-prefetch") as pool:
+        try:
+            for item in source:
+                pending.append(pool.submit(function, item))
+                if len(pending) > depth:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
+        finally:
+            for future in pending:
+                future.cancel()
+            source.close()
 
 
 def _put(ready: "queue.Queue[Any]", item: object, stop: threading.Event) -> bool:

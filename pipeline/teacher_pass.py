@@ -2,8 +2,9 @@
 
 import logging
 import math
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -12,7 +13,14 @@ from torch import Tensor
 
 from molkd.cache_schema.reader import Cache
 from molkd.pipeline.errors import TeacherError
-from molkd.pipeline.graphs.batch import BATCH_FIELDS, Batch, batch_from_arrays, to_device
+from molkd.pipeline.graphs.batch import (
+    BATCH_FIELDS,
+    Batch,
+    batch_from_arrays,
+    edges_ptr,
+    split_batch,
+    to_device,
+)
 from molkd.pipeline.graphs.neighbors import NeighborRule
 from molkd.pipeline.scope import source_of
 from molkd.pipeline.teachers.interface import Teacher
@@ -33,6 +41,14 @@ class Work:
         """Number of edges E."""
         return self.batch.edge_index.shape[1]
 
+    def split(self, borders: Sequence[int]) -> list["Work"]:
+        """Return parts of it; borders begin with 0 and end with the number of systems."""
+        if len(borders) == 2:
+            return [self]
+        batches = split_batch(self.batch, borders)
+        cuts = [slice(*border) for border in pairwise(borders)]
+        return [Work(self.indices[c], b, self.n_atoms[c]) for c, b in zip(cuts, batches, strict=True)]
+
 
 def make_work(
     cache: Cache,
@@ -48,29 +64,25 @@ def make_work(
     while begin < len(indices):
         fits = np.searchsorted(np.cumsum(n_atoms[begin:]), max_atoms, side="right")
         end = begin + max(int(fits), 1)
-        yield from _split_by_edges(cache, indices[begin:end], rule, dtype, max_edges)
+        yield from _split_by_edges(build_work(cache, indices[begin:end], rule, dtype), max_edges)
         begin = end
 
 
-def _split_by_edges(
-    cache: Cache, indices: NDArray[np.int64], rule: NeighborRule, dtype: torch.dtype, max_edges: int
-) -> Iterator[Work]:
-    work = build_work(cache, indices, rule, dtype)
-    if len(indices) == 1 or work.n_edges <= max_edges:
-        yield work
-        return
-    for half in _halves(indices):
-        yield from _split_by_edges(cache, half, rule, dtype, max_edges)
+def _split_by_edges(work: Work, max_edges: int) -> Iterator[Work]:
+    """Fill up one part after the other, each with one system at least."""
+    ends = edges_ptr(work.batch)[1:].numpy()  # (S,)
+    borders, n_before = [0], 0
+    while borders[-1] < len(ends):
+        fits = int(np.searchsorted(ends, n_before + max_edges, side="right"))
+        borders.append(max(fits, borders[-1] + 1))
+        n_before = int(ends[borders[-1] - 1])
+    return iter(work.split(borders))
 
 
 def build_work(cache: Cache, indices: NDArray[np.int64], rule: NeighborRule, dtype: torch.dtype) -> Work:
     """Read systems and build one batch of them."""
     arrays = cache.read(indices, BATCH_FIELDS)
     return Work(indices, batch_from_arrays(arrays, rule, dtype), arrays["n_atoms"].astype(np.int64))
-
-
-def _halves(indices: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    return indices[: len(indices) // 2], indices[len(indices) // 2 :]
 
 
 class TeacherPass:
@@ -105,9 +117,9 @@ class TeacherPass:
                 "%s is out of memory at %d atoms and %d edges, going on with half; lower --batch-edges",
                 self.teacher.device, work.batch.n_atoms, work.n_edges,
             )  # fmt: skip
-        for half in _halves(work.indices):
-            part = build_work(self.cache, half, self.teacher.neighbor_rule, self.teacher.dtype)
-            yield from self.run(part, signals)
+        n_systems = len(work.indices)
+        for half in work.split((0, n_systems // 2, n_systems)):
+            yield from self.run(half, signals)
 
     def _try(self, work: Work, signals: Collection[str]) -> dict[str, Tensor] | None:
         """Return the signals, None if they do not fit; what the failed attempt held is free then."""

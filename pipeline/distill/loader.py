@@ -1,4 +1,4 @@
-"""Batches of a store for training: one prefetch thread reads, builds neighbours and normalises labels."""
+"""Batches of a store for training: read, neighbours built and labels normalised ahead of the step."""
 
 from collections.abc import Callable, Collection, Iterator
 from typing import Any, NamedTuple
@@ -12,16 +12,20 @@ from molkd.cache_schema.epoch import EpochPlan, decoded, iterate_epoch, read_epo
 from molkd.cache_schema.layout import SCALE
 from molkd.cache_schema.reader import Cache
 from molkd.pipeline.data.references import LabelScale, reference_table
+from molkd.pipeline.device import available_cores
 from molkd.pipeline.distill.coded import Coded, CodedParts, coded_signals
 from molkd.pipeline.distill.losses import Targets, Weights
 from molkd.pipeline.distill.teacher_graph import require_rule, sorted_edges, teacher_config
 from molkd.pipeline.graphs.batch import BATCH_FIELDS, Batch, Edges, batch_from_arrays
 from molkd.pipeline.graphs.neighbors import NeighborRule
-from molkd.pipeline.prefetch import prefetch
+from molkd.pipeline.prefetch import prefetch_map
 
 _FIELDS = (*BATCH_FIELDS, "energy", "forces")
 _CODED = (Coded, CodedParts)
-PREFETCH = 4  # batches ready ahead of the step
+_PREFETCH = 4  # batches ready ahead of the step
+_BUILDERS = 4  # threads that build batches for a GPU, which is faster than one thread finds neighbours
+
+Arrays = dict[str, NDArray[Any]]  # one batch as it is read
 
 
 class Sample(NamedTuple):
@@ -99,7 +103,8 @@ class CacheLoader:
             self.batch_in_epoch = 0
 
     def _rest_of_epoch(self) -> Iterator[Sample]:
-        samples = prefetch(self._read(self.epoch, self.batch_in_epoch), PREFETCH)
+        read = self.read(self.plan(self.epoch), self.batch_in_epoch)
+        samples = prefetch_map(self._build, read, *ahead(self.pin))
         try:
             for sample in samples:
                 self.batch_in_epoch += 1
@@ -107,9 +112,9 @@ class CacheLoader:
         finally:
             samples.close()
 
-    def _read(self, epoch: int, start_batch: int) -> Iterator[Sample]:
-        for sample in self.read(self.plan(epoch), start_batch):
-            yield pinned(sample) if self.pin else sample
+    def _build(self, arrays: Arrays) -> Sample:
+        sample = self.make_sample(arrays)
+        return pinned(sample) if self.pin else sample
 
     def plan(self, epoch: int) -> EpochPlan:
         """Return which systems make the batches of an epoch."""
@@ -117,8 +122,8 @@ class CacheLoader:
             self.cache, subset=self.subset, batch_size=self.batch_size, seed=self.seed, epoch=epoch
         )
 
-    def read(self, plan: EpochPlan, start_batch: int = 0) -> Iterator[Sample]:
-        """Read the batches of a plan from number `start_batch` on, in this thread and unpinned."""
+    def read(self, plan: EpochPlan, start_batch: int = 0) -> Iterator[Arrays]:
+        """Read the batches of a plan from number `start_batch` on, in this thread, for `make_sample`."""
         batches = read_epoch(
             self.cache,
             plan,
@@ -129,9 +134,9 @@ class CacheLoader:
             decode=False,
         )
         for _, arrays in batches:
-            yield self.make_sample(arrays)
+            yield arrays
 
-    def make_sample(self, arrays: dict[str, NDArray[Any]]) -> Sample:
+    def make_sample(self, arrays: Arrays) -> Sample:
         """Build neighbours and normalised targets from the concatenated arrays of one batch, as stored."""
         rule: NeighborRule | Edges = self.rule
         if "edge" in self.signals:
@@ -143,7 +148,7 @@ class CacheLoader:
                 require_rule(arrays, self.edge_rule, self._teacher_config)
         return Sample(batch_from_arrays(arrays, rule), self._targets(arrays))
 
-    def _targets(self, arrays: dict[str, NDArray[Any]]) -> Targets:
+    def _targets(self, arrays: Arrays) -> Targets:
         n_atoms = arrays["n_atoms"]
         references = self._references[arrays["atomic_numbers"]]  # (N,) eV
         offset = np.add.reduceat(references, np.cumsum(n_atoms) - n_atoms) + self.scale.energy_mean  # (S,)
@@ -178,6 +183,12 @@ class CacheLoader:
             rotate=name not in self._rotated,
         )
         return rows if self.pin else rows.decode()
+
+
+def ahead(pin: bool) -> tuple[int, int]:
+    """Return how many batches are kept ready and how many threads build them; `pin` means for a GPU."""
+    n_threads = max(1, min(_BUILDERS, available_cores() - 1)) if pin else 1
+    return _PREFETCH + n_threads - 1, n_threads
 
 
 def sample_to(sample: Sample, device: torch.device) -> Sample:

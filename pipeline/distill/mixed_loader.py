@@ -1,4 +1,4 @@
-"""Batches of fixed composition from several stores, in one thread; an epoch is a pass over the first one."""
+"""Batches of fixed composition from several stores; an epoch is a pass over the first one."""
 
 import itertools
 from collections.abc import Iterator, Sequence
@@ -8,11 +8,11 @@ import numpy as np
 import torch
 
 from molkd.pipeline.distill.coded import join_rows
-from molkd.pipeline.distill.loader import PREFETCH, CacheLoader, Sample, pinned
+from molkd.pipeline.distill.loader import Arrays, CacheLoader, Sample, ahead, pinned
 from molkd.pipeline.distill.losses import Targets, Weights
 from molkd.pipeline.distill.mixing import Composition, origin_weights
 from molkd.pipeline.graphs.batch import join_batches
-from molkd.pipeline.prefetch import prefetch
+from molkd.pipeline.prefetch import prefetch_map
 
 
 class MixedLoader:
@@ -51,7 +51,8 @@ class MixedLoader:
 
     def __iter__(self) -> Iterator[Sample]:
         """Deliver batches for ever; close the iterator to stop the thread."""
-        samples = prefetch(self._read(self.epoch, self.batch_in_epoch), PREFETCH)
+        read = self._read(self.epoch, self.batch_in_epoch)
+        samples = prefetch_map(self._build, read, *ahead(self.loaders[0].pin))
         try:
             for sample in samples:
                 if self.batch_in_epoch == self.batches_per_epoch:
@@ -61,23 +62,30 @@ class MixedLoader:
         finally:
             samples.close()
 
-    def _read(self, epoch: int, batch: int) -> Iterator[Sample]:
+    def _build(self, origins: list[list[Arrays]]) -> Sample:
+        made = zip(self.loaders, origins, strict=True)
+        sample = join_samples(
+            [[loader.make_sample(a) for a in arrays] for loader, arrays in made], self.ratios
+        )
+        return pinned(sample) if self.loaders[0].pin else sample
+
+    def _read(self, epoch: int, batch: int) -> Iterator[list[list[Arrays]]]:
+        """Yield the arrays of each batch, by origin."""
         main = self.loaders[0]
         extra = [self._stream(origin, epoch, batch) for origin in range(1, len(self.loaders))]
         for number in itertools.count(epoch):
             for first in main.read(main.plan(number), batch):
-                sample = join_samples([[first], *(next(stream) for stream in extra)], self.ratios)
-                yield pinned(sample) if main.pin else sample
+                yield [[first], *(next(stream) for stream in extra)]
             batch = 0
 
-    def _stream(self, origin: int, epoch: int, batch: int) -> Iterator[list[Sample]]:
+    def _stream(self, origin: int, epoch: int, batch: int) -> Iterator[list[Arrays]]:
         """Yield what a further store gives to each batch: several pieces where a pass over it ends."""
         loader = self.loaders[origin]
         n_systems = int(loader.subset.sum())
         turn, place = divmod(self.composition.place(origin, epoch, batch), n_systems)
         n_batches = self.batches_per_epoch
         counts = (self.composition.count(origin, b % n_batches) for b in itertools.count(batch))
-        pieces: list[Sample] = []
+        pieces: list[Arrays] = []
         missing = next(counts)
         for number in itertools.count(turn):
             borders, fills = [place], []

@@ -6,6 +6,7 @@ center to the neighbor's periodic image: ``positions[j] + shift @ cell - positio
 """
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,6 +20,7 @@ from molkd.pipeline.graphs.neighbors import NeighborRule, neighbor_lists
 
 BATCH_FIELDS = ("atomic_numbers", "positions", "cell", "pbc", "tags", "fixed")  # of a store, that make one
 _PER_ROW = (*BATCH_FIELDS, "edge_shift")
+_PER_ATOM = ("atomic_numbers", "positions", "tags", "fixed")
 
 Edges = tuple[NDArray[np.int64], NDArray[np.integer]]  # edge_index (2, E), edge_shift (E, 3)
 
@@ -127,6 +129,34 @@ def join_batches(batches: Sequence[Batch]) -> Batch:
         atoms_ptr=torch.cat([batches[0].atoms_ptr[:1], *(b.atoms_ptr[1:] + atom for b, _, atom in shifted)]),
         edge_index=torch.cat([b.edge_index + atom for b, _, atom in shifted], dim=1),
     )
+
+
+def split_batch(batch: Batch, borders: Sequence[int]) -> list[Batch]:
+    """Cut a batch between systems; borders begin with 0 and end with S. Edges stay as they were found."""
+    ptr = batch.atoms_ptr.tolist()
+    edges = edges_ptr(batch).tolist()
+    parts = []
+    for first, last in pairwise(borders):
+        systems, atoms = slice(first, last), slice(ptr[first], ptr[last])
+        of_part = slice(edges[first], edges[last])
+        columns = {name: getattr(batch, name)[atoms] for name in _PER_ATOM}
+        parts.append(
+            Batch(
+                **columns,
+                cell=batch.cell[systems],
+                pbc=batch.pbc[systems],
+                system_idx=batch.system_idx[atoms] - first,
+                atoms_ptr=batch.atoms_ptr[first : last + 1] - ptr[first],
+                edge_index=batch.edge_index[:, of_part] - ptr[first],
+                edge_shift=batch.edge_shift[of_part],
+            )
+        )
+    return parts
+
+
+def edges_ptr(batch: Batch) -> Int[Tensor, " S1"]:
+    """Return where each system's edges begin, length S+1, as `atoms_ptr` does for atoms."""
+    return torch.searchsorted(batch.edge_index[1].contiguous(), batch.atoms_ptr)
 
 
 def to_device(batch: Batch, device: torch.device, dtype: torch.dtype | None = None) -> Batch:

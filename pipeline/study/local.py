@@ -1,12 +1,12 @@
 """Runs side by side on this machine."""
 
 import logging
-import os
 import queue
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 
 from molkd.pipeline.cluster import visible_devices
+from molkd.pipeline.device import available_cores
 from molkd.pipeline.interrupts import interruptible
 from molkd.pipeline.study.grid import Run
 from molkd.pipeline.study.process import Outcome, make_job, perform
@@ -32,9 +32,8 @@ def share_out(device: str, jobs: int | None, threads: int | None) -> tuple[int, 
     devices = visible_devices(device)
     if devices:
         return jobs or len(devices), threads, devices
-    n_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     threads = threads or 1
-    return jobs or max(1, n_cores // threads), threads, []
+    return jobs or max(1, available_cores() // threads), threads, []
 
 
 def run_here(

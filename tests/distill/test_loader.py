@@ -10,7 +10,7 @@ import torch
 from distill_cases import PAINN, SIGNALS, flip_a_bit, ids_of, read_systems, scale_of
 
 from molkd.cache_schema.reader import Cache
-from molkd.pipeline.distill.loader import CacheLoader
+from molkd.pipeline.distill.loader import CacheLoader, sample_to
 from molkd.pipeline.errors import IntegrityError
 from molkd.pipeline.models.potential import Potential
 from molkd.pipeline.models.registry import build_model
@@ -20,11 +20,19 @@ SCALE = scale_of(read_systems())
 ENERGY_NOISE = 1e-5  # eV; float32 of a normalised energy of up to 30 times 3 eV
 
 
-def make_loader(store, *, subset=None, seed=0, batch_size=7, signals=SIGNALS, cache=None):
+def make_loader(store, *, subset=None, seed=0, batch_size=7, signals=SIGNALS, cache=None, pin=False):
     cache = cache or Cache.open(store)
     subset = np.ones(cache.n_systems, dtype=bool) if subset is None else subset
     return CacheLoader(
-        cache, subset, RULE, SCALE, batch_size=batch_size, seed=seed, teacher="teacher", signals=signals
+        cache,
+        subset,
+        RULE,
+        SCALE,
+        batch_size=batch_size,
+        seed=seed,
+        teacher="teacher",
+        signals=signals,
+        pin=pin,
     )
 
 
@@ -42,7 +50,7 @@ def index_of(cache):
 
 
 def prefetch_threads():
-    return [t for t in threading.enumerate() if t.name == "kd-prefetch"]
+    return [t for t in threading.enumerate() if t.name.startswith("kd-prefetch")]
 
 
 def assert_same(a, b):
@@ -164,6 +172,52 @@ def test_errors_of_the_thread_reach_the_trainer(store, monkeypatch):
         if next(calls) == 2:
             raise ZeroDivisionError("in the thread")
         return make_sample(arrays)
+
+    monkeypatch.setattr(loader, "make_sample", broken)
+    samples = iter(loader)
+    assert next(samples).batch.n_systems == next(samples).batch.n_systems == 7
+    with pytest.raises(ZeroDivisionError, match="in the thread"):
+        next(samples)
+    assert not prefetch_threads()
+
+
+@pytest.fixture
+def for_a_gpu(monkeypatch):
+    """Loaders that build batches in several threads; a copy stands for pinned memory."""
+    monkeypatch.setattr(torch.Tensor, "pin_memory", torch.Tensor.clone)
+    monkeypatch.setattr("molkd.pipeline.distill.loader.available_cores", lambda: 16)
+    return lambda store: make_loader(store, pin=True)
+
+
+def test_batches_that_several_threads_build_keep_their_order(store, for_a_gpu, monkeypatch):
+    loader = for_a_gpu(store)
+    make_sample, calls, second_is_made = loader.make_sample, itertools.count(), threading.Event()
+
+    def overtaken(arrays):
+        call = next(calls)
+        if call == 0:
+            assert second_is_made.wait(timeout=60)  # in vain where only one thread builds
+        sample = make_sample(arrays)
+        if call == 1:
+            second_is_made.set()
+        return sample
+
+    monkeypatch.setattr(loader, "make_sample", overtaken)
+    for made, expected in zip(take(loader, 10), take(make_loader(store), 10), strict=True):
+        assert_same(sample_to(made, torch.device("cpu")), expected)
+    assert not prefetch_threads()
+
+
+def test_errors_of_one_of_several_threads_reach_the_trainer(store, for_a_gpu, monkeypatch):
+    loader = for_a_gpu(store)
+    make_sample = loader.make_sample
+    third = take(make_loader(store), 3)[2].batch.positions
+
+    def broken(arrays):
+        sample = make_sample(arrays)
+        if torch.equal(sample.batch.positions, third):
+            raise ZeroDivisionError("in the thread")
+        return sample
 
     monkeypatch.setattr(loader, "make_sample", broken)
     samples = iter(loader)

@@ -211,11 +211,11 @@ def test_every_store_is_decoded_with_its_own_codebook(encoded):
     names = ("node", "v2v")
     parts = [loader_of(path, FIRST, 5, signals=names, pin=True) for path in encoded]
     plain = [loader_of(path, FIRST, 5, signals=names) for path in encoded]
-    samples = [next(part.read(part.plan(0))) for part in parts]
+    samples = [part.make_sample(next(part.read(part.plan(0)))) for part in parts]
     joined = join_samples([[s] for s in samples], (1.0, 1.0))
     assert isinstance(joined.targets.teacher["node"], CodedParts)
     decoded = sample_to(joined, torch.device("cpu")).targets.teacher
-    expected = [next(part.read(part.plan(0))).targets.teacher for part in plain]
+    expected = [part.make_sample(next(part.read(part.plan(0)))).targets.teacher for part in plain]
     for name in names:
         assert torch.equal(decoded[name], torch.cat([teacher[name] for teacher in expected]))
         assert not torch.equal(expected[0][name], expected[1][name])

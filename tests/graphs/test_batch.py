@@ -1,11 +1,13 @@
-"""Batches joined are the batch that their systems make together."""
+"""Batches joined are the batch that their systems make together, and split those they make apart."""
+
+from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
 
 from molkd.pipeline.data.system import System
-from molkd.pipeline.graphs.batch import batch_from_systems, join_batches
+from molkd.pipeline.graphs.batch import batch_from_systems, join_batches, split_batch
 from molkd.pipeline.graphs.neighbors import NeighborRule
 
 RULE = NeighborRule(4.0, 20)
@@ -43,3 +45,14 @@ def test_joined_batches_are_the_batch_of_all_their_systems(cuts):
         assert torch.equal(getattr(joined, name), value), name
         assert getattr(joined, name).dtype == value.dtype, name
     assert joined.edge_index.shape[1] > 50
+
+
+@pytest.mark.parametrize("cuts", [[3], [1, 2], [1, 2, 5], []])
+def test_parts_of_a_batch_are_the_batches_of_their_systems(cuts):
+    everything, borders = systems(), [0, *cuts, 6]
+    parts = split_batch(batch_from_systems(everything, RULE), borders)
+    for part, border in zip(parts, pairwise(borders), strict=True):
+        expected = batch_from_systems(everything[slice(*border)], RULE)
+        for name, value in expected._asdict().items():
+            assert torch.equal(getattr(part, name), value), name
+            assert getattr(part, name).dtype == value.dtype, name

@@ -1,6 +1,7 @@
 """Stage one: what is stored is what the teacher says of each system alone, whatever the batches were."""
 
 import shutil
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -110,6 +111,9 @@ def test_batch_budgets(small_store):
                 n_edges = work.batch.edge_index.shape[1]
                 assert work.batch.n_atoms == cache.system_n_atoms[work.indices].sum()
                 assert len(work.indices) == 1 or (work.batch.n_atoms <= max_atoms and n_edges <= max_edges)
+            if max_atoms == 10**9:  # filled up: the next system's edges would not have fitted
+                counts = [np.bincount(w.batch.system_idx[w.batch.edge_index[1]]) for w in works]
+                assert all(c.sum() + n[0] > max_edges for c, n in pairwise(counts))
             if max_edges > 300:  # filled up: the next system would not have fitted
                 first_of_next = cache.system_n_atoms[[w.indices[0] for w in works[1:]]]
                 assert all(
