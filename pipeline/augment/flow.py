@@ -57,7 +57,7 @@ class Origin:
         default_factory=dict
     )  # hashes of what is read: the structures depend on it
     facts: dict[str, Any] = field(default_factory=dict)  # in words: paths, counts
-    roots: dict[str, str] = field(default_factory=dict)  # of parents that were made themselves
+    roots: dict[str, str] | None = field(default_factory=dict)  # see `parents_facts`
     licence: str = ""
     citation: str = ""
 

@@ -33,7 +33,7 @@ class Parents:
     facts: dict[str, str | int]  # where they are from
     licence: str
     citation: str
-    roots: dict[str, str]  # of systems that were made themselves: id in hex -> id of what from
+    roots: dict[str, str] | None  # of systems that were made themselves, see `parents_facts`
 
     def __len__(self) -> int:
         """Return how many systems were drawn."""
@@ -72,7 +72,7 @@ def draw_parents(
                 progress.update()
         facts: dict[str, str | int] = {"data": str(data), "n_systems": len(source), "n_drawn": len(order)}
         dataset: dict[str, Any] = {}
-        roots: dict[str, str] = {}
+        roots: dict[str, str] | None = {}
         if isinstance(source, StoreSource):
             dataset, facts["store_fingerprint"] = source.cache.dataset, source.cache.fingerprint
             roots = roots_by_id(source.cache)

@@ -53,14 +53,16 @@ def knows_parents(cache: Cache) -> bool:
     return all(known is not None for known in _facts(cache).values())
 
 
-def parents_facts(source: str, parents: Sequence[str], roots: Mapping[str, str]) -> Facts:
+def parents_facts(source: str, parents: Sequence[str], roots: Mapping[str, str] | None) -> Facts:
     """Return the facts on one source, none if nothing in it was made from a system.
 
     Parameters
     ----------
     parents : the id in hex of what each system was made from, empty where from nothing
-    roots : what parents were made from themselves, by id
+    roots : what parents were made from themselves, by id; None where that is not known
     """
+    if roots is None:
+        return {source: None} if any(parents) else {}
     oldest = [roots.get(name, name) for name in parents]
     ids = sorted(set(oldest) - {""})
     if not ids:
@@ -81,16 +83,21 @@ def parents_of_stores(sources: Mapping[str, Cache]) -> Facts:
     """Return the facts on stores that are read as sources themselves, by their names as such."""
     facts: Facts = {}
     for name, cache in sources.items():
-        if not knows_parents(cache):
+        roots = roots_by_id(cache)
+        if roots is None:
             facts[name] = None
             continue
-        roots = roots_by_id(cache)
         facts |= parents_facts(name, [roots.get(row.tobytes().hex(), "") for row in cache.ids], {})
     return facts
 
 
-def roots_by_id(cache: Cache) -> dict[str, str]:
-    """Return what systems were made from, both by id in hex; those that were not made are left out."""
+def roots_by_id(cache: Cache) -> dict[str, str] | None:
+    """Return what systems were made from, both by id in hex; None where the store does not know it of all.
+
+    Those that were not made are left out.
+    """
+    if not knows_parents(cache):
+        return None
     pairs = zip(cache.ids, root_ids(cache), strict=True)
     return {i.tobytes().hex(): r.tobytes().hex() for i, r in pairs if (i != r).any()}
 

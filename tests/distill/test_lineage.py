@@ -148,6 +148,10 @@ def test_a_store_with_too_many_parents_to_keep_says_so(stores, tmp_path, teacher
     assert not knows_parents(Cache.open(rattled))
     merge_stores((stores[0], rattled), tmp_path / "merged.kdcache")
     assert not knows_parents(Cache.open(tmp_path / "merged.kdcache"))
+    with monkeypatch.context() as patch:  # copies of such copies: their parents are known, not what those are
+        patch.setattr(lineage, "_MAX_BYTES", 10**6)
+        again = rattle(rattled, tmp_path / "again.kdcache", teacher_file, sigma=(0.01,))
+    assert not knows_parents(Cache.open(again))
     mix = [{"store": rattled, "share": 0.5}]
     with caplog.at_level(logging.WARNING, "molkd"):
         train_student(
