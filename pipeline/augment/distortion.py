@@ -1,5 +1,7 @@
 """Displacements that a chemist would name: a bond is stretched, or a part of a molecule turned around it."""
 
+from collections.abc import Sequence
+
 import numpy as np
 from ase import Atoms
 from ase.neighborlist import build_neighbor_list, natural_cutoffs
@@ -9,9 +11,13 @@ from scipy.sparse.csgraph import connected_components
 from molkd.pipeline.augment.frame import to_atoms
 from molkd.pipeline.data.system import System
 
+_OFF_AXIS = 0.1  # A; a turn moves what is nearer to its axis by less than any noise
 
-def open_bonds(system: System) -> list[tuple[int, int, NDArray[np.bool_]]]:
-    """Return the bonds that are in no ring: both atoms, and which atoms (N,) are on the second one's side.
+Bond = tuple[int, int, NDArray[np.bool_]]  # both atoms, and which atoms (N,) are on the second one's side
+
+
+def open_bonds(system: System) -> list[Bond]:
+    """Return the bonds that are in no ring.
 
     Atoms are bonded where ASE says so, within the sum of covalent radii. The side of fewer atoms moves; a
     bond is left out where that side holds a fixed atom and the other one does, too.
@@ -33,7 +39,20 @@ def open_bonds(system: System) -> list[tuple[int, int, NDArray[np.bool_]]]:
     return bonds
 
 
-def stretched(system: System, bond: tuple[int, int, NDArray[np.bool_]], by: float) -> NDArray[np.float64]:
+def rotatable(system: System, bonds: Sequence[Bond]) -> list[Bond]:
+    """Return the bonds around which a turn changes the shape: both sides have an atom beside the axis."""
+    return [bond for bond in bonds if all(_is_beside(system, bond, side) for side in (bond[2], ~bond[2]))]
+
+
+def _is_beside(system: System, bond: Bond, side: NDArray[np.bool_]) -> bool:
+    first, second, _ = bond
+    axis = system.positions[second] - system.positions[first]
+    arms = system.positions[side] - system.positions[first]
+    distances = np.linalg.norm(np.cross(arms, axis), axis=1) / np.linalg.norm(axis)
+    return bool((distances > _OFF_AXIS).any())
+
+
+def stretched(system: System, bond: Bond, by: float) -> NDArray[np.float64]:
     """Return positions (N, 3) with a bond longer by so many Angstrom, one side of it moved as a whole."""
     first, second, side = bond
     axis = system.positions[second] - system.positions[first]
@@ -42,7 +61,7 @@ def stretched(system: System, bond: tuple[int, int, NDArray[np.bool_]], by: floa
     return positions
 
 
-def turned(system: System, bond: tuple[int, int, NDArray[np.bool_]], degrees: float) -> NDArray[np.float64]:
+def turned(system: System, bond: Bond, degrees: float) -> NDArray[np.float64]:
     """Return positions (N, 3) with one side of a bond turned around it."""
     first, second, side = bond
     atoms = to_atoms(system)[side]

@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from molkd.pipeline.augment.distortion import open_bonds, stretched, turned
+from molkd.pipeline.augment.distortion import open_bonds, rotatable, stretched, turned
 from molkd.pipeline.augment.dynamics import simulate
 from molkd.pipeline.augment.frame import Facts, Frame, moved
 from molkd.pipeline.augment.look import Looking
@@ -48,7 +48,9 @@ class Molecules:
         move = config.moves[int(random.integers(len(config.moves)))]
         made: Facts = {"parent": parent.id.hex(), "start": start, "move": move}
         bonds = open_bonds(parent) if move != "rattle" else []
-        if not bonds:  # one atom, or rings only
+        if move == "torsion":
+            bonds = rotatable(parent, bonds)
+        if not bonds:  # one atom, rings only, or nothing to turn
             made["move"] = "rattle"
             return Frame(moved(parent, rattled(parent, config.sigma, random)), made)
         bond = bonds[int(random.integers(len(bonds)))]

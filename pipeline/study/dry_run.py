@@ -12,7 +12,7 @@ from molkd.pipeline.study.fitting import Students, split_fitting
 from molkd.pipeline.study.grid import cells_of, check_folders, matching, runs_of
 from molkd.pipeline.study.local import share_out
 from molkd.pipeline.study.options import StudyOptions
-from molkd.pipeline.study.preparing import missing_of, open_store
+from molkd.pipeline.study.preparing import check_teachers, missing_of, open_store
 from molkd.pipeline.study.run import check_settings
 from molkd.pipeline.study.schema import StudyConfig
 from molkd.pipeline.study.state import Standing, State, standing_of, to_do
@@ -77,7 +77,7 @@ def dry_run(study: StudyConfig, options: StudyOptions) -> DryRun:
 
     Raises
     ------
-    ConfigError, CacheError, DataError
+    ConfigError, CacheError, DataError, ModelError, TeacherError
         If the study asks for what there is not.
     """
     cells = cells_of(study)
@@ -86,6 +86,7 @@ def dry_run(study: StudyConfig, options: StudyOptions) -> DryRun:
     runs = runs_of(study, cells, periodic=cache is not None and bool(cache.pbc.any()))
     if cache is not None:
         check_folders(runs)
+        check_teachers(study, cache)
     missing, students = missing_of(study, cache, runs), Students()
     skipped: dict[str, str] = {}
     if cache is not None and not missing.signals:

@@ -14,7 +14,7 @@ from molkd.pipeline.distill.settings import train_config
 from molkd.pipeline.errors import CacheError, ConfigError, ModelError
 from molkd.pipeline.ingest import ingest
 from molkd.pipeline.places import short_name
-from molkd.pipeline.study.grid import MANY_EPOCHS, Run, signals_read
+from molkd.pipeline.study.grid import MANY_EPOCHS, Run, check_folders, signals_read
 from molkd.pipeline.study.schema import StudyConfig
 from molkd.pipeline.study.state import State, standing_of
 from molkd.pipeline.teachers.load import load_teacher
@@ -98,6 +98,42 @@ def missing_of(study: StudyConfig, cache: Cache | None, runs: Sequence[Run]) -> 
         and standing_of(teacher_run(study, name, periodic=False)).state is not State.FINISHED
     ]
     return Missing(cache is None, tuple(training), {name: these for name, these in signals.items() if these})
+
+
+def check_teachers(study: StudyConfig, cache: Cache) -> None:
+    """Refuse teachers other than those whose signals the store holds: gaps would be those of another one.
+
+    Raises
+    ------
+    CacheError
+        If the store holds signals under the name of a teacher with other weights, or one still to train.
+    ConfigError
+        If a teacher was trained with other settings.
+    TeacherError, ModelError
+        If a teacher cannot be loaded.
+    """
+    periodic = bool(cache.pbc.any())
+    trained = {name for name, spec in study.teachers.items() if spec.train is not None}
+    runs = {name: teacher_run(study, name, periodic=periodic) for name in study.teachers if name in trained}
+    check_folders(list(runs.values()))
+    remedy = "give this teacher another name in the study, or the study another store"
+    for name in study.teachers:
+        if name not in cache.teachers:
+            continue
+        if name in runs and standing_of(runs[name]).state is not State.FINISHED:
+            raise CacheError(
+                f"{study.store}: holds signals of a teacher {name} already, and {runs[name].path} is still "
+                f"to be trained; name the run folder of that teacher under teachers.{name}.model, or {remedy}"
+            )
+        found = teacher_model(study, name)
+        assert found is not None
+        model, scale_file = found
+        weights = load_teacher(model, device="cpu", scale_file=scale_file).info.weights_sha256
+        if weights != (cached := cache.teachers[name].provenance["weights_sha256"]):
+            raise CacheError(
+                f"{study.store}: the signals of teacher {name} are by weights {cached[:16]}, {model} has "
+                f"{weights[:16]}; {remedy}"
+            )
 
 
 def _lacking(cache: Cache | None, teacher: str, wanted: set[str]) -> tuple[str, ...]:

@@ -18,6 +18,7 @@ from molkd.pipeline.study.local import Note, run_here, share_out
 from molkd.pipeline.study.options import StudyOptions
 from molkd.pipeline.study.preparing import (
     cache_signals,
+    check_teachers,
     make_store,
     missing_of,
     open_store,
@@ -75,6 +76,7 @@ def report_study(study: StudyConfig, options: StudyOptions) -> StudySummary:  # 
         raise CacheError(f"{study.store}: no store yet, so nothing has finished; run the study first")
     runs = runs_of(study, cells, periodic=bool(cache.pbc.any()))
     check_folders(runs)
+    check_teachers(study, cache)
     able, skipped = split_fitting(runs, cache)
     make_folder(study.out)
     return summarize(Plan(study, cells, able, skipped))
@@ -111,6 +113,8 @@ def prepare(study: StudyConfig, options: StudyOptions) -> Plan:
         periodic = bool(cache.pbc.any())
         runs = runs_of(study, cells, periodic=periodic)
         check_folders(runs)
+        if options.worker is None:  # before an array the study was prepared: its jobs need no teacher
+            check_teachers(study, cache)
         missing = missing_of(study, cache, runs)
         if steps := missing.describe():
             _refuse_array(options, study, steps)

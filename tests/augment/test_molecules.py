@@ -5,7 +5,7 @@ import pytest
 from ase.build import molecule
 from augment_cases import Springs, ethanol, looking, system
 
-from molkd.pipeline.augment.distortion import open_bonds, stretched, turned
+from molkd.pipeline.augment.distortion import open_bonds, rotatable, stretched, turned
 from molkd.pipeline.augment.dynamics import simulate
 from molkd.pipeline.augment.molecules import require_molecule
 from molkd.pipeline.errors import DataError, ModelError
@@ -50,6 +50,26 @@ def test_a_turn_keeps_bonds_and_changes_the_dihedral():
     atoms.positions = after
     change = atoms.get_dihedral(ends[0], first, second, ends[1]) - before
     assert (change % 360) == pytest.approx(60) or (change % 360) == pytest.approx(300)
+
+
+@pytest.mark.parametrize(
+    ("name", "bonds"),
+    [
+        ("CH3CH2OH", {("C", "C"), ("C", "O")}),
+        ("H2O2", {("O", "O")}),
+        ("H2O", set()),
+        ("CH4", set()),
+        ("C6H6", set()),
+    ],
+)
+def test_only_turns_that_change_the_shape(name, bonds):
+    """Around a bond to a hydrogen, a turn moves nothing; around others, distances between the sides change."""
+    given, symbols = system(molecule(name)), molecule(name).symbols
+    found = rotatable(given, open_bonds(given))
+    assert {tuple(sorted((symbols[i], symbols[j]))) for i, j, _ in found} == bonds
+    for bond in found:
+        change = distances(turned(given, bond, 40)) - distances(given.positions)
+        assert np.abs(change[bond[2]][:, ~bond[2]]).max() > 0.1
 
 
 def distances(positions):

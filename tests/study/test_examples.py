@@ -10,6 +10,7 @@ from molkd.pipeline.study.options import StudyOptions
 from molkd.pipeline.study.preparing import missing_of, teacher_run
 from molkd.pipeline.study.reading import read_study
 from molkd.pipeline.study.run import run_study
+from molkd.pipeline.study.schema import without_weight
 from molkd.pipeline.study.shipped import copy_example, describe_examples, example_names, example_text
 from molkd.pipeline.study.tables import study_file
 
@@ -100,18 +101,24 @@ def test_weights_of_table_7(example):
 
 
 @pytest.mark.parametrize(
-    ("name", "default"),
-    [("transformations", "linear"), ("losses", "mse"), ("features", "U6-to-U4"), ("augmentation", "n2n")],
+    ("name", "known"),
+    [
+        ("transformations", {"n2n", "n2n,head=identity", "n2n,head=mlp"}),
+        ("losses", {"n2n"}),
+        ("features", {"n2n", "n2n:U2", "n2n:U1", "n2n:U2+U4", "n2n:U1+U2+U3+U4"}),
+        ("augmentation", {"n2n"}),
+    ],
 )
-def test_only_the_default_of_an_ablation_has_the_known_weight(example, name, default):
+def test_an_ablation_has_the_known_weight_where_the_same_is_compared(example, name, known):
+    """With MSE the teacher's last layer has one scale, whatever the head and the student's layer."""
     study = example(name)
     weights = {
-        (run.cells[0].strategy, term.label): term.weight
+        without_weight(term.text): term.weight
         for run in runs_of(study, cells_of(study), periodic=False)
         for term in run.config.kd
     }
-    assert weights[default, "n2n"] == 10000
-    assert {weight for (_, label), weight in weights.items() if label != "n2n"} <= {"auto"}
+    assert {label for label, weight in weights.items() if weight == 10000} == known
+    assert {weights[label] for label in weights.keys() - known} <= {"auto"}
 
 
 def test_signals_are_those_that_the_strategies_learn_from(example):

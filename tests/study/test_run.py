@@ -225,6 +225,47 @@ def test_from_files_to_tables(study, runs_here, no_tables, material, tmp_path):
     assert [[s.state for s in standings] for standings in no_tables] == [[State.FINISHED] * 2]
 
 
+def test_another_teacher_than_the_cached_one_is_refused(study, runs_here, no_tables, material, tmp_path):
+    """Students would learn from one and be measured against another; before anything is trained."""
+    training = {"preset": "painn-tiny", "steps": 3, "set": SMALL_TEACHER}
+    whole = {
+        "store": str(tmp_path / "own.kdcache"),
+        "data": {"files": str(material / "train.extxyz")},
+        "pairs": [{"teacher": "new", "student": "painn-tiny", "name": "p"}],
+        "strategies": {"v2v": "v2v"},
+        "seeds": 1,
+        "test": {},
+    }
+    first = study(**whole, out=str(tmp_path / "a"), teachers={"new": {"train": training}})
+    assert run_study(first, ALONE).n_finished == 1
+    n_started = len(runs_here)
+    longer = {"new": {"train": training | {"steps": 4}}}
+    for out, teachers, error, says in (
+        ("a", longer, ConfigError, r"a/teachers/new: holds a run with other settings \(training\)"),
+        (
+            "b",
+            longer,
+            CacheError,
+            r"holds signals of a teacher new already, and .*b/teachers/new is still to",
+        ),
+        (
+            "b",
+            {"new": {"model": str(material / "big.safetensors")}},
+            CacheError,
+            "teacher new are by weights",
+        ),
+    ):
+        other = study(**whole, out=str(tmp_path / out), teachers=teachers)
+        for act in (run_study, prepare_study, report_study, dry_run):
+            with pytest.raises(error, match=says):
+                act(other, ALONE)
+    assert len(runs_here) == n_started
+    again = study(
+        **whole, out=str(tmp_path / "b"), teachers={"new": {"model": str(tmp_path / "a/teachers/new")}}
+    )
+    assert run_study(again, ALONE).n_finished == 1
+
+
 def test_further_stores_are_looked_at_before_a_teacher_is_trained(study, runs_here, no_tables):
     """But a part of the study that does not need them can be made, to make them from."""
     few = study(
