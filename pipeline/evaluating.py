@@ -27,7 +27,8 @@ from molkd.pipeline.teachers.load import load_teacher
 
 log = logging.getLogger(__name__)
 
-Fingerprints = dict[tuple[Path | str, tuple[str | None, str | None]], str]  # by place and keys of labels
+_Keys = tuple[str | None, str | None]  # names of energy and forces in a file
+Fingerprints = dict[tuple[Path | str, _Keys], str]  # by place and keys of labels
 _TEACHER = "the teacher"  # among the paths of runs
 
 
@@ -36,8 +37,9 @@ class _TestSet:
     """Data that runs and teacher are measured on."""
 
     path: Path | str
-    keys: tuple[str | None, str | None]  # names of energy and forces in the file
-    fingerprint: str | None  # of systems and labels; None: the file is no longer there
+    keys: _Keys
+    is_named: bool  # by --test, so it has to be there
+    fingerprint: str | None = None  # of systems and labels; None: the file is no longer there
 
 
 def report_runs(
@@ -58,7 +60,8 @@ def report_runs(
 ) -> Report:
     """Measure what was not measured with these weights on these data, and write the comparison into `out`.
 
-    Every run is measured on its own test files and on those given here; the teacher on all of them.
+    Every run is measured on its own test files and on those given here; the teacher on all of them. A run
+    that is the teacher itself, such as a shell's `runs/*` finds it, is no student and left out.
 
     Parameters
     ----------
@@ -73,12 +76,15 @@ def report_runs(
     Raises
     ------
     ConfigError
-        If one name stands for two different data sets, or a group names a data set that does not exist.
+        If one name stands for two different data sets, a group names a data set that does not exist, or there
+        is no run beside the teacher.
     DataError
         If a run has not finished, or data cannot be read; nothing has been computed or written then.
     ModelError, TeacherError
         If a model cannot be loaded or was not made for the data.
     """
+    if teacher is not None:
+        runs = _students(runs, teacher)
     read = [read_run(run) for run in runs]
     group_runs(read)
     known = fingerprints if fingerprints is not None else {}
@@ -109,6 +115,17 @@ def report_runs(
     )
 
 
+def _students(runs: Sequence[Path], teacher: str) -> list[Path]:
+    """Leave out the run that is the teacher."""
+    places = {Path(teacher).resolve(), Path(teacher).resolve().parent}  # or its best.safetensors is named
+    students = [run for run in runs if Path(run).resolve() not in places]
+    if len(students) < len(runs):
+        log.info("%s: is the teacher, not counted among the students", teacher)
+    if not students:
+        raise ConfigError(f"{teacher}: is the only run; name those of students too")
+    return students
+
+
 def _speeds(models: dict[str, Teacher], sets: Mapping[str, _TestSet], batch_size: int) -> dict[str, Speed]:
     """Return the speeds of models that take turns on a sample of all test data."""
     with ExitStack() as stack:
@@ -126,24 +143,37 @@ def _with_speed(results: Mapping[str, Evaluation], speed: Speed) -> dict[str, Ev
 def _test_sets(
     runs: Sequence[Path],
     given: Sequence[Path | str],
-    keys: tuple[str | None, str | None],
+    keys: _Keys,
     known: Fingerprints,
 ) -> dict[str, _TestSet]:
     """Return the test data by name: the file's name up to the first dot."""
     found: dict[str, dict[Path | str, _TestSet]] = {}  # name -> place -> data
     for run in runs:
-        for name, path in make_config(TrainConfig, read_yaml(run / "config.yaml")).test.items():
-            found.setdefault(name, {})[resolved(path)] = _TestSet(path, (None, None), None)
+        config = make_config(TrainConfig, read_yaml(run / "config.yaml"))
+        for name, path in config.test.items():
+            mine = _TestSet(path, (config.energy_key, config.forces_key), is_named=False)
+            if found.setdefault(name, {}).setdefault(resolved(path), mine).keys != mine.keys:
+                raise ConfigError(
+                    f"{run}: takes other labels of {path} ({_names(mine.keys)}) than the runs before it; "
+                    "report these runs apart"
+                )
     for path in given:
-        found.setdefault(short_name(path), {})[resolved(path)] = _TestSet(path, keys, None)
+        places = found.setdefault(short_name(path), {})
+        of_runs = places[resolved(path)].keys if resolved(path) in places else keys
+        places[resolved(path)] = _TestSet(path, of_runs if keys == (None, None) else keys, is_named=True)
     return {name: _the_one(name, list(places.values()), known) for name, places in found.items()}
+
+
+def _names(keys: _Keys) -> str:
+    energy, forces = (key or "the usual name" for key in keys)
+    return f"energy: {energy}, forces: {forces}"
 
 
 def _the_one(name: str, candidates: Sequence[_TestSet], known: Fingerprints) -> _TestSet:
     """Return the data behind a name; several places will do if they hold the same systems and labels."""
     there = []
     for candidate in candidates:
-        if is_there(candidate.path) or candidate.keys != (None, None):
+        if is_there(candidate.path) or (candidate.is_named and candidate.keys != (None, None)):
             key = (resolved(candidate.path), candidate.keys)
             if key not in known:
                 with closing(_open(candidate)) as source:

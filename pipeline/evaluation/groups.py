@@ -20,7 +20,7 @@ class Group:
     student: str
     kd: str
     runs: tuple[Run, ...]
-    differences: tuple[str, ...] = ()  # settings beyond KD in which the group differs from its baseline
+    differences: tuple[str, ...] = ()  # in settings and length, beyond KD, from its baseline
 
     @property
     def has_kd(self) -> bool:
@@ -93,8 +93,19 @@ def _with_differences(group: Group, groups: Sequence[Group]) -> Group:
     if baseline is None:
         return group
     ours, theirs = group.runs[0].settings, baseline.runs[0].settings
-    remarks = tuple(f"{k}: {ours.get(k)}, without KD {theirs.get(k)}" for k in _differing(group, baseline))
-    return replace(group, differences=remarks)
+    remarks = [f"{k}: {ours.get(k)}, without KD {theirs.get(k)}" for k in _differing(group, baseline)]
+    its_steps, steps = (_steps(one) for one in (group, baseline))
+    if (
+        its_steps and steps and its_steps != steps
+    ):  # equal epochs of more systems, or of smaller parts of batches
+        remarks.append(f"optimiser steps: {its_steps}, without KD {steps}")
+    return replace(group, differences=tuple(remarks))
+
+
+def _steps(group: Group) -> str:
+    """Return how many steps its runs took, "" where they do not say."""
+    found = {run.summary.get("steps") for run in group.runs}
+    return " and ".join(f"{n:,}" for n in sorted(n for n in found if isinstance(n, int)))
 
 
 def _differing(first: Group, second: Group) -> list[str]:

@@ -195,7 +195,7 @@ def _check_filter(kind: str, one: Filter, cells: Sequence[Cell], seeds: Sequence
 
 def _config(study: StudyConfig, cell: Cell, seed: int, *, periodic: bool) -> TrainConfig:
     strategy = study.strategies[cell.strategy]
-    layers = [study.set, cell.pair.set, strategy.set]
+    layers = [study.label_keys, study.set, cell.pair.set, strategy.set]
     layers += [study.settings[axis][choice] for axis, choice in cell.choices.items()]
     asked = merged(*(nested(layer) for layer in layers))
     flags = {key.removeprefix("kd_"): asked.pop(key) for key in _FLAGS if key in asked}

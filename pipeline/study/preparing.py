@@ -4,6 +4,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from molkd.cache_schema.layout import PLAN
 from molkd.cache_schema.reader import Cache
@@ -167,7 +168,9 @@ def teacher_run(study: StudyConfig, name: str, *, periodic: bool) -> Run:
         "test": study.test,
         "label": f"teacher {name}",
     }
-    layers = [{"training": length}, nested(training.set), own, {"val": study.val} if study.val else {}]
+    layers: list[dict[str, Any]] = [{"training": length}, dict(study.label_keys), nested(training.set), own]
+    if study.val:
+        layers.append({"val": study.val})
     try:
         config = train_config(training.preset, merged(*layers), periodic=periodic)
     except ConfigError as error:

@@ -196,6 +196,14 @@ class StudyConfig(Settings):
         self._check_zip()
         return self
 
+    @property
+    def label_keys(self) -> dict[str, str]:
+        """How labels are called in all files of the study, where they have no usual name."""
+        keys = ("energy_key", "forces_key")
+        of_data = {key: getattr(self.data, key, None) for key in keys}
+        found = {key: self.set.get(key, of_data[key]) for key in keys}
+        return {key: name for key, name in found.items() if name is not None}
+
     def _assignments(self) -> Iterator[tuple[str, Assignments]]:
         """Yield all settings of runs, with where they stand in the file."""
         yield "set", self.set

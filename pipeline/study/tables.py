@@ -186,6 +186,8 @@ def _lines(
         teacher=model,
         scale_file=scale_file,
         test=study.report.test,
+        energy_key=study.label_keys.get("energy_key"),
+        forces_key=study.label_keys.get("forces_key"),
         device=study.report.device,
         throughput=study.report.throughput,
         keep_teacher=study.out / REPORT / KEPT / pair.teacher,

@@ -63,7 +63,7 @@ def test_a_turn_keeps_bonds_and_changes_the_dihedral():
     ],
 )
 def test_only_turns_that_change_the_shape(name, bonds):
-    """Around a bond to a hydrogen, a turn moves nothing; around others, distances between the sides change."""
+    """Around a bond to a hydrogen a turn moves nothing; else distances between the sides change."""
     given, symbols = system(molecule(name)), molecule(name).symbols
     found = rotatable(given, open_bonds(given))
     assert {tuple(sorted((symbols[i], symbols[j]))) for i, j, _ in found} == bonds

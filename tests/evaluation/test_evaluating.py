@@ -194,3 +194,35 @@ def test_keys_of_labels_in_test_files(run, tmp_path, caplog):
     caplog.clear()
     assert measured(run, named).energy_mae_meV is None
     assert "named.extxyz: no energies to compare with" in caplog.text
+
+
+def test_keys_of_labels_are_those_of_the_run(make_run, tmp_path):
+    """A file may hold two energies: a report has to take the one that the run was told to take."""
+    data = write_data(tmp_path / "a" / "hot.extxyz", key="my_energy")
+    frames = ase.io.read(data, ":")
+    for atoms in frames:
+        atoms.info["energy"] = atoms.info["my_energy"] + 50.0
+    ase.io.write(data, frames, format="extxyz")
+    folder = make_run("run", tests=(), test={"hot": str(data)}, energy_key="my_energy")
+    write_model(folder)
+    expected = measured(folder, data, energy_key="my_energy").energy_mae_meV
+    assert abs(expected - measured(folder, data).energy_mae_meV) > 10_000
+    assert energy_error(report_runs([folder], tmp_path / "out")) == pytest.approx(expected)
+    assert energy_error(report_runs([folder], tmp_path / "out", test=[data])) == pytest.approx(expected)
+    other = make_run("other", tests=(), seed=1, test={"hot": str(data)})
+    write_model(other)
+    with pytest.raises(ConfigError, match=r"other: takes other labels of .*hot\.extxyz \(energy: the usual"):
+        report_runs([folder, other], tmp_path / "out")
+
+
+def test_the_teacher_is_no_student(run, make_run, tmp_path, caplog):
+    """`kd report runs/* --teacher runs/teacher` finds it among the runs."""
+    teacher = make_run("teacher", tests=(), seed=1, test={"hot": str(tmp_path / "a" / "hot.extxyz")})
+    write_model(teacher, seed=1)
+    with caplog.at_level("INFO", "molkd"):
+        report = report_runs([run, teacher], tmp_path / "out", teacher=str(teacher))
+    assert [row.role for row in report.tables["hot"]].count("teacher") == 1
+    assert len(report.tables["hot"]) == 2
+    assert "is the teacher, not counted among the students" in caplog.text
+    with pytest.raises(ConfigError, match="is the only run"):
+        report_runs([teacher], tmp_path / "out", teacher=str(teacher))

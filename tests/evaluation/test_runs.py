@@ -1,5 +1,7 @@
 """Reading run folders, also torn ones, and sorting runs into comparable groups."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -160,6 +162,10 @@ def test_runs_with_other_data_are_never_averaged_and_meet_their_own_baseline(mak
 def test_unequal_budgets_are_named(make_run):
     runs = [read_run(make_run("no")), read_run(make_run("kd", kd=[N2N], lr=5e-4))]
     assert group_runs(runs)[1].differences == ("training.lr: 0.0005, without KD 0.001",)
+    runs = [read_run(make_run(f"steps{bool(kd)}", kd=kd)) for kd in ([], [N2N])]
+    longer = replace(runs[1], summary=runs[1].summary | {"steps": 2400})
+    groups = group_runs([replace(runs[0], summary=runs[0].summary | {"steps": 800}), longer])
+    assert groups[1].differences == ("optimiser steps: 2,400, without KD 800",)
 
 
 def test_another_student_is_no_baseline(make_run):

@@ -7,6 +7,7 @@ from study_cases import names
 
 from molkd.pipeline.errors import ConfigError
 from molkd.pipeline.study.grid import RUNS, cells_of, check_mixed_names, matching, runs_of
+from molkd.pipeline.study.preparing import teacher_run
 
 PAIRS = [
     {"teacher": "big", "student": "painn-tiny", "name": "p"},
@@ -70,6 +71,18 @@ def test_seeds_can_be_filtered(study):
 def test_filters_that_make_no_sense(study, filters, says):
     with pytest.raises(ConfigError, match=says):
         names(study(**filters))
+
+
+def test_names_of_labels_are_those_of_all_files(study):
+    """What `data` says of the store's files counts for validation and test files, and for teachers."""
+    data = {"files": "train.extxyz", "energy_key": "E", "forces_key": "F"}
+    trained = {"new": {"train": {"preset": "painn-tiny", "steps": 3}}}
+    named = study(data=data, set={"forces_key": "G"}, teachers=trained, pairs=[PAIRS[0] | {"teacher": "new"}])
+    assert named.label_keys == {"energy_key": "E", "forces_key": "G"}
+    configs = [run.config for run in runs(named).values()]
+    configs.append(teacher_run(named, "new", periodic=False).config)
+    assert {(config.energy_key, config.forces_key) for config in configs} == {("E", "G")}
+    assert study().label_keys == {}
 
 
 def test_which_setting_wins(study):
