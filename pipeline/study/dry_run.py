@@ -13,7 +13,7 @@ from molkd.pipeline.study.grid import cells_of, check_folders, matching, runs_of
 from molkd.pipeline.study.local import share_out
 from molkd.pipeline.study.options import StudyOptions
 from molkd.pipeline.study.preparing import check_teachers, missing_of, open_store
-from molkd.pipeline.study.run import check_settings
+from molkd.pipeline.study.run import absent_mixed, check_settings
 from molkd.pipeline.study.schema import StudyConfig
 from molkd.pipeline.study.state import Standing, State, standing_of, to_do
 from molkd.pipeline.study.summary import listed
@@ -88,20 +88,24 @@ def dry_run(study: StudyConfig, options: StudyOptions) -> DryRun:
         check_folders(runs)
         check_teachers(study, cache)
     missing, students = missing_of(study, cache, runs), Students()
+    absent = absent_mixed(matching(runs, options.only))
     skipped: dict[str, str] = {}
-    if cache is not None and not missing.signals:
+    if cache is not None and not missing.signals and not absent:
         runs, skipped = split_fitting(runs, cache, students)
     runs = matching(runs, options.only)
     standings = [standing_of(run) for run in runs]
     clock, left = Clock(standings), to_do(standings, retry=options.retry)
-    if cache is not None and not missing.signals:
+    if cache is not None and not missing.signals and not absent:
         with quiet("molkd.pipeline.distill", logging.ERROR):  # what runs say of their decisions
             probe(clock, cache, left)
     jobs, _, _ = share_out(runs[0].config.device, options.jobs, options.threads)
     jobs = min(jobs, max(1, len(left)))
     return DryRun(
         name=study.name,
-        stage_one=missing.describe(),
+        stage_one=[
+            *missing.describe(),
+            *(f"{store} is made, with kd augment or kd ingest" for store in absent),
+        ],
         lines=_lines(standings, clock),
         skipped=skipped,
         n_runs=len(runs),

@@ -11,7 +11,7 @@ from molkd.cache_schema.files import make_folder
 from molkd.cache_schema.reader import Cache
 from molkd.pipeline.errors import CacheError, ConfigError, DataError
 from molkd.pipeline.files import locked_folder
-from molkd.pipeline.places import is_there
+from molkd.pipeline.places import Place, is_there
 from molkd.pipeline.study.fitting import split_fitting
 from molkd.pipeline.study.grid import Cell, Run, cells_of, check_folders, check_mixed_names, matching, runs_of
 from molkd.pipeline.study.local import Note, run_here, share_out
@@ -169,8 +169,22 @@ def check_mixed(study: StudyConfig, options: StudyOptions) -> None:
     """
     runs = matching(runs_of(study, cells_of(study), periodic=False), options.only)
     waiting = [run for run in runs if run.config.mix and standing_of(run).state is not State.FINISHED]
+    for store in absent_mixed(waiting):
+        raise CacheError(
+            f"{store}: a further store of the study (mix), but there is none; make it with kd augment or kd "
+            "ingest, or begin with the runs that do without (--only)"
+        )
     for store in dict.fromkeys(mix.store for run in waiting for mix in run.config.mix):
         Cache.open(store)
+
+
+def absent_mixed(runs: Sequence[Run]) -> list[Place]:
+    """Return the further stores of runs that are not there."""
+    return [
+        store
+        for store in dict.fromkeys(mix.store for run in runs for mix in run.config.mix)
+        if not is_there(store)
+    ]
 
 
 def summarize(plan: Plan, *, tables: bool = True, partly: bool = True) -> StudySummary:

@@ -276,8 +276,11 @@ def test_further_stores_are_looked_at_before_a_teacher_is_trained(study, runs_he
         seeds=1,
         test={},
     )
-    with pytest.raises(CacheError, match=r"more\.kdcache"):
+    with pytest.raises(
+        CacheError, match=r"more\.kdcache: a further store .*there is none; make it with kd aug"
+    ):
         run_study(few, ALONE)
+    assert dry_run(few, ALONE).stage_one[-1].endswith("more.kdcache is made, with kd augment or kd ingest")
     assert runs_here == []
     assert run_study(few, StudyOptions(jobs=1, only="all")).waiting == ["p/none__more/seed0"]
     assert [p.relative_to(few.out).as_posix() for p in runs_here] == [
