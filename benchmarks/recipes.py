@@ -69,12 +69,12 @@ CASES = {
     ),
     "coll-gfn2": Case(
         "coll-gfn2", "train", "val", ("test", "test_ood_hot", "test_ood_new_molecules"), "CC0-1.0",
-        {"all": 3_000, "tenth": 3_000, "pool": 3_000}, 8, 0.03,
+        {"all": 3_000, "tenth": 3_000, "pool": 2_500}, 8, 0.03, copies=(1, 20, 1),
     ),
     "oc20like-nrr": Case(
         "oc20like-nrr", "train", "val_id", ("test_id", "test_ood_ads", "test_ood_cat", "test_ood_both"),
         "not settled: internal use only",
-        {"all": 1_200, "tenth": 900, "pool": 900}, 4, 0.03,
+        {"all": 1_200, "tenth": 700, "pool": 900}, 4, 0.03,
         # Adsorption energies need no references; 16 neighbors are those of the teacher.
         {"training.references": "none", "training.normalization": "energy", "training.forces_weight": 30,
          "model.max_neighbors": 16},
