@@ -74,10 +74,10 @@ CASES = {
     "oc20like-nrr": Case(
         "oc20like-nrr", "train", "val_id", ("test_id", "test_ood_ads", "test_ood_cat", "test_ood_both"),
         "not settled: internal use only",
-        {"all": 1_200, "tenth": 700, "pool": 900}, 4, 0.03,
+        {"all": 1_000, "tenth": 700, "pool": 900}, 4, 0.03,
         # Adsorption energies need no references; 16 neighbors are those of the teacher.
         {"training.references": "none", "training.normalization": "energy", "training.forces_weight": 30,
-         "model.max_neighbors": 16},
+         "training.lr": 5e-3, "model.max_neighbors": 16},
         copies=(1, 10, 1),
     ),
 }  # fmt: skip
