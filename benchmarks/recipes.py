@@ -32,7 +32,7 @@ REGIMES = ("all", "tenth", "pool")
 FEATURES = ("node", "v2v")
 SHARE = 0.5  # of them in each batch
 TENTH = 10
-# --only has others: n2n+v2v, grad, and auto+KIND for each of `kinds`; auto+adversarial wants runs of none
+# --only has others: n2n+v2v, grad, unfaded (what `auto` is, to the end), and auto+KIND for each of `kinds`; auto+adversarial wants runs of none
 STRATEGIES = {
     "all": ("none", "slope", "auto", "rattled", "auto+rattled"),
     "tenth": ("none", "slope", "auto", "rattled", "auto+rattled"),
@@ -172,6 +172,7 @@ def describe(
         "slope": {"set": {"training.gradient_weight": slope}},
         "n2n+v2v": ["n2n", "v2v"],
         "grad": f"grad={slope:g}",
+        "unfaded": [f"grad={slope:g}", "n2n", "v2v"],
         "auto": "auto",
         "pseudo": {"set": {"pseudo_labels": True}},
         **{kind: {"set": {"pseudo_labels": True, "mix": mix}} for kind, mix in mixed.items()},
