@@ -74,7 +74,7 @@ CASES = {
     "oc20like-nrr": Case(
         "oc20like-nrr", "train", "val_id", ("test_id", "test_ood_ads", "test_ood_cat", "test_ood_both"),
         "not settled: internal use only",
-        {"all": 1_000, "tenth": 700, "pool": 900}, 4, 0.03,
+        {"all": 1_500, "tenth": 700, "pool": 700}, 4, 0.03,
         # Adsorption energies need no references; 16 neighbors are those of the teacher.
         {"training.references": "none", "training.normalization": "energy", "training.forces_weight": 30,
          "training.lr": 5e-3, "model.max_neighbors": 16},
