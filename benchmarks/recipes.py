@@ -31,8 +31,10 @@ from gap_closed import DATA, KD, output
 REGIMES = ("all", "tenth", "pool")
 FEATURES = ("node", "v2v")
 SHARE = 0.5  # of them in each batch
+SLOPE = 3.0  # weight of `grad` in the recipe
 TENTH = 10
-# --only has others: n2n+v2v, grad, unfaded (what `auto` is, to the end), and auto+KIND for each of `kinds`; auto+adversarial wants runs of none
+# --only has others: n2n+v2v, grad, unfaded (what `auto` is, to the end), and auto+KIND for each of `kinds`;
+# auto+adversarial wants runs of none
 STRATEGIES = {
     "all": ("none", "slope", "auto", "rattled", "auto+rattled"),
     "tenth": ("none", "slope", "auto", "rattled", "auto+rattled"),
@@ -166,13 +168,12 @@ def describe(
     folder = (DATA / case.folder).resolve()
     mixed = {kind: [{"store": str(path.resolve()), "share": SHARE}] for kind, path in stores.items()}
     del mixed["data"]
-    slope = 0.3 * float(case.settings.get("training.forces_weight", 10))  # as the recipe weighs `grad`
     strategies: dict[str, Any] = {
         "none": [],
-        "slope": {"set": {"training.gradient_weight": slope}},
+        "slope": {"set": {"training.gradient_weight": SLOPE}},
         "n2n+v2v": ["n2n", "v2v"],
-        "grad": f"grad={slope:g}",
-        "unfaded": [f"grad={slope:g}", "n2n", "v2v"],
+        "grad": f"grad={SLOPE:g}",
+        "unfaded": [f"grad={SLOPE:g}", "n2n", "v2v"],
         "auto": "auto",
         "pseudo": {"set": {"pseudo_labels": True}},
         **{kind: {"set": {"pseudo_labels": True, "mix": mix}} for kind, mix in mixed.items()},

@@ -1,7 +1,6 @@
 """`--kd auto`: the losses a student learns with where nobody chose any, by what store and student have.
 
-Chosen by benchmarks/recipes.py on two sets of molecules; docs/benchmarks.md has the figures. On slabs it has
-not been compared yet.
+Chosen by benchmarks/recipes.py on three sets of molecules and one of slabs; figures in docs/benchmarks.md.
 """
 
 import logging
@@ -20,7 +19,7 @@ log = logging.getLogger(__name__)
 _FEATURES = ("n2n", "v2v")  # losses on features, where both sides have them
 _FADE = (0.0, 0.5)  # of these: they shape the features, and are not in the labels' way later
 _LABELS = frozenset({"energy", "forces"})
-_SLOPE = 0.3  # weight of `grad` over that of the labelled forces; 1 is at the cost of the forces
+_SLOPE = 3.0  # weight of `grad` over that of the labelled energies; 10 is at the cost of forces or energies
 SIGNALS = ("energy", "forces", "node", "v2v")  # of a teacher, that the recipe may choose from
 
 
@@ -28,7 +27,7 @@ def automatic(cache: Cache, config: TrainConfig) -> TrainConfig:
     """Return the settings with the losses of the recipe in place of `kd`; each choice is logged.
 
     - `grad`, if the student's forces are direct and the teacher's are cached: its energy learns their slope,
-      with 0.3 of the weight of the labelled forces.
+      with three times the weight of the labelled energies.
     - `n2n` and `v2v`, where the cache has the signal and the student such features, with the weight `auto`,
       which fades to zero over the first half of the run.
     - pseudo-labels, if energies or forces are missing among the labels and the teacher has cached both.
@@ -48,7 +47,7 @@ def automatic(cache: Cache, config: TrainConfig) -> TrainConfig:
     cached = cache.teachers[teacher].signals.keys()
     with torch.random.fork_rng(devices=[]):  # looked at only: the run makes its own
         model: Any = build_model(config.model)
-    slope = KDTerm(name="grad", weight=_SLOPE * config.training.forces_weight or "auto")
+    slope = KDTerm(name="grad", weight=_SLOPE * config.training.energy_weight or "auto")
     terms = [slope] if model.forces_from == "direct" and "forces" in cached else []
     features = (KDTerm.model_validate({"name": name, "fade": _FADE}) for name in _FEATURES)
     terms += [t for t in features if t.teacher_tap in cached and set(t.student_taps) <= set(model.signals)]
