@@ -68,7 +68,7 @@ def make_work(
         begin = end
 
 
-def _split_by_edges(work: Work, max_edges: int) -> Iterator[Work]:
+def _split_by_edges(work: Work, max_edges: int) -> list[Work]:
     """Fill up one part after the other, each with one system at least."""
     ends = edges_ptr(work.batch)[1:].numpy()  # (S,)
     borders, n_before = [0], 0
@@ -76,7 +76,7 @@ def _split_by_edges(work: Work, max_edges: int) -> Iterator[Work]:
         fits = int(np.searchsorted(ends, n_before + max_edges, side="right"))
         borders.append(max(fits, borders[-1] + 1))
         n_before = int(ends[borders[-1] - 1])
-    return iter(work.split(borders))
+    return work.split(borders)
 
 
 def build_work(cache: Cache, indices: NDArray[np.int64], rule: NeighborRule, dtype: torch.dtype) -> Work:

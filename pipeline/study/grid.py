@@ -110,6 +110,11 @@ def runs_of(study: StudyConfig, cells: Sequence[Cell], *, periodic: bool) -> lis
     return [_one_run(study, members) for members in found.values()]
 
 
+def mixed_stores(runs: Sequence[Run]) -> list[Place]:
+    """Return the further stores that runs mix in, each once."""
+    return list(dict.fromkeys(mix.store for run in runs for mix in run.config.mix))
+
+
 def check_mixed_names(runs: Sequence[Run]) -> None:
     """Refuse further stores of one name in several places: the tables tell runs apart by the name.
 
@@ -119,7 +124,7 @@ def check_mixed_names(runs: Sequence[Run]) -> None:
         With the two places.
     """
     places: dict[str, Place] = {}
-    for place in dict.fromkeys(mix.store for run in runs for mix in run.config.mix):
+    for place in mixed_stores(runs):
         if (other := places.setdefault(short_name(place), place)) != place:
             raise ConfigError(
                 f"mix: {other} and {place} have one name, by which the tables tell runs apart; rename one"

@@ -114,8 +114,8 @@ def check_teachers(study: StudyConfig, cache: Cache) -> None:
         If a teacher cannot be loaded.
     """
     periodic = bool(cache.pbc.any())
-    trained = {name for name, spec in study.teachers.items() if spec.train is not None}
-    runs = {name: teacher_run(study, name, periodic=periodic) for name in study.teachers if name in trained}
+    trained = [name for name, spec in study.teachers.items() if spec.train is not None]
+    runs = {name: teacher_run(study, name, periodic=periodic) for name in trained}
     check_folders(list(runs.values()))
     remedy = "give this teacher another name in the study, or the study another store"
     for name in study.teachers:

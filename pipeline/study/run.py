@@ -13,7 +13,16 @@ from molkd.pipeline.errors import CacheError, ConfigError, DataError
 from molkd.pipeline.files import locked_folder
 from molkd.pipeline.places import Place, is_there
 from molkd.pipeline.study.fitting import split_fitting
-from molkd.pipeline.study.grid import Cell, Run, cells_of, check_folders, check_mixed_names, matching, runs_of
+from molkd.pipeline.study.grid import (
+    Cell,
+    Run,
+    cells_of,
+    check_folders,
+    check_mixed_names,
+    matching,
+    mixed_stores,
+    runs_of,
+)
 from molkd.pipeline.study.local import Note, run_here, share_out
 from molkd.pipeline.study.options import StudyOptions
 from molkd.pipeline.study.preparing import (
@@ -174,17 +183,13 @@ def check_mixed(study: StudyConfig, options: StudyOptions) -> None:
             f"{store}: a further store of the study (mix), but there is none; make it with kd augment or kd "
             "ingest, or begin with the runs that do without (--only)"
         )
-    for store in dict.fromkeys(mix.store for run in waiting for mix in run.config.mix):
+    for store in mixed_stores(waiting):
         Cache.open(store)
 
 
 def absent_mixed(runs: Sequence[Run]) -> list[Place]:
     """Return the further stores of runs that are not there."""
-    return [
-        store
-        for store in dict.fromkeys(mix.store for run in runs for mix in run.config.mix)
-        if not is_there(store)
-    ]
+    return [store for store in mixed_stores(runs) if not is_there(store)]
 
 
 def summarize(plan: Plan, *, tables: bool = True, partly: bool = True) -> StudySummary:

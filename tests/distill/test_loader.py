@@ -164,6 +164,14 @@ def test_what_was_prefetched_but_not_used_is_not_lost(store):
     assert_same(take(loader, 1)[0], take(make_loader(store), 2)[1])
 
 
+def assert_third_fails(loader):
+    samples = iter(loader)
+    assert next(samples).batch.n_systems == next(samples).batch.n_systems == 7
+    with pytest.raises(ZeroDivisionError, match="in the thread"):
+        next(samples)
+    assert not prefetch_threads()
+
+
 def test_errors_of_the_thread_reach_the_trainer(store, monkeypatch):
     loader = make_loader(store)
     make_sample, calls = loader.make_sample, itertools.count()
@@ -174,11 +182,7 @@ def test_errors_of_the_thread_reach_the_trainer(store, monkeypatch):
         return make_sample(arrays)
 
     monkeypatch.setattr(loader, "make_sample", broken)
-    samples = iter(loader)
-    assert next(samples).batch.n_systems == next(samples).batch.n_systems == 7
-    with pytest.raises(ZeroDivisionError, match="in the thread"):
-        next(samples)
-    assert not prefetch_threads()
+    assert_third_fails(loader)
 
 
 @pytest.fixture
@@ -220,11 +224,7 @@ def test_errors_of_one_of_several_threads_reach_the_trainer(store, for_a_gpu, mo
         return sample
 
     monkeypatch.setattr(loader, "make_sample", broken)
-    samples = iter(loader)
-    assert next(samples).batch.n_systems == next(samples).batch.n_systems == 7
-    with pytest.raises(ZeroDivisionError, match="in the thread"):
-        next(samples)
-    assert not prefetch_threads()
+    assert_third_fails(loader)
 
 
 def test_damage_on_disk_reaches_the_trainer(store, tmp_path):
